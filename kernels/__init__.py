@@ -1,0 +1,1 @@
+"""Fused contrastive loss and its references; needs torch, uses Triton where present."""

@@ -1,0 +1,1 @@
+"""Configuration: frozen dataclasses, named recipes, and the command line that overrides them."""

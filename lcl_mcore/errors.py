@@ -1,0 +1,32 @@
+"""Errors meant for the person at the terminal: each states the value, the rule and the remedy."""
+
+from __future__ import annotations
+
+
+class LclError(Exception):
+    """Base of every error that the command line prints without a traceback."""
+
+    exit_code = 2
+
+
+class ConfigError(LclError, ValueError):
+    """A setting, or a combination of settings, that is not supported."""
+
+
+class DataError(LclError):
+    """A data set that cannot be read or is not what its index says."""
+
+
+class CheckpointError(LclError):
+    """A checkpoint that is missing, incomplete, damaged, or does not fit this run."""
+
+
+class NonFiniteError(LclError):
+    """A loss or gradient that is NaN or Inf; raised before the parameters change."""
+
+    exit_code = 3
+
+
+def explain(value: object, rule: str, remedy: str) -> str:
+    """Join the three parts every message has: what was given, what must hold, what to do."""
+    return f"{value}: {rule}. {remedy}"

@@ -1,0 +1,1 @@
+"""What a trained encoder is worth: retrieval, generation loss with and without pictures, reports."""

@@ -1,0 +1,1 @@
+"""The LCL model on megatron-core layers: ViT, attention pool, causal LM."""

@@ -1,0 +1,1 @@
+"""Process groups and the wrappers that spread the model over them."""

@@ -1,0 +1,1 @@
+"""The training loop: step, optimizer, schedule, checkpoints, metrics, signals."""
