@@ -98,6 +98,9 @@ def install() -> None:
         return
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         raise RuntimeError("the CPU stand-ins cannot be installed after CUDA was used in this process")
+    # Imported first: torch.compile, which megatron-core triggers, must see the genuine functions.
+    import megatron.core.tensor_parallel.random as megatron_random
+
     cuda: Any = torch.cuda
 
     def current_device() -> torch.device:
@@ -109,7 +112,8 @@ def install() -> None:
     cuda.set_rng_state = lambda state, device=None: torch.set_rng_state(state)
     cuda.manual_seed = torch.manual_seed
     cuda.is_initialized = lambda: True
-    cuda.synchronize = cuda.set_device = cuda.empty_cache = lambda *args, **kwargs: None
+    for name in ("synchronize", "set_device", "empty_cache"):
+        setattr(cuda, name, lambda *args, **kwargs: None)
     cuda.Event = cuda.Stream = _Stream
     cuda.current_stream = cuda.default_stream = lambda *args, **kwargs: _Stream()
     cuda.stream = lambda *args, **kwargs: contextlib.nullcontext()
@@ -126,8 +130,6 @@ def install() -> None:
     tensor.type = _type_name(tensor.type)
     module: Any = torch.nn.Module
     module.cuda = lambda self, *args, **kwargs: self
-
-    import megatron.core.tensor_parallel.random as megatron_random
 
     patched: Any = megatron_random
     patched._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state()

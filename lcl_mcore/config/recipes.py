@@ -1,0 +1,161 @@
+"""Named recipes. `docs/recipes.md` says where each number comes from and what the paper leaves open."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Callable
+from dataclasses import replace
+
+from lcl_mcore.config.data import DataConfig, TokenizerConfig
+from lcl_mcore.config.model import LanguageConfig, ModelConfig, VisionConfig
+from lcl_mcore.config.run import (
+    CheckpointConfig,
+    LogConfig,
+    LossConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
+from lcl_mcore.errors import ConfigError, explain
+
+# Paper section 4.1 and appendix A.1: drop-path 0.2 and layer-scale. Its initial value is not stated;
+# CaiT (which the paper cites) uses 0.1 up to 18 blocks and 1e-5 up to 24.
+_PAPER_B16 = VisionConfig(drop_path=0.2, layer_scale=0.1)
+_PAPER_L14 = VisionConfig(
+    patch_size=14, width=1024, layers=24, heads=16, mlp_width=4096, drop_path=0.2, layer_scale=1e-5
+)
+_VIT_H14 = VisionConfig(
+    patch_size=14, width=1280, layers=32, heads=16, mlp_width=5120, drop_path=0.2, layer_scale=1e-5
+)
+_VIT_G14 = VisionConfig(
+    patch_size=14, width=1408, layers=40, heads=16, mlp_width=6144, drop_path=0.2, layer_scale=1e-5
+)
+_OPT_125M = LanguageConfig(dropout=0.1)
+_OPT_1_3B = LanguageConfig(width=2048, layers=24, heads=32, mlp_width=8192, dropout=0.1)
+_OPT_6_7B = LanguageConfig(width=4096, layers=32, heads=32, mlp_width=16384, dropout=0.1)
+
+
+def _clip_text(width: int, heads: int, positions: int) -> LanguageConfig:
+    """The released code's LM: CLIP's text tower with its 49411-entry vocabulary."""
+    return LanguageConfig(
+        vocab_size=49411, width=width, layers=12, heads=heads, mlp_width=4 * width, activation="gelu",
+        max_positions=positions, position_offset=0, tied_head=False, separate_norms=True, init="clip_text",
+    )  # fmt: skip
+
+
+def _paper(name: str, model: ModelConfig, steps: int, rows: int, lr: float) -> RunConfig:
+    """Paper settings: 2048-token rows, AdamW (0.9, 0.95), weight decay 0.1, 2k warm-up, bf16."""
+    return RunConfig(
+        recipe=name,
+        model=model,
+        data=DataConfig(tokenizer=TokenizerConfig(kind="opt", path="facebook/opt-125m"), sequence_length=2048),
+        optim=OptimConfig(lr=lr),
+        train=TrainConfig(steps=steps, micro_batch_size=4, global_batch_size=rows, precision="bf16"),
+    )
+
+
+def paper_l14() -> RunConfig:
+    """ViT-L/14 + OPT-125M, LAION + MMC4, 64k images a step: 512 GPUs for 5 days in the paper."""
+    # A full row holds about 5 images of 258 positions beside its text, so 12288 rows carry about 64k images.
+    return _paper("paper-l14", ModelConfig(vision=_PAPER_L14, language=_OPT_125M), 200_000, 12_288, 3e-4)
+
+
+def paper_b16() -> RunConfig:
+    """ViT-B/16 + OPT-125M, the paper's ablation setting, 8k images a step."""
+    # About 6 images of 198 positions a row.
+    return _paper("paper-b16", ModelConfig(vision=_PAPER_B16, language=_OPT_125M), 250_000, 1_536, 3e-4)
+
+
+def large_h14() -> RunConfig:
+    """ViT-H/14 + OPT-1.3B: needs tensor parallelism on most GPUs."""
+    model = ModelConfig(vision=_VIT_H14, language=_OPT_1_3B, pool_heads=32)
+    config = _paper("large-h14", model, 200_000, 12_288, 2e-4)
+    return replace(config, parallel=ParallelConfig(tensor=2, sequence=True),
+                   train=replace(config.train, micro_batch_size=2))  # fmt: skip
+
+
+def large_g14() -> RunConfig:
+    """ViT-g/14 + OPT-6.7B: tensor parallelism within a node, activations recomputed."""
+    model = ModelConfig(vision=_VIT_G14, language=_OPT_6_7B, pool_heads=32)
+    config = _paper("large-g14", model, 200_000, 12_288, 1.2e-4)
+    return replace(config, parallel=ParallelConfig(tensor=8, sequence=True, recompute="full"),
+                   train=replace(config.train, micro_batch_size=1))  # fmt: skip
+
+
+def _released(name: str, model: ModelConfig, *, length: int, lr: float, rows: int, micro: int, steps: int) -> RunConfig:
+    """The released code's defaults: AdamW (0.9, 0.98), weight decay 0.2, rank means, no packing, no clipping."""
+    return RunConfig(
+        recipe=name,
+        model=model,
+        data=DataConfig(
+            tokenizer=TokenizerConfig(kind="clip", path="openai/clip-vit-base-patch16"),
+            sequence_length=length, packing="off", context_rule="index0",
+        ),
+        loss=LossConfig(contrastive_mean="rank"),
+        optim=OptimConfig(lr=lr, beta2=0.98, weight_decay=0.2, eps=1e-6, clip_grad=0.0),
+        train=TrainConfig(steps=steps, micro_batch_size=micro, global_batch_size=rows, precision="bf16"),
+    )  # fmt: skip
+
+
+def released_b16_laion() -> RunConfig:
+    """`LCL_ViT-B-16_laion`: ViT-B/16 + CLIP-text LM on image-text pairs, rows of 280."""
+    model = ModelConfig(vision=VisionConfig(), language=_clip_text(768, 12, 280))
+    return _released("released-b16-laion", model, length=280, lr=5e-4, rows=8192, micro=32, steps=1_590_000)
+
+
+def released_b32_laion() -> RunConfig:
+    """`LCL_ViT-B-32_laion`: ViT-B/32 + CLIP-text LM of width 512 on pairs, rows of 128."""
+    model = ModelConfig(vision=VisionConfig(patch_size=32), language=_clip_text(512, 8, 128), pool_heads=8)
+    return _released("released-b32-laion", model, length=128, lr=5e-4, rows=8192, micro=64, steps=1_590_000)
+
+
+def released_b32_mmc4() -> RunConfig:
+    """`LCL_ViT-B-32_mmc4`: the same on MMC4 documents, rows of 2048, one document each."""
+    model = ModelConfig(vision=VisionConfig(patch_size=32), language=_clip_text(512, 8, 2048), pool_heads=8)
+    return _released("released-b32-mmc4", model, length=2048, lr=3e-4, rows=2048, micro=4, steps=250_000)
+
+
+def demo() -> RunConfig:
+    """A few minutes on two CPU cores: OpenMoji pictures at 64 px, captions, several pairs a row."""
+    return RunConfig(
+        recipe="demo",
+        model=ModelConfig(
+            vision=VisionConfig(image_size=64, width=192, layers=6, heads=6, mlp_width=768, class_token=False),
+            language=LanguageConfig(
+                vocab_size=2048, width=192, layers=4, heads=6, mlp_width=768, max_positions=256
+            ),
+            pool_heads=6,
+        ),
+        data=DataConfig(tokenizer=TokenizerConfig(kind="file"), sequence_length=256),
+        optim=OptimConfig(lr=1e-3, warmup_steps=40),
+        train=TrainConfig(steps=400, micro_batch_size=8, global_batch_size=16),
+        checkpoint=CheckpointConfig(every=100),
+        log=LogConfig(every=10),
+    )
+
+
+RECIPES: dict[str, Callable[[], RunConfig]] = {
+    "paper-l14": paper_l14,
+    "paper-b16": paper_b16,
+    "large-h14": large_h14,
+    "large-g14": large_g14,
+    "released-b16-laion": released_b16_laion,
+    "released-b32-laion": released_b32_laion,
+    "released-b32-mmc4": released_b32_mmc4,
+    "demo": demo,
+}
+
+
+def load_recipe(name: str) -> RunConfig:
+    """The configuration of a recipe.
+
+    Raises:
+        ConfigError: no recipe has that name.
+    """
+    if name not in RECIPES:
+        near = difflib.get_close_matches(name, RECIPES, n=1)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise ConfigError(explain(f"recipe = {name}", "no recipe has this name",
+                                  f"{hint}Recipes: {', '.join(RECIPES)}."))  # fmt: skip
+    return RECIPES[name]()

@@ -1,0 +1,244 @@
+"""Everything a run is made of; each knob has one owner, and combinations are checked here, on CPU."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lcl_mcore.config.base import config_dataclass, require
+from lcl_mcore.config.data import DataConfig
+from lcl_mcore.config.model import ModelConfig
+
+
+@config_dataclass
+class LossConfig:
+    """Weights and rules of the two losses (paper section 3.3, Table 6)."""
+
+    contrastive_weight: float = 0.1
+    generation_weight: float = 1.0
+    contrastive_mean: Literal["image", "rank"] = "image"
+    """"image": mean over all images of the global batch; "rank": mean of rank means (released code)."""
+    negatives: Literal["global_batch", "micro_batch"] = "global_batch"
+    """"micro_batch" is cheaper with gradient accumulation but changes the objective."""
+    mask_same_document: bool = False
+    """Do not use images of one document as each other's negatives."""
+    contrastive_impl: Literal["auto", "reference", "tiled", "triton"] = "auto"
+    contrastive_schedule: Literal["auto", "reduce_scatter", "gather_both"] = "auto"
+    generation_impl: Literal["auto", "reference", "chunked"] = "auto"
+
+    def __post_init__(self) -> None:
+        for name in ("contrastive_weight", "generation_weight"):
+            value = getattr(self, name)
+            require(value >= 0, f"loss.{name} = {value}", "a weight cannot be negative", "Use 0 to switch it off.")
+        require(
+            self.contrastive_weight + self.generation_weight > 0,
+            "loss.contrastive_weight = loss.generation_weight = 0",
+            "there must be something to learn",
+            "The paper uses 0.1 and 1.",
+        )
+
+
+@config_dataclass
+class OptimConfig:
+    """AdamW and its schedule (paper Tables 7 and 9)."""
+
+    lr: float = 3e-4
+    min_lr: float = 0.0
+    warmup_steps: int = 2000
+    weight_decay: float = 0.1
+    """Not applied to tensors with one dimension (norms, biases, layer-scale, class token, pool query) or
+    to the temperature; applied to matrices, embeddings and position tables."""
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    clip_grad: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+
+    def __post_init__(self) -> None:
+        require(self.lr > 0, f"optim.lr = {self.lr}", "must be positive", "The paper uses 3e-4.")
+        require(
+            0 <= self.min_lr <= self.lr, f"optim.min_lr = {self.min_lr}", "must lie in [0, lr]", "The paper uses 0."
+        )
+        require(self.warmup_steps >= 0, f"optim.warmup_steps = {self.warmup_steps}", "cannot be negative", "Use 0.")
+        for name in ("beta1", "beta2"):
+            value = getattr(self, name)
+            require(0 <= value < 1, f"optim.{name} = {value}", "must lie in [0, 1)", "The paper uses 0.9 and 0.95.")
+
+
+@config_dataclass
+class ParallelConfig:
+    """How the job's processes share the work. Data-parallel size = processes / (tensor * pipeline)."""
+
+    tensor: int = 1
+    pipeline: int = 1
+    context: int = 1
+    sequence: bool = False
+    """Split norms and residuals along the tokens over the tensor-parallel ranks."""
+    recompute: Literal["none", "vision", "language", "full"] = "none"
+    """Which towers' activations are recomputed in backward instead of kept."""
+    overlap_grad_reduce: bool = True
+    overlap_param_gather: bool = True
+    timeout_seconds: float = 600.0
+    """After this long without progress a collective fails, on every group."""
+
+    def __post_init__(self) -> None:
+        for name in ("tensor", "pipeline", "context"):
+            value = getattr(self, name)
+            require(value >= 1, f"parallel.{name} = {value}", "at least one process", "Use 1 to switch it off.")
+        require(
+            self.context == 1,
+            f"parallel.context = {self.context}",
+            "context parallelism is not supported: rows have a few thousand tokens",
+            "Use --tp, and --sequence-parallel.",
+        )
+        require(
+            self.pipeline == 1,
+            f"parallel.pipeline = {self.pipeline}",
+            "pipeline parallelism is not supported yet",
+            "Use --pp 1 and a larger --tp, or --recompute full.",
+        )
+        require(
+            not self.sequence or self.tensor > 1,
+            "parallel.sequence = True with parallel.tensor = 1",
+            "sequence parallelism splits over tensor-parallel ranks",
+            "Set --tp to 2 or more, or drop --sequence-parallel.",
+        )
+        require(self.timeout_seconds > 0, f"parallel.timeout_seconds = {self.timeout_seconds}", "must be positive",
+                "The default is 600.")  # fmt: skip
+
+
+@config_dataclass
+class TrainConfig:
+    """Sizes, length and precision of the run."""
+
+    steps: int = 1000
+    micro_batch_size: int = 1
+    """Rows (packed sequences) per forward pass on one data-parallel rank."""
+    global_batch_size: int = 1
+    """Rows per optimizer step over all data-parallel ranks."""
+    seed: int = 0
+    precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    backend: Literal["auto", "torch", "te"] = "auto"
+    """Transformer layers: Transformer Engine's, or megatron-core's own with torch kernels."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "micro_batch_size", "global_batch_size"):
+            value = getattr(self, name)
+            require(value >= 1, f"train.{name} = {value}", "must be at least 1", "Set it to 1 or more.")
+        require(
+            self.global_batch_size % self.micro_batch_size == 0,
+            f"train.global_batch_size = {self.global_batch_size}, micro_batch_size = {self.micro_batch_size}",
+            "the global batch holds whole micro-batches",
+            f"Use a multiple of {self.micro_batch_size}.",
+        )
+
+
+@config_dataclass
+class CheckpointConfig:
+    """When checkpoints are written and how many are kept."""
+
+    every: int = 250
+    """Steps between checkpoints; the last step and a stop signal always write one. 0: only those."""
+    keep: int = 2
+    """Newest complete checkpoints kept; older ones are removed after a newer one is complete."""
+
+    def __post_init__(self) -> None:
+        require(self.every >= 0, f"checkpoint.every = {self.every}", "cannot be negative", "Use 0 for none.")
+        require(self.keep >= 1, f"checkpoint.keep = {self.keep}", "must be at least 1", "Keep one or more.")
+
+
+@config_dataclass
+class LogConfig:
+    """Where progress goes besides the JSON-lines file, which always gets every step."""
+
+    every: int = 10
+    """Steps between lines on the terminal."""
+    tensorboard: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.every >= 1, f"log.every = {self.every}", "must be at least 1", "Use 1 for every step.")
+
+
+@config_dataclass
+class RunConfig:
+    """A complete, checked description of a training run; saved as `config.yaml` in its folder."""
+
+    recipe: str = "custom"
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    parallel: ParallelConfig = ParallelConfig()
+    train: TrainConfig = TrainConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    def __post_init__(self) -> None:
+        tp, model = self.parallel.tensor, self.model
+        for name, heads in (
+            ("model.vision.heads", model.vision.heads),
+            ("model.language.heads", model.language.heads),
+            ("model.pool_heads", model.pool_heads),
+        ):
+            divisors = [d for d in range(1, heads + 1) if heads % d == 0]
+            require(
+                heads % tp == 0,
+                f"{name} = {heads} with parallel.tensor = {tp}",
+                "each tensor-parallel rank gets a whole share of the heads",
+                f"Use --tp from {divisors}.",
+            )
+        padded = model.language.padded_vocab_size
+        require(padded % tp == 0, f"padded vocabulary {padded} with parallel.tensor = {tp}",
+                "the vocabulary is split evenly", "Use a --tp that is a power of 2 up to 128.")  # fmt: skip
+        for name, width in (("vision", model.vision.mlp_width), ("language", model.language.mlp_width)):
+            require(width % tp == 0, f"model.{name}.mlp_width = {width} with parallel.tensor = {tp}",
+                    "the MLP is split evenly", "Use a --tp that divides it.")  # fmt: skip
+        length = self.data.sequence_length
+        require(
+            length <= model.language.max_positions,
+            f"data.sequence_length = {length}, model.language.max_positions = {model.language.max_positions}",
+            "a row cannot be longer than the LM's position table",
+            "Shorten the rows or enlarge the table.",
+        )
+        require(
+            not self.parallel.sequence or length % tp == 0,
+            f"data.sequence_length = {length} with parallel.tensor = {tp} and sequence parallelism",
+            "rows are split evenly over the tensor-parallel ranks",
+            f"Use a multiple of {tp}.",
+        )
+        require(
+            self.train.precision != "fp8" or self.train.backend != "torch",
+            "train.precision = fp8 with train.backend = torch",
+            "FP8 layers come from Transformer Engine",
+            "Use --backend auto, or --precision bf16.",
+        )
+        require(
+            self.train.precision != "fp8" or self.train.device != "cpu",
+            "train.precision = fp8 with train.device = cpu",
+            "FP8 needs a GPU of compute capability 8.9 or newer",
+            "Use --precision fp32 or bf16.",
+        )
+        self.data.require_room_for_images(model.vision.patches)
+
+    def check_processes(self, world_size: int) -> int:
+        """Data-parallel size for a job of `world_size` processes.
+
+        Raises:
+            ConfigError: the processes or the global batch cannot be split evenly.
+        """
+        block = self.parallel.tensor * self.parallel.pipeline
+        require(
+            world_size % block == 0,
+            f"{world_size} processes with --tp {self.parallel.tensor} --pp {self.parallel.pipeline}",
+            "the product of tp and pp must divide the number of processes",
+            f"Start a multiple of {block} processes.",
+        )
+        dp = world_size // block
+        rows, micro = self.train.global_batch_size, self.train.micro_batch_size
+        require(
+            rows % (dp * micro) == 0,
+            f"train.global_batch_size = {rows} with {dp} data-parallel ranks and micro_batch_size = {micro}",
+            "every rank runs the same number of whole micro-batches",
+            f"Use a multiple of {dp * micro}.",
+        )
+        return dp

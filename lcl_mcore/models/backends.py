@@ -1,0 +1,63 @@
+"""Which implementation each part of the model uses here, and why not a faster one."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from lcl_mcore.errors import ConfigError, explain
+from lcl_mcore.models.layers import LayerBackend, torch_backend
+from lcl_mcore.platform import probe
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One line of the report at start-up: the part, what serves it, and the reason."""
+
+    part: str
+    backend: str
+    reason: str
+
+
+def _te_backend() -> LayerBackend:
+    from megatron.core.extensions.transformer_engine import (
+        TEColumnParallelLinear,
+        TEDotProductAttention,
+        TENorm,
+        TERowParallelLinear,
+    )
+
+    return LayerBackend(TEColumnParallelLinear, TERowParallelLinear, TENorm, TEDotProductAttention)
+
+
+def choose_attention(dtype: torch.dtype) -> Choice:
+    """The fastest attention that can serve packed sequences of this dtype without s x s scores."""
+    if dtype == torch.float32:
+        return Choice("attention", "sdpa", "fp32: the variable-length kernels take half precision only")
+    flash, varlen = probe.flash_attn(), probe.torch_varlen()
+    if flash.usable:
+        return Choice("attention", "flash-attn", f"flash-attn {flash.version}")
+    if varlen.usable:
+        return Choice("attention", "torch-varlen", f"flash-attn: {flash.reason}")
+    return Choice("attention", "sdpa", f"flash-attn: {flash.reason}; torch varlen: {varlen.reason}")
+
+
+def choose_layers(dtype: torch.dtype, requested: str = "auto") -> tuple[LayerBackend, list[Choice]]:
+    """Pick the layer implementation ("auto", "torch" or "te") and say why.
+
+    Raises:
+        ConfigError: "te" was requested and cannot be used.
+    """
+    te = probe.transformer_engine()
+    if requested == "te" and not te.usable:
+        raise ConfigError(explain("backend = te", te.reason, "Install transformer-engine, or use --backend auto."))
+    if te.usable and requested != "torch" and dtype != torch.float32:
+        why = f"transformer-engine {te.version}"
+        return _te_backend(), [Choice(part, "transformer-engine", why) for part in ("layers", "attention", "norm")]
+    reason = "requested" if requested == "torch" else f"transformer-engine: {te.reason}"
+    if te.usable and dtype == torch.float32:
+        reason = "fp32 runs use megatron-core's own layers"
+    attention = choose_attention(dtype)
+    choices = [Choice("layers", "megatron-core", reason), attention, Choice("norm", "torch LayerNorm", reason)]
+    return torch_backend(attention.backend), choices  # type: ignore[arg-type]

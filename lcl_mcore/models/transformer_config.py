@@ -1,0 +1,91 @@
+"""megatron's `TransformerConfig` for each tower, derived from our configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+
+from lcl_mcore.config.model import LanguageConfig, VisionConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """What the towers need to know about parallelism, precision and recompute."""
+
+    tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    sequence_parallel: bool = False
+    dtype: torch.dtype = torch.float32
+    device: torch.device = torch.device("cpu")
+    recompute_vision: bool = False
+    recompute_language: bool = False
+
+
+def no_init(weight: Tensor) -> Tensor:
+    """Weights are drawn by `models.init`, keyed by name, after the model stands."""
+    return weight
+
+
+def _common(layout: Layout, recompute: bool) -> dict[str, Any]:
+    options: dict[str, Any] = {
+        "tensor_model_parallel_size": layout.tensor_parallel,
+        "sequence_parallel": layout.sequence_parallel and layout.tensor_parallel > 1,
+        "params_dtype": layout.dtype,
+        "pipeline_dtype": layout.dtype,
+        "bf16": layout.dtype == torch.bfloat16,
+        "use_cpu_initialization": layout.device.type == "cpu",
+        "perform_initialization": True,
+        "init_method": no_init,
+        "output_layer_init_method": no_init,
+        "hidden_dropout": 0.0,  # our residual branch has its own
+        "attention_dropout": 0.0,
+        "add_bias_linear": True,
+        "normalization": "LayerNorm",
+        "gradient_accumulation_fusion": False,
+        "bias_activation_fusion": False,
+        "bias_dropout_fusion": False,
+        "masked_softmax_fusion": False,
+        "apply_rope_fusion": False,
+        "calculate_per_token_loss": True,  # our losses carry their own global normaliser: DDP must sum
+    }
+    if recompute:
+        options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    return options
+
+
+def vision_transformer_config(shape: VisionConfig, layout: Layout) -> TransformerConfig:
+    """The ViT tower; it never spans pipeline stages."""
+    return TransformerConfig(
+        num_layers=shape.layers,
+        hidden_size=shape.width,
+        num_attention_heads=shape.heads,
+        ffn_hidden_size=shape.mlp_width,
+        activation_func=F.gelu,
+        layernorm_epsilon=shape.norm_eps,
+        **_common(layout, layout.recompute_vision),
+    )
+
+
+def language_transformer_config(shape: LanguageConfig, layout: Layout) -> TransformerConfig:
+    """The LM tower."""
+    return TransformerConfig(
+        num_layers=shape.layers,
+        hidden_size=shape.width,
+        num_attention_heads=shape.heads,
+        ffn_hidden_size=shape.mlp_width,
+        activation_func=F.relu if shape.activation == "relu" else F.gelu,
+        layernorm_epsilon=shape.norm_eps,
+        pipeline_model_parallel_size=layout.pipeline_parallel,
+        **_common(layout, layout.recompute_language),
+    )
+
+
+def without_sequence_parallel(config: TransformerConfig) -> TransformerConfig:
+    """The same configuration for a part that sees all tokens on every TP rank."""
+    return dataclasses.replace(config, sequence_parallel=False) if config.sequence_parallel else config

@@ -1,0 +1,105 @@
+"""Process groups, made once and passed to whoever communicates. Nothing here uses WORLD.
+
+Rank order is megatron's: tensor-parallel ranks are neighbours, then data-parallel, then pipeline stages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+
+@dataclass(frozen=True)
+class Groups:
+    """The groups of this rank.
+
+    megatron      everything megatron-core's modules ask for (tp, pp, dp, ...)
+    tp, pp, dp    tensor-, pipeline- and data-parallel groups on the compute backend
+    loss          the data-parallel ranks again, for the contrastive loss alone: its collectives never
+                  queue behind the gradient reduction
+    host_counts   the data-parallel ranks over gloo: counts of the next batch, from the loader's thread
+    host_model    the model-parallel ranks (tp x pp) of this data-parallel index over gloo
+    host_control  all ranks over gloo: stop flags and checkpoint commits, between steps
+    """
+
+    megatron: ProcessGroupCollection
+    tp: dist.ProcessGroup
+    pp: dist.ProcessGroup
+    dp: dist.ProcessGroup
+    loss: dist.ProcessGroup
+    host_counts: dist.ProcessGroup
+    host_model: dist.ProcessGroup
+    host_control: dist.ProcessGroup
+
+
+def _make(members: list[list[int]], backend: str | None, timeout: timedelta, name: str) -> dist.ProcessGroup:
+    """One group per list; every rank takes part in making all of them, in the same order."""
+    mine = None
+    for ranks in members:
+        group = dist.new_group(ranks, backend=backend, timeout=timeout, group_desc=name)
+        if dist.get_rank() in ranks:
+            mine = group
+    assert mine is not None
+    return mine
+
+
+def make_groups(tp: int, pp: int, timeout_seconds: float, seed: int) -> Groups:
+    """Split the job into groups. Collective over all ranks; the process group must be initialised.
+
+    Raises:
+        ValueError: the number of ranks is not a multiple of tp * pp.
+    """
+    world, timeout = dist.get_world_size(), timedelta(seconds=timeout_seconds)
+    if world % (tp * pp):
+        raise ValueError(
+            f"{world} processes with tp = {tp}, pp = {pp}: the product of tp and pp must divide the number of "
+            f"processes. Start a multiple of {tp * pp} processes."
+        )
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=tp,
+        pipeline_model_parallel_size=pp,
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=timeout_seconds / 60,  # type: ignore[arg-type]  # a float works
+    )
+    # megatron's random state is required by its code; none of our masks draws from it.
+    model_parallel_cuda_manual_seed(seed)
+    dp = world // (tp * pp)
+    data = [[p * dp * tp + d * tp + t for d in range(dp)] for p in range(pp) for t in range(tp)]
+    model = [[p * dp * tp + d * tp + t for p in range(pp) for t in range(tp)] for d in range(dp)]
+    collection = ProcessGroupCollection.use_mpu_process_groups()
+    return Groups(
+        megatron=collection,
+        tp=collection.tp,
+        pp=collection.pp,
+        dp=collection.dp,
+        loss=_make(data, None, timeout, "contrastive-loss"),
+        host_counts=_make(data, "gloo", timeout, "host-counts"),
+        host_model=_make(model, "gloo", timeout, "host-model"),
+        host_control=_make([list(range(world))], "gloo", timeout, "host-control"),
+    )
+
+
+def gather_bytes(payload: bytes, group: dist.ProcessGroup) -> list[bytes]:
+    """All ranks' byte strings, in rank order; gloo, no pickle."""
+    import torch
+
+    size = torch.tensor([len(payload)])
+    sizes = [torch.zeros_like(size) for _ in range(group.size())]
+    dist.all_gather(sizes, size, group=group)
+    capacity = max(int(s) for s in sizes)
+    padded = torch.zeros(max(capacity, 1), dtype=torch.uint8)
+    padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else padded[:0]
+    parts = [torch.empty_like(padded) for _ in range(group.size())]
+    dist.all_gather(parts, padded, group=group)
+    return [bytes(part[: int(s)].tolist()) for part, s in zip(parts, sizes, strict=True)]
+
+
+def digest(text: str) -> str:
+    """Short stable digest, for comparing settings between ranks and runs."""
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
