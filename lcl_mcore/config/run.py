@@ -45,8 +45,8 @@ class OptimConfig:
     min_lr: float = 0.0
     warmup_steps: int = 2000
     weight_decay: float = 0.1
-    """Not applied to tensors with one dimension (norms, biases, layer-scale, class token, pool query) or
-    to the temperature; applied to matrices, embeddings and position tables."""
+    """Not applied to tensors with one dimension: norms, biases, layer-scale, class token, temperature.
+    Applied to all others: matrices, embeddings, position tables, the pool's query (as released)."""
     beta1: float = 0.9
     beta2: float = 0.95
     eps: float = 1e-8

@@ -113,7 +113,8 @@ class AttentionPool(MegatronModule):
         eps = shape.vision.norm_eps
         self.patches = shape.vision.patches
         self.head_channels = width // shape.pool_heads
-        self.query = nn.Parameter(torch.empty(h, dtype=config.params_dtype, device=parameter_device(config)))
+        query = torch.empty(1, 1, h, dtype=config.params_dtype, device=parameter_device(config))
+        self.query = nn.Parameter(query)
         self.norm_q = LayerNorm(dense, h, eps)
         self.norm_k = LayerNorm(config, h, eps)
         self.norm_v = LayerNorm(config, h, eps)
@@ -129,7 +130,7 @@ class AttentionPool(MegatronModule):
     def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Encoder output [n_local * P, 1, h] -> pooled [n, D], projected latents [n, P, D], on every TP rank."""
         d, p = self.head_channels, self.patches
-        query, _ = self.linear_q(self.norm_q(self.query)[None, None])  # [1, 1, D / tp]
+        query, _ = self.linear_q(self.norm_q(self.query))  # [1, 1, D / tp]
         key, _ = self.linear_k(self.norm_k(latents))  # [n * P, 1, D / tp]
         value, _ = self.linear_v(self.norm_v(latents))
         n, a = key.shape[0] // p, key.shape[-1] // d

@@ -1,0 +1,84 @@
+"""Randomness that depends on names only: the same in every layout, process and order of calls."""
+
+from __future__ import annotations
+
+from hashlib import blake2b
+
+Part = int | str
+
+
+def key64(*parts: Part) -> int:
+    """64 pseudo-random bits that depend on the given parts, their types and their order."""
+    digest = blake2b(digest_size=8)
+    for part in parts:
+        encoded = part.encode() if isinstance(part, str) else b"%d" % part
+        digest.update(b"%c%d:" % (b"s" if isinstance(part, str) else b"i", len(encoded)))
+        digest.update(encoded)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def key63(*parts: Part) -> int:
+    """Like `key64`, as a non-negative int64."""
+    return key64(*parts) >> 1
+
+
+class KeyedRandom:
+    """A short stream of uniform numbers that belongs to one key (for a crop, a choice, a side)."""
+
+    def __init__(self, *parts: Part) -> None:
+        self._key = key64(*parts).to_bytes(8, "little")
+        self._block = b""
+        self._count = 0
+
+    def bits(self) -> int:
+        """The next 64 bits."""
+        if not self._block:
+            self._block = blake2b(self._key + self._count.to_bytes(8, "little")).digest()
+            self._count += 1
+        value, self._block = int.from_bytes(self._block[:8], "little"), self._block[8:]
+        return value
+
+    def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
+        """The next number in [low, high)."""
+        return low + (high - low) * (self.bits() >> 11) * 2.0**-53
+
+    def below(self, n: int) -> int:
+        """The next integer in 0..n-1 (bias below 2**-40 for every n that occurs here)."""
+        return self.bits() * n >> 64
+
+    def sample(self, n: int, k: int) -> list[int]:
+        """`k` different integers of 0..n-1, in increasing order."""
+        chosen = list(range(n))
+        for i in range(k):
+            j = i + self.below(n - i)
+            chosen[i], chosen[j] = chosen[j], chosen[i]
+        return sorted(chosen[:k])
+
+
+class Permutation:
+    """A keyed bijection of 0..n-1 in constant memory: a Feistel network with cycle walking."""
+
+    ROUNDS = 6
+
+    def __init__(self, n: int, *parts: Part) -> None:
+        self.n = n
+        self._half_bits = max(1, ((max(n - 1, 1)).bit_length() + 1) // 2)
+        self._mask = (1 << self._half_bits) - 1
+        self._keys = [key64(*parts, "feistel", r) for r in range(self.ROUNDS)]
+
+    def __call__(self, i: int) -> int:
+        """Where `i` goes. The domain is at most four times n, so few steps of walking are needed."""
+        if not 0 <= i < self.n:
+            raise IndexError(f"{i} is not in 0..{self.n - 1}")
+        value = self._scramble(i)
+        while value >= self.n:
+            value = self._scramble(value)
+        return value
+
+    def _scramble(self, value: int) -> int:
+        left, right = value >> self._half_bits, value & self._mask
+        for key in self._keys:
+            mixed = (right + key) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+            mixed = (mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+            left, right = right, left ^ ((mixed ^ mixed >> 32) & self._mask)
+        return left << self._half_bits | right

@@ -1,0 +1,118 @@
+"""Which document comes next: a pure function of seed, mix and data set sizes, in constant memory.
+
+V lanes (one per row of the global batch) each draw their own sequence of documents. The n-th draw of
+a lane takes its source from a fixed periodic schedule; the c-th draw of a lane from one source takes
+element `lane + c * V` of that source's stream, which is the source's documents epoch after epoch,
+each epoch in an order of its own. Nothing here depends on ranks, workers or on what was read before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+
+from lcl_mcore.data.keyed import Permutation, key64
+from lcl_mcore.errors import DataError, explain
+
+PERIOD = 10_000
+
+
+@dataclass(frozen=True)
+class Draw:
+    """One document of the stream: number `index` of source number `source`, in its pass `epoch`."""
+
+    source: int
+    epoch: int
+    index: int
+
+
+def mix_schedule(weights: Sequence[float], period: int = PERIOD) -> list[int]:
+    """`period` source numbers, each source spread evenly and as often as its weight says.
+
+    At every place the source that is furthest behind its share comes next, so any stretch of the
+    schedule has each source's share to within a document or so.
+    """
+    if len(weights) == 1:
+        return [0]
+    total = sum(weights)
+    shares = [weight / total for weight in weights]
+    if min(shares) * period < 1:
+        raise DataError(
+            explain(
+                f"weights {list(weights)}",
+                f"the smallest share must be at least 1/{period} of the mix",
+                "Raise the smallest weight or leave that source out.",
+            )
+        )
+    given = [0] * len(shares)
+    schedule = []
+    for place in range(1, period + 1):
+        source = max(range(len(shares)), key=lambda s: (shares[s] * place - given[s], -s))
+        given[source] += 1
+        schedule.append(source)
+    return schedule
+
+
+class DocumentOrder:
+    """Maps (lane, number of the draw) to a document of the mix."""
+
+    def __init__(
+        self,
+        sizes: Sequence[int],
+        weights: Sequence[float],
+        names: Sequence[str],
+        *,
+        lanes: int,
+        seed: int,
+        shuffle: bool = True,
+        block: int = 1,
+    ) -> None:
+        for name, size in zip(names, sizes, strict=True):
+            if size <= 0:
+                raise DataError(explain(f"source {name}", "holds no documents", "Prepare it again."))
+        self.sizes = list(sizes)
+        self.names = list(names)
+        self.lanes = lanes
+        self.seed = seed
+        self.shuffle = shuffle
+        self.block = block
+        self._schedule = np.array(mix_schedule(weights), dtype=np.int32)
+        # [source, place]: how often the source stands in places 0..place-1 of one period
+        drawn = self._schedule[None, :] == np.arange(len(sizes))[:, None]
+        self._before = np.pad(np.cumsum(drawn, axis=1, dtype=np.int32), ((0, 0), (1, 0)))
+        self._permutation = lru_cache(maxsize=4 * len(sizes))(self._new_permutation)
+
+    def draw(self, lane: int, n: int) -> Draw:
+        """The n-th document of a lane."""
+        period = len(self._schedule)
+        phase = lane * period // self.lanes  # lanes start at different places of the schedule
+        place = n + phase
+        source = int(self._schedule[place % period])
+        drawn = self._total(source, place) - self._total(source, phase)
+        element = lane + drawn * self.lanes
+        epoch, i = divmod(element, self.sizes[source])
+        return Draw(source, epoch, self._document(source, epoch, i))
+
+    def _total(self, source: int, place: int) -> int:
+        """How often `source` is scheduled in places 0..place-1."""
+        before = self._before[source]
+        periods, rest = divmod(place, len(self._schedule))
+        return periods * int(before[-1]) + int(before[rest])
+
+    def _document(self, source: int, epoch: int, i: int) -> int:
+        """The i-th document of one epoch: blocks of neighbours in permuted order."""
+        if not self.shuffle:
+            return i
+        whole = self.sizes[source] // self.block * self.block
+        if i >= whole:
+            return i  # the last, incomplete block keeps its place
+        permutation = self._permutation(source, epoch)
+        block, offset = divmod(i, self.block)
+        return permutation(block) * self.block + offset
+
+    def _new_permutation(self, source: int, epoch: int) -> Permutation:
+        blocks = self.sizes[source] // self.block
+        return Permutation(blocks, key64(self.seed, "epoch order", self.names[source], epoch))

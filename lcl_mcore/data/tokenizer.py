@@ -1,0 +1,220 @@
+"""Text to ids and back, with image, begin, end and padding ids that no text can ever produce."""
+
+from __future__ import annotations
+
+import hashlib
+import html
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import decoders as hf_decoders
+
+from lcl_mcore.config.data import TokenizerConfig
+from lcl_mcore.data.clip_vocabulary import clip_tokenizer_from_merges
+from lcl_mcore.errors import DataError, explain
+
+
+@dataclass(frozen=True)
+class SpecialIds:
+    """The ids that stand for structure instead of text."""
+
+    bos: int
+    eos: int
+    pad: int
+    boi: int
+    eoi: int
+    image: int
+    vocab_size: int
+
+
+class Tokenizer:
+    """Encodes ordinary text only. Markers inside a document's text stay ordinary characters."""
+
+    def __init__(self, backend: tokenizers.Tokenizer, ids: SpecialIds, *, clip_cleaning: bool = False) -> None:
+        self._definition = backend.to_str()
+        self._backend = _without_special_matching(self._definition)
+        self._ids = ids
+        self._clip_cleaning = clip_cleaning
+        self._reserved = {ids.bos, ids.eos, ids.boi, ids.eoi, ids.image}
+        if ids.pad >= self.text_size:
+            self._reserved.add(ids.pad)
+
+    bos = property(lambda self: self._ids.bos, doc="begins a document")
+    eos = property(lambda self: self._ids.eos, doc="ends a document")
+    pad = property(lambda self: self._ids.pad, doc="fills the end of a row")
+    boi = property(lambda self: self._ids.boi, doc="stands before an image")
+    eoi = property(lambda self: self._ids.eoi, doc="stands after an image")
+    image = property(lambda self: self._ids.image, doc="holds the place of one image latent")
+    vocab_size = property(lambda self: self._ids.vocab_size, doc="text and special ids")
+
+    @property
+    def text_size(self) -> int:
+        """Number of ids of the underlying vocabulary."""
+        return self._backend.get_vocab_size(with_added_tokens=True)
+
+    @property
+    def fingerprint(self) -> str:
+        """Changes with the vocabulary, its rules and the special ids."""
+        content = json.dumps([json.loads(self._definition), self._ids.__dict__, self._clip_cleaning])
+        return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text, without begin or end."""
+        cleaned = [self._clean(text) for text in texts]
+        encoded = self._backend.encode_batch_fast(cleaned, add_special_tokens=False)
+        return [[i for i in item.ids if i not in self._reserved] for item in encoded]
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of one text, without begin or end."""
+        return self.encode_batch([text])[0]
+
+    def decode(self, ids: Iterable[int], *, markers: bool = False) -> str:
+        """Text of ids; with `markers`, special ids appear as readable marks instead of vanishing."""
+        names = {
+            self.bos: "<bos>",
+            self.eos: "<eos>",
+            self.boi: "<BoI>",
+            self.eoi: "<EoI>",
+            self.image: "<image>",
+        }
+        parts: list[str] = []
+        run: list[int] = []
+        for i in ids:
+            if i not in self._reserved and i != self.pad:
+                run.append(i)
+                continue
+            parts.append(self._backend.decode(run))
+            run = []
+            if markers:
+                parts.append(names.get(i, "<pad>"))
+        parts.append(self._backend.decode(run))
+        return "".join(parts)
+
+    def save(self, path: Path) -> None:
+        """Write the underlying vocabulary as `tokenizer.json`."""
+        path.write_text(self._definition)
+
+    def _clean(self, text: str) -> str:
+        text = text.encode("utf-8", "replace").decode()  # lone surrogates become question marks
+        if self._clip_cleaning:
+            text = " ".join(html.unescape(html.unescape(text)).split())
+        return text
+
+
+def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
+    """The tokenizer that a configuration asks for."""
+    if config.kind == "clip":
+        ids = SpecialIds(bos=49406, eos=49407, pad=0, boi=49409, eoi=49410, image=49408, vocab_size=49411)
+        return _named(config, ids, expected=49408, ends=("<|startoftext|>", "<|endoftext|>"))
+    if config.kind == "opt":
+        ids = SpecialIds(bos=2, eos=2, pad=1, boi=50265, eoi=50266, image=50267, vocab_size=50272)
+        return _named(config, ids, expected=50265, ends=("</s>", "</s>"))
+    return _after_last_id(_read(config.path))
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """A byte-level BPE vocabulary of at most `vocab_size` text ids, learnt from `texts`."""
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.normalizer = normalizers.NFC()
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = hf_decoders.ByteLevel()
+    backend.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return _after_last_id(backend)
+
+
+def _after_last_id(backend: tokenizers.Tokenizer) -> Tokenizer:
+    """Any vocabulary: six new ids follow its last one."""
+    n = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+    ids = SpecialIds(bos=n, eos=n + 1, pad=n + 2, boi=n + 3, eoi=n + 4, image=n + 5, vocab_size=n + 6)
+    return Tokenizer(backend, ids)
+
+
+def _named(config: TokenizerConfig, ids: SpecialIds, *, expected: int, ends: tuple[str, str]) -> Tokenizer:
+    """OPT's or CLIP's vocabulary, checked to be just that."""
+    backend = _read(config.path)
+    vocabulary = backend.get_vocab(with_added_tokens=True)
+    found = (len(vocabulary), vocabulary.get(ends[0]), vocabulary.get(ends[1]))
+    if found != (expected, ids.bos, ids.eos):
+        raise DataError(
+            explain(
+                f"tokenizer {config.path}: size and ids of {ends} are {found}",
+                f"{config.kind.upper()}'s are {(expected, ids.bos, ids.eos)}",
+                "Point data.tokenizer.path at the right vocabulary, or use kind = file.",
+            )
+        )
+    return Tokenizer(backend, ids, clip_cleaning=config.kind == "clip")
+
+
+def _read(path: str) -> tokenizers.Tokenizer:
+    """A vocabulary from a file, a folder, or a model name in the local Hugging Face cache."""
+    place = Path(path)
+    if not place.exists():
+        place = _cached_snapshot(path)
+    candidates = [place] if place.is_file() else [place / "tokenizer.json"]
+    merges = [place] if place.name.endswith("merges.txt") else []
+    merges += [place / "vocab.json", *place.glob("bpe_simple_vocab*.txt.gz")] if place.is_dir() else []
+    try:
+        for candidate in candidates:
+            if candidate.name.endswith(".txt.gz"):
+                return clip_tokenizer_from_merges(candidate)
+            if candidate.is_file():
+                return tokenizers.Tokenizer.from_file(str(candidate))
+        for candidate in merges:
+            if candidate.name.endswith(".txt.gz"):
+                return clip_tokenizer_from_merges(candidate)
+            if candidate.is_file() and candidate.with_name("merges.txt").is_file():
+                return _byte_level(candidate, candidate.with_name("merges.txt"))
+    except Exception as error:  # the library raises bare Exception for a malformed file
+        message = explain(f"tokenizer {path}: {error}", "is not a readable vocabulary", "Download it again.")
+        raise DataError(message) from error
+    raise DataError(
+        explain(
+            f"tokenizer {path or '(no path)'}",
+            "no tokenizer.json, vocab.json with merges.txt, or bpe_simple_vocab_16e6.txt.gz is there",
+            "Set data.tokenizer.path to a file or folder that has one.",
+        )
+    )
+
+
+def _cached_snapshot(name: str) -> Path:
+    """The newest local snapshot of a Hugging Face model; nothing is downloaded."""
+    import os
+
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    snapshots = home / "hub" / f"models--{name.replace('/', '--')}" / "snapshots"
+    found = sorted(snapshots.glob("*"), key=lambda p: p.stat().st_mtime) if snapshots.is_dir() else []
+    return found[-1] if found else Path(name)
+
+
+def _byte_level(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
+    """GPT-2's kind of vocabulary from its two files (OPT ships these)."""
+    backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = hf_decoders.ByteLevel()
+    return backend
+
+
+def _without_special_matching(definition: str) -> tokenizers.Tokenizer:
+    """The same vocabulary, but `</s>` and the like in a text are plain characters."""
+    content: dict[str, Any] = json.loads(definition)
+    model_vocabulary = content.get("model", {}).get("vocab", {})
+    if isinstance(model_vocabulary, dict) and all(
+        token["content"] in model_vocabulary for token in content.get("added_tokens", [])
+    ):
+        content["added_tokens"] = []
+    backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+    backend.encode_special_tokens = True
+    backend.no_padding()
+    backend.no_truncation()
+    return backend
