@@ -92,7 +92,7 @@ def _released(name: str, model: ModelConfig, *, length: int, lr: float, rows: in
             tokenizer=TokenizerConfig(kind="clip", path="openai/clip-vit-base-patch16"),
             sequence_length=length, packing="off", context_rule="index0",
         ),
-        loss=LossConfig(contrastive_mean="rank"),
+        loss=LossConfig(mean="rank"),
         optim=OptimConfig(lr=lr, beta2=0.98, weight_decay=0.2, eps=1e-6, clip_grad=0.0),
         train=TrainConfig(steps=steps, micro_batch_size=micro, global_batch_size=rows, precision="bf16"),
     )  # fmt: skip

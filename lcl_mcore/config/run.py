@@ -15,8 +15,9 @@ class LossConfig:
 
     contrastive_weight: float = 0.1
     generation_weight: float = 1.0
-    contrastive_mean: Literal["image", "rank"] = "image"
-    """"image": mean over all images of the global batch; "rank": mean of rank means (released code)."""
+    mean: Literal["global", "rank"] = "global"
+    """"global": each loss is a mean over the whole global batch (per eligible image, per target token), the
+    same for every layout; "rank": mean of the data-parallel ranks' means (released code)."""
     negatives: Literal["global_batch", "micro_batch"] = "global_batch"
     """"micro_batch" is cheaper with gradient accumulation but changes the objective."""
     mask_same_document: bool = False

@@ -66,13 +66,15 @@ class MicroBatch:
 class GlobalCounts:
     """Counts of the whole global batch, known on every host before the step: no device sync.
 
-    Each tuple has one entry per data-parallel rank, and holds the sum over its micro-batches.
+    Each tuple has one entry per data-parallel rank, and holds the sum over its micro-batches;
+    `micro_contexts[i]` is `contexts` of micro-batch i alone.
     """
 
     images: tuple[int, ...]
     contexts: tuple[int, ...]
     targets: tuple[int, ...]
     tokens: tuple[int, ...]  # positions that are not padding
+    micro_contexts: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -41,23 +41,36 @@ class ImageFeatures:
     latents: Tensor
 
 
-@dataclass(frozen=True)
-class ContrastivePair:
-    """Unit vectors in fp32 of the images that have a context, row i of one belonging to row i of the other."""
-
-    image: Tensor  # [m, D]
-    context: Tensor  # [m, D]
-
-
 def unit(x: Tensor) -> Tensor:
     """L2-normalise the last dimension in fp32 (released `lcl_model.py:181-199`)."""
     return F.normalize(x.float(), dim=-1)
 
 
+class Temperature(nn.Module):
+    """Learned inverse temperature of the contrastive logits; fp32 in every precision."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__()
+        self.log_scale = nn.Parameter(torch.full((1,), INITIAL_LOG_SCALE, device=device))
+
+    def forward(self) -> Tensor:
+        """The scale, fp32 scalar."""
+        return self.log_scale.exp().squeeze(0)
+
+    @torch.no_grad()
+    def clamp(self) -> None:
+        """Keep the scale in range; called after each optimizer step (released `train.py:187-189`).
+
+        An fp32 parameter shares its storage with the distributed optimizer's master copy, so this
+        clamps the master.
+        """
+        self.log_scale.clamp_(*LOG_SCALE_RANGE)
+
+
 class LclModel(MegatronModule):
     """All of LCL on one pipeline stage.
 
-    The trainer calls the parts in turn (`encode_images`, `read`, `pair`, `language.targets`), so that it
+    The trainer calls the parts in turn (`encode_images`, `read`, `image_side`, `context_side`), so that it
     can start the gathers of the contrastive loss between them.
     """
 
@@ -71,21 +84,7 @@ class LclModel(MegatronModule):
         self.vision = VisionEncoder(vision_config, shape.vision, backend, groups)
         self.pool = AttentionPool(vision_config, shape, groups)
         self.language = LanguageModel(config, shape.language, backend, groups)
-        self.log_scale = nn.Parameter(torch.full((1,), INITIAL_LOG_SCALE, device=layout.device))
-
-    @property
-    def scale(self) -> Tensor:
-        """Inverse temperature of the contrastive logits, fp32 scalar."""
-        return self.log_scale.exp().squeeze(0)
-
-    @torch.no_grad()
-    def clamp_scale(self) -> None:
-        """Keep the temperature in range; called after each optimizer step (released `train.py:187-189`).
-
-        The parameter is fp32 in every precision, and under the distributed optimizer its storage is the
-        optimizer's master copy, so this clamps the master.
-        """
-        self.log_scale.clamp_(*LOG_SCALE_RANGE)
+        self.temperature = Temperature(layout.device)
 
     def encode_images(self, images: Tensor, keys: Tensor, seed: int) -> ImageFeatures:
         """images uint8 [n, 3, H, W], keys int64 [n] -> features of the n images, on every TP rank.
@@ -110,12 +109,13 @@ class LclModel(MegatronModule):
         )
         return self.language(batch.tokens, batch.positions, latents, batch.image_starts, segments)
 
-    def pair(self, batch: MicroBatch, vectors: Tensor, hidden: Tensor) -> ContrastivePair:
-        """Match each image that has a context with the LM output at its `<BoI>`."""
-        return ContrastivePair(
-            unit(vectors.index_select(0, batch.context_images)),
-            unit(self.language.contexts(hidden, batch.context_rows)),
-        )
+    def image_side(self, batch: MicroBatch, vectors: Tensor) -> Tensor:
+        """Unit vectors of the images that have a context: vectors [n, D] -> [m, D] fp32."""
+        return unit(vectors.index_select(0, batch.context_images))
+
+    def context_side(self, batch: MicroBatch, hidden: Tensor) -> Tensor:
+        """Unit vectors of what precedes those images, the LM at their `<BoI>`: hidden [t, D] -> [m, D] fp32."""
+        return unit(self.language.contexts(hidden, batch.context_rows))
 
     def forward(self, batch: MicroBatch, seed: int = 0) -> tuple[ImageFeatures, Tensor]:
         """Image features and LM hidden states [t, D] of a micro-batch on the device."""

@@ -1,0 +1,135 @@
+"""megatron's distributed optimizer around torch's fused AdamW, clipped and guarded on the device.
+
+torch's fused AdamW takes a gradient divisor and a skip flag as device scalars, on CPU and CUDA alike. Both
+come from the gradient norm without the host ever waiting for it: clipping is the divisor, and a norm that
+is not finite is the skip flag, so bad gradients leave parameters and moments bitwise unchanged.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from torch import Tensor
+
+from lcl_mcore.config.run import OptimConfig, ParallelConfig
+from lcl_mcore.models.lcl import LclModel
+from lcl_mcore.parallel.groups import Groups
+
+
+def wrap_data_parallel(model: LclModel, parallel: ParallelConfig, groups: Groups) -> DistributedDataParallel:
+    """Gradient buffers in fp32, reduced (summed: the losses carry their own means) while backward runs."""
+    config = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=parallel.overlap_grad_reduce,
+        overlap_param_gather=parallel.overlap_param_gather,
+        use_distributed_optimizer=True,
+        average_in_collective=False,
+    )
+    return DistributedDataParallel(model.config, config, model, pg_collection=groups.megatron)
+
+
+class Optimizer:
+    """AdamW over shards of the parameters; `step` never waits for the device."""
+
+    def __init__(self, ddp: DistributedDataParallel, optim: OptimConfig, dtype: torch.dtype, groups: Groups) -> None:
+        config = OptimizerConfig(
+            optimizer="adam",
+            lr=optim.lr,
+            weight_decay=optim.weight_decay,
+            adam_beta1=optim.beta1,
+            adam_beta2=optim.beta2,
+            adam_eps=optim.eps,
+            clip_grad=0.0,  # done here, on the device
+            bf16=dtype == torch.bfloat16,
+            params_dtype=dtype,
+            use_distributed_optimizer=True,
+            overlap_param_gather=ddp.ddp_config.overlap_param_gather,
+        )
+        optimizer = get_megatron_optimizer(
+            config, [ddp], use_gloo_process_groups=False, pg_collection=groups.megatron
+        )
+        chained = getattr(optimizer, "chained_optimizers", [optimizer])
+        self.shards: Any = chained[0]  # dense parameters: the only kind there is
+        self.adam = torch.optim.AdamW(
+            self.shards.optimizer.param_groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
+        )
+        for group in self.adam.param_groups:
+            group["weight_decay"] = optim.weight_decay * group["wd_mult"]
+        self.shards.optimizer = self.adam
+        self.ddp, self.clip = ddp, optim.clip_grad
+        self.device = next(ddp.parameters()).device
+        self._allocate_moments()
+        self.skipped = torch.zeros((), device=self.device)  # sticky: 1 once anything was not finite
+        self.all_ranks: dist.ProcessGroup = self.shards.get_grad_stats_parallel_group()
+
+    def zero_grad(self) -> None:
+        """Clear gradients and gradient buffers before a step."""
+        self.ddp.zero_grad_buffer()
+        self.shards.zero_grad()
+
+    def step(self, lr: float, local: Tensor) -> Tensor:
+        """Update the parameters unless something is not finite.
+
+        Args:
+            lr: learning rate of this step.
+            local: [c] fp32 numbers of this rank to be summed over all ranks with the norm; the first one is
+                the count of non-finite losses.
+
+        Returns:
+            [2 + c] on the device: gradient norm before clipping, 1 if the update was skipped, the sums.
+        """
+        self.shards.prepare_grads()
+        grads = self.shards.get_main_grads_for_grad_norm()
+        square = torch.zeros((), device=self.device)
+        if grads:
+            square = torch.stack(torch._foreach_norm(grads)).float().square().sum()
+        sums = torch.cat((square[None], local))
+        dist.all_reduce(sums, group=self.all_ranks)
+        norm = sums[0].sqrt()
+        bad = (~torch.isfinite(norm)).float() + sums[1]
+        self.skipped = torch.clamp(self.skipped + bad, max=1.0)
+        divisor = torch.clamp(norm / self.clip, min=1.0) if self.clip > 0 else torch.ones_like(norm)
+        self.adam.grad_scale = torch.where(torch.isfinite(divisor), divisor, 1.0)  # type: ignore[attr-defined]
+        self.adam.found_inf = self.skipped  # type: ignore[attr-defined]
+        for group in self.adam.param_groups:
+            group["lr"] = lr
+        self.shards.step_with_ready_grads()
+        return torch.cat((norm[None], self.skipped[None], sums[1:]))
+
+    # --- state, in the shapes of the model's parameters: the same for every data-parallel size ---
+
+    def sharded_state(self, model_state: dict[str, Any], loading: bool) -> dict[int, Any]:
+        """Master weights and moments as megatron's sharded tensors, keyed by parameter.
+
+        Args:
+            model_state: the model's sharded state, built with the parameters themselves.
+            loading: True makes empty tensors to load into.
+        """
+        state: dict[int, Any] = self.shards.sharded_param_state_fully_reshardable(model_state, loading, {})
+        return state
+
+    def load_state(self, state: dict[int, Any], steps: int) -> None:
+        """Take over loaded tensors; `steps` is the number of updates they have seen.
+
+        megatron's own `load_state_dict` shares one step counter among all parameters when torch's AdamW
+        is used, which makes it run ahead; here every parameter keeps a counter of its own.
+        """
+        for moments in self.adam.state.values():
+            del moments["step"]  # megatron's copy loop takes every key of the state for a saved tensor
+        self.shards.load_parameter_state_from_fully_reshardable(state)
+        self._reset_counters(steps)
+
+    def _reset_counters(self, steps: int) -> None:
+        for moments in self.adam.state.values():
+            moments["step"] = torch.full((), float(steps), device=self.device)
+
+    def _allocate_moments(self) -> None:
+        for group in self.adam.param_groups:
+            for parameter in group["params"]:
+                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+                self.adam.state[parameter].update(zeros)
+        self._reset_counters(0)
