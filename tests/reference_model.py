@@ -12,7 +12,8 @@ Shape legend
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -70,7 +71,7 @@ class Block(nn.Module):
     def __init__(self, shape: VisionConfig | LanguageConfig, activation: str, layer_scale: bool) -> None:
         super().__init__()
         width, eps = shape.width, shape.norm_eps
-        self.activation = {"gelu": F.gelu, "relu": F.relu}[activation]
+        self.activation: Callable[[Tensor], Tensor] = F.relu if activation == "relu" else F.gelu
         self.ln_1, self.ln_2 = nn.LayerNorm(width, eps), nn.LayerNorm(width, eps)
         self.attn = Attention(width, shape.heads)
         self.mlp = nn.ModuleDict(
@@ -130,7 +131,7 @@ class PoolProject(nn.Module):
         super().__init__()
         self.heads = heads
         self.query_token = nn.Parameter(torch.empty(1, 1, width))
-        self.pooler = nn.Module()
+        self.pooler: Any = nn.Module()
         for name in "qkv":
             setattr(self.pooler, f"norm1_{name}", nn.LayerNorm(width, eps))
         self.pooler.cross_attn = nn.Module()
@@ -309,7 +310,8 @@ _BLOCK = {
     "mlp.c_fc": "mlp.linear_fc1", "mlp.c_proj": "mlp.linear_fc2",
 }  # fmt: skip
 _REST = {
-    "visual.class_embedding": "vision.class_token", "visual.positional_embedding": "vision.position_embedding",
+    "visual.class_embedding": "vision.class_token",
+    "visual.positional_embedding": "vision.position_embedding",
     "visual.ln_pre": "vision.norm_pre", "visual.ln_post": "vision.norm_post",
     "pool_project.query_token": "pool.query", "text.positional_embedding": "language.position_embedding",
     "text.ln_final": "language.norm_final", "text.text_projection": "language.context_projection",

@@ -45,7 +45,10 @@ def micro_batch(
     generator = torch.Generator().manual_seed(seed)
     patches, vocab = shape.vision.patches, shape.language.vocab_size
     begin, end, hole, boi, eoi = range(vocab - 5, vocab)
-    tokens, positions, lengths, starts, group_ids = [], [], [], [], []
+    tokens: list[int] = []
+    positions: list[int] = []
+    starts: list[int] = []
+    lengths, group_ids = [], []
     context_rows, context_images, target_rows, target_labels = [], [], [], []
     for r, documents in enumerate(rows):
         for d, document in enumerate(documents):
@@ -75,7 +78,7 @@ def micro_batch(
             positions += range(padding)
             lengths.append(padding)
     size = (len(starts), 3, shape.vision.image_size, shape.vision.image_size)
-    as_tensor = {
+    as_tensor: dict[str, list[int]] = {
         "tokens": tokens, "positions": positions, "image_starts": starts, "context_rows": context_rows,
         "context_images": context_images, "target_rows": target_rows, "target_labels": target_labels,
         "image_keys": list(range(len(starts))), "row_keys": list(range(len(rows))), "group_ids": group_ids,
@@ -83,7 +86,7 @@ def micro_batch(
     return MicroBatch(
         lengths=tuple(lengths),
         images=torch.randint(0, 256, size, generator=generator, dtype=torch.uint8),
-        **{name: torch.tensor(value, dtype=torch.int64) for name, value in as_tensor.items()},
+        **{name: torch.tensor(value, dtype=torch.int64) for name, value in as_tensor.items()},  # type: ignore[arg-type]
     )
 
 

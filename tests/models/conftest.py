@@ -9,10 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
-
 from lcl_mcore.config.model import ModelConfig
 from lcl_mcore.models.lcl import LclModel
+
+# The helpers beside the tests (`batches`, `reference_model`) are plain modules.
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 
 @pytest.fixture(scope="session")
