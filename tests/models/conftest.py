@@ -11,6 +11,7 @@ import torch
 
 from lcl_mcore.config.model import ModelConfig
 from lcl_mcore.models.lcl import LclModel
+from lcl_mcore.models.transformer_config import Layout
 
 # The helpers beside the tests (`batches`, `reference_model`) are plain modules.
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
@@ -24,7 +25,6 @@ def build() -> Callable[..., LclModel]:
 
     from lcl_mcore.models.backends import choose_layers
     from lcl_mcore.models.init import initialize
-    from lcl_mcore.models.transformer_config import Layout
     from lcl_mcore.parallel.groups import make_groups
     from lcl_mcore.platform.device import init_process_group, pick_device
 
@@ -35,10 +35,17 @@ def build() -> Callable[..., LclModel]:
         make_groups(1, 1, 60, 1)
     groups = ProcessGroupCollection.use_mpu_process_groups()
 
-    def make(shape: ModelConfig, seed: int = 0, *, train: bool = True, noise: float = 0.0) -> LclModel:
+    def make(
+        shape: ModelConfig,
+        seed: int = 0,
+        *,
+        train: bool = True,
+        noise: float = 0.0,
+        layout: Layout = Layout(),  # noqa: B008  # frozen
+    ) -> LclModel:
         """`noise` moves every parameter off its initial value, so that zeros and ones hide nothing."""
         backend, _ = choose_layers(torch.float32)
-        model = LclModel(shape, Layout(), backend, groups)
+        model = LclModel(shape, layout, backend, groups)
         initialize(model, shape, seed, 0, 1)
         generator = torch.Generator().manual_seed(seed + 1)
         if noise:
