@@ -174,11 +174,11 @@ class DataConfig:
         require(
             0.0 <= self.min_fill <= 1.0, f"data.min_fill = {self.min_fill}", "a share in 0..1", "Try 0.98."
         )
-        for name, (low, high) in [("crop_scale", self.crop_scale), ("crop_ratio", self.crop_ratio)]:
+        for name, bounds in [("crop_scale", self.crop_scale), ("crop_ratio", self.crop_ratio)]:
             top = 1.0 if name == "crop_scale" else math.inf
             require(
-                0.0 < low <= high <= top,
-                f"data.{name} = {(low, high)}",
+                0.0 < bounds[0] <= bounds[1] <= top,
+                f"data.{name} = {bounds}",
                 f"needs 0 < low <= high <= {top}",
                 "The paper uses scale (0.9, 1) and ratio (3/4, 4/3).",
             )

@@ -55,7 +55,7 @@ class MicroBatch:
 
     def to(self, device: torch.device) -> MicroBatch:
         """Copy the tensors to `device` (asynchronously from pinned memory)."""
-        moved = {
+        moved: dict[str, Any] = {
             name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
             for name, value in self.__dict__.items()
         }

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
-from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import decoders as hf_decoders
+from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 from lcl_mcore.config.data import TokenizerConfig
 from lcl_mcore.data.clip_vocabulary import clip_tokenizer_from_merges
@@ -35,7 +35,9 @@ class SpecialIds:
 class Tokenizer:
     """Encodes ordinary text only. Markers inside a document's text stay ordinary characters."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, ids: SpecialIds, *, clip_cleaning: bool = False) -> None:
+    def __init__(
+        self, backend: tokenizers.Tokenizer, ids: SpecialIds, *, clip_cleaning: bool = False
+    ) -> None:
         self._definition = backend.to_str()
         self._backend = _without_special_matching(self._definition)
         self._ids = ids

@@ -1,0 +1,81 @@
+"""One picture as found to one picture as stored, or the reason why it is dropped."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from dataclasses import dataclass
+
+from PIL import Image
+
+from lcl_mcore.data.document import ImageEntry
+from lcl_mcore.data.pictures import MAX_PIXELS, ORIENTATION, BadPictureError, open_picture, upright_rgb
+
+KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
+
+
+@dataclass(frozen=True)
+class PictureLimits:
+    """What a picture must be to be kept. `shrink_to`: shorter side after shrinking (0: as it is)."""
+
+    max_pixels: int = MAX_PIXELS
+    min_side: int = 64
+    max_aspect: float = 20.0
+    shrink_to: int = 0
+
+
+def normalise(content: bytes, limits: PictureLimits) -> tuple[bytes, str, int, int]:
+    """Stored bytes, codec, width, height. Decodes once; `BadPictureError` names the reason of a drop.
+
+    Plain 8-bit RGB and grey pictures keep their bytes. Others (palette, alpha, 16 bits, CMYK, turned by
+    EXIF, animated, other containers) are stored as what they show: JPEGs as JPEG, the rest as PNG.
+    """
+    picture = open_picture(content, max_pixels=limits.max_pixels)
+    width, height = picture.size
+    if min(width, height) < limits.min_side:
+        raise BadPictureError("too small", f"{width} x {height}")
+    if max(width, height) > limits.max_aspect * min(width, height):
+        raise BadPictureError("too narrow", f"{width} x {height}")
+    container = picture.format or ""
+    plain = container in KEPT_FORMATS and picture.mode in ("RGB", "L") and _is_plain(picture)
+    shrink = limits.shrink_to and min(width, height) > limits.shrink_to
+    upright = upright_rgb(picture)
+    if plain and not shrink:
+        return content, KEPT_FORMATS[container], width, height
+    if shrink:
+        factor = limits.shrink_to / min(upright.size)
+        size = (round(upright.width * factor), round(upright.height * factor))
+        upright = upright.resize(size, Image.Resampling.BICUBIC)
+    stored = io.BytesIO()
+    if container in ("JPEG", "MPO"):
+        upright.save(stored, "JPEG", quality=95, subsampling=0)
+        return stored.getvalue(), "jpg", *upright.size
+    upright.save(stored, "PNG")
+    return stored.getvalue(), "png", *upright.size
+
+
+def entry_for(
+    number: int, stored: tuple[bytes, str, int, int], text_index: int, similarity: float
+) -> ImageEntry:
+    """The manifest entry of a stored picture."""
+    content, codec, width, height = stored
+    return ImageEntry(
+        name=f"{number}.{codec}",
+        width=width,
+        height=height,
+        codec=codec,
+        sha256=hashlib.sha256(content).hexdigest(),
+        bytes=len(content),
+        text_index=text_index,
+        similarity=similarity,
+    )
+
+
+def _is_plain(picture: Image.Image) -> bool:
+    """Nothing but one upright opaque frame."""
+    if "transparency" in picture.info or getattr(picture, "n_frames", 1) > 1:
+        return False
+    try:
+        return picture.getexif().get(ORIENTATION, 1) == 1
+    except (OSError, SyntaxError, ValueError, KeyError, TypeError):
+        return False  # broken metadata: store without it
