@@ -296,7 +296,7 @@ def _reduce_scatter(
     positives = step.gather_now(positive)  # overlaps with the sums
     columns = step.gathered("text")
     block = (local.x, columns, local.row_keys, local.col_keys, local.s)
-    lr, lc = engine.block_lse(*block)
+    lr, lc = engine.block_lse(*block, precision=owner.precision)
     lc = merge_lse_reduced(lc, owner.dp_group)
     # This TP rank knows the column sums of its slice only; -inf elsewhere makes the merge a gather.
     own = torch.full_like(lr, -torch.inf)
@@ -308,7 +308,7 @@ def _reduce_scatter(
         return terms.loss, None
     if local.v_columns is not None:
         col = col - local.v_columns.log()
-    dx, dy_all = engine.block_gradients(*block, terms.row, col)
+    dx, dy_all = engine.block_gradients(*block, terms.row, col, precision=owner.precision)
     dy = torch.zeros_like(dx)
     dy[layout.own_rows] = reduce_to_owners(dy_all, layout, owner.dp_group)
     return terms.loss, _complete(dx, dy, terms.diagonal, local, owner.tp_group)
@@ -318,20 +318,22 @@ def _gather_both(
     step: PendingInfoNCE, local: _Local, with_gradients: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     engine = step.engine(local.x)
-    keys = (local.row_keys, local.col_keys)
+    rest = (local.row_keys, local.col_keys, local.s)
+    precision = step.owner.precision
     # Text rows first: they need the image gather, which started earlier than that of the texts.
     images = step.gathered("image")
-    lc, _ = engine.block_lse(local.y, images, *keys, local.s, columns=False)
+    lc, _ = engine.block_lse(local.y, images, *rest, columns=False, precision=precision)
     texts = step.gathered("text")
-    lr, _ = engine.block_lse(local.x, texts, *keys, local.s, columns=False)
+    lr, _ = engine.block_lse(local.x, texts, *rest, columns=False, precision=precision)
     lr, lc = merge_lse(torch.stack([lr, lc]), step.owner.tp_group)
     terms = pair_terms(lr, lc, local.s * local.cos, local.v)
     if not with_gradients:
         return terms.loss, None
     # The only gradient exchange: two numbers per pair, weights already folded in.
     row, col = step.gather_now(torch.stack([terms.row, terms.col], dim=1)).wait().unbind(1)
-    dx, _ = engine.block_gradients(local.x, texts, *keys, local.s, terms.row, col.contiguous(), want_y=False)
-    dy, _ = engine.block_gradients(local.y, images, *keys, local.s, terms.col, row.contiguous(), want_y=False)
+    options: dict[str, Any] = {"want_y": False, "precision": precision}
+    dx, _ = engine.block_gradients(local.x, texts, *rest, terms.row, col.contiguous(), **options)
+    dy, _ = engine.block_gradients(local.y, images, *rest, terms.col, row.contiguous(), **options)
     return terms.loss, _complete(dx, dy, terms.diagonal, local, step.owner.tp_group)
 
 

@@ -151,7 +151,7 @@ class _InfoNCE(torch.autograd.Function):
             # All weights zero: divide by the smallest normal number, not by zero.
             unit = w.max().clamp_min(torch.finfo(dtype).tiny)
             v = w / unit
-        block: dict[str, Any] = {"tile": options.tile}
+        block: dict[str, Any] = {"tile": options.tile, "precision": options.precision}
         lr, lc = options.engine.block_lse(x, y, keys, keys, s, **block)
         cos = row_dot(x, y, dtype)
         terms = pair_terms(lr, lc, s * cos, v)

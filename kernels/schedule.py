@@ -55,7 +55,7 @@ def choose_schedule(
 
         gather         = (1 - hidden) * (N D wire_bytes / P / B + l log2 R)
         scatter        = 4 N D / P / B + l log2 R
-        merge          = 2 * (4 N / P / B + l log2 R)         one all-reduce of the column sums; two are needed
+        merge          = 2 * (4 N / P / B + l log2 R)     an all-reduce of column sums; two are needed
         reduce_scatter = 8 n N D / (P F) + gather + scatter + 2 merge
         gather_both    = 12 n N D / (P F) + 2 gather + 2 * 4 N / P / B + l log2 R
 

@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator
 
 import torch
-from lcl_kernels._common import FP16_GAIN
+from lcl_kernels._common import FP16_GAIN, Precision
 from torch import Tensor
 
 
@@ -32,6 +32,7 @@ def block_lse(
     *,
     columns: bool = True,
     tile: tuple[int, int] | None = None,
+    precision: Precision = "fp32",
 ) -> tuple[Tensor, Tensor | None]:
     """Log-sum-exp over the negatives of every row and, in the same pass, of every column.
 
@@ -41,6 +42,7 @@ def block_lse(
         scale: 0-dim logit scale in the result dtype.
         columns: False leaves the column sums out.
         tile: rows and columns per tile; default :func:`tile_shape`.
+        precision: not used here, where the operands' dtype says all.
 
     Returns:
         ``[M]`` and ``[K]`` (or None) in ``scale``'s dtype; -inf where a row or column has no negative.
@@ -71,6 +73,7 @@ def block_gradients(
     *,
     want_y: bool = True,
     tile: tuple[int, int] | None = None,
+    precision: Precision = "fp32",
 ) -> tuple[Tensor, Tensor | None]:
     """Products of the negatives' gradient matrix with both operands.
 
@@ -78,7 +81,7 @@ def block_gradients(
     ``row`` and ``col`` (see :class:`lcl_kernels._common.PairTerms`).
 
     Args:
-        x, y, x_keys, y_keys, scale, tile: as in :func:`block_lse`.
+        x, y, x_keys, y_keys, scale, tile, precision: as in :func:`block_lse`.
         row, col: ``[M]`` and ``[K]`` normalisers in the result dtype.
         want_y: False leaves out the second product.
 

@@ -1,0 +1,290 @@
+"""``block_lse`` and ``block_gradients`` in Triton: same meaning as in ``lcl_kernels.tiled``, for GPUs.
+
+How a block is done
+    1. ``sums``: logits of every tile once, one exponential each, shifted by one number c for the whole
+       block. With b = max|x| max|y| and n = max(M, K) terms, c = max(0, |s| b + ln n - 84): sums then stay
+       below e^88.7, and most of fp32's range lies below c. (c = |s| b, the obvious choice, loses every
+       logit under c - 87.)
+    2. The sums themselves show whether anything was lost: terms below 2^-126 are flushed to zero, n of
+       them are 2^-24 of the sum only if the sum is below n 2^-102. If any row or column is, a device flag
+       makes ``rescue`` and ``merge`` recompute with a maximum per row and column. They are always launched
+       and return at once otherwise, since reading the flag would stop the host.
+    3. ``gradient`` writes G for a chunk of rows in fp16, scaled by 2^14; two matrix products consume it. The
+       8 N^2 D FLOP are the minimum of a method that does not keep the logits: a column's normaliser needs
+       all rows.
+
+Memory beyond inputs and outputs: the chunk of G (at most 1 GiB) and the partial column sums (at most 1/64 of
+16384 x K fp32).
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import triton
+from lcl_kernels import triton_ops as ops
+from lcl_kernels._common import FP16_GAIN, Precision
+from lcl_kernels.triton_config import INTERPRETER, Config, Kernel, config
+from torch import Tensor
+
+HEADROOM = 84.0
+"""exp(84) leaves 4.7 nats to fp32's largest number for rounding and norms slightly above 1."""
+FLUSH_BITS = 102
+"""Sums of n terms above n * 2^-102 have lost less than one part in 2^24 to flushing at 2^-126."""
+SUM_ROWS = 16384
+"""Rows per launch of the sums, which bounds the partial column sums."""
+GRADIENT_BYTES = 1 << 30
+
+
+def block_lse(
+    x: Tensor,
+    y: Tensor,
+    x_keys: Tensor,
+    y_keys: Tensor,
+    scale: Tensor,
+    *,
+    columns: bool = True,
+    tile: tuple[int, int] | None = None,
+    precision: Precision = "fp32",
+) -> tuple[Tensor, Tensor | None]:
+    """See :func:`lcl_kernels.tiled.block_lse`; ``tile`` is not used, ``precision`` chooses the product of
+    fp32 operands ("fp32" or "tf32x3")."""
+    m, k = x.shape[0], y.shape[0]
+    lr = torch.full((m,), -math.inf, dtype=torch.float32, device=x.device)
+    lc = torch.full((k,), -math.inf, dtype=torch.float32, device=x.device) if columns else None
+    if m == 0 or k == 0:
+        return lr, lc
+    with _device(x):
+        shift = block_shift(x, y, scale)
+        row_sums, col_sums = _sums(x, y, x_keys, y_keys, scale, shift, columns, precision)
+        floor = max(m, k) * 2.0**-FLUSH_BITS
+        lost = row_sums.min() < floor
+        torch.add(row_sums.log(), shift, out=lr)
+        if lc is not None and col_sums is not None:
+            lost = lost | (col_sums.min() < floor)
+            torch.add(col_sums.log(), shift, out=lc)
+        _rescue(x, y, x_keys, y_keys, scale, lost.to(torch.int32), lr, lc, precision)
+    return lr, lc
+
+
+def block_gradients(
+    x: Tensor,
+    y: Tensor,
+    x_keys: Tensor,
+    y_keys: Tensor,
+    scale: Tensor,
+    row: Tensor,
+    col: Tensor,
+    *,
+    want_y: bool = True,
+    tile: tuple[int, int] | None = None,
+    precision: Precision = "fp32",
+) -> tuple[Tensor, Tensor | None]:
+    """See :func:`lcl_kernels.tiled.block_gradients`; ``tile[0]`` overrides the rows per chunk of G."""
+    m, k, d = x.shape[0], y.shape[0], x.shape[1]
+    dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+    dy = torch.zeros(y.shape, dtype=torch.float32, device=x.device) if want_y else None
+    if m == 0 or k == 0:
+        return dx, dy
+    half = x.dtype == torch.float16
+    gain = FP16_GAIN if half else 1.0
+    shape = _shape("gradient", x, precision)
+    # Rows of G start at multiples of 16 bytes, else neither the stores nor the products use wide accesses.
+    stride = -(-k // 8) * 8
+    rows = tile[0] if tile else max(1024, GRADIENT_BYTES // (stride * x.element_size()) // 1024 * 1024)
+    rows = min(rows, m)
+    buffer = torch.empty((rows, stride), dtype=x.dtype, device=x.device)
+    with _device(x):
+        shift = block_shift(x, y, scale)
+        flag = _out_of_range(row, col, shift, max(m, k)).to(torch.int32)
+        for start in range(0, m, rows):
+            part = slice(start, min(start + rows, m))
+            count = part.stop - part.start
+            grid = (triton.cdiv(count, shape.rows) * triton.cdiv(k, shape.columns),)
+            ops.gradient_kernel[grid](
+                x[part],
+                y,
+                x_keys[part],
+                y_keys,
+                buffer,
+                row[part],
+                col,
+                scale,
+                shift,
+                flag,
+                count,
+                k,
+                stride,
+                gain,
+                D=d,
+                GROUP=8,
+                PREC=_dot_precision(x, precision),
+                **_launch(shape),
+            )
+            g = buffer[:count, :k]
+            _accumulate(dx[part], g, y, gain, precision)
+            if dy is not None:
+                _accumulate(dy, g.T, x[part], gain, precision)
+    return dx, dy
+
+
+def block_shift(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+    """0-dim fp32 shift c of the block, on the device; see the module text."""
+    norms = [torch.linalg.vector_norm(t, dim=1, dtype=torch.float32).amax() for t in (x, y)]
+    slack = math.log(max(x.shape[0], y.shape[0])) - HEADROOM
+    return (scale.abs() * norms[0] * norms[1] + slack).clamp_min(0.0).to(torch.float32)
+
+
+def _out_of_range(row: Tensor, col: Tensor, shift: Tensor, terms: int) -> Tensor:
+    """True if a factor exp(shift - row) could overflow, vanish, or multiply sums that lost terms."""
+    low = shift + math.log(terms) - FLUSH_BITS * math.log(2.0)
+    both = torch.cat([row, col])
+    # +inf marks weight 0: its factor is 0 and meant to be.
+    high = torch.where(torch.isinf(both), shift, both)
+    return (both.min() < low) | (high.max() > shift + 86.0)
+
+
+def _sums(
+    x: Tensor,
+    y: Tensor,
+    x_keys: Tensor,
+    y_keys: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    columns: bool,
+    precision: Precision,
+) -> tuple[Tensor, Tensor | None]:
+    shape = _shape("sums", x, precision)
+    row_sums = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+    col_sums = torch.zeros(y.shape[0], dtype=torch.float32, device=x.device) if columns else None
+    for part, row_part, col_part, grid, per_split in _partials(x, y, shape, columns):
+        ops.sums_kernel[grid](
+            x[part],
+            y,
+            x_keys[part],
+            y_keys,
+            row_part,
+            col_part,
+            scale,
+            shift,
+            part.stop - part.start,
+            y.shape[0],
+            per_split,
+            D=x.shape[1],
+            PREC=_dot_precision(x, precision),
+            COLS=columns,
+            **_launch(shape),
+        )
+        torch.sum(row_part, 0, out=row_sums[part])
+        if col_sums is not None:
+            col_sums += col_part.sum(0)
+    return row_sums, col_sums
+
+
+def _rescue(
+    x: Tensor,
+    y: Tensor,
+    x_keys: Tensor,
+    y_keys: Tensor,
+    scale: Tensor,
+    flag: Tensor,
+    lr: Tensor,
+    lc: Tensor | None,
+    precision: Precision,
+) -> None:
+    shape = _shape("rescue", x, precision)
+    block = 256
+    for part, row_part, col_part, grid, per_split in _partials(x, y, shape, lc is not None):
+        ops.rescue_kernel[grid](
+            x[part],
+            y,
+            x_keys[part],
+            y_keys,
+            row_part,
+            col_part,
+            scale,
+            flag,
+            part.stop - part.start,
+            y.shape[0],
+            per_split,
+            D=x.shape[1],
+            PREC=_dot_precision(x, precision),
+            COLS=lc is not None,
+            **_launch(shape),
+        )
+        merges = [(row_part, lr[part], False)]
+        if lc is not None:
+            merges.append((col_part, lc, part.start > 0))
+        for partial, out, keep in merges:
+            grid_1d = (triton.cdiv(out.shape[0], block),)
+            ops.merge_kernel[grid_1d](partial, out, flag, partial.shape[0], out.shape[0], B=block, KEEP=keep)
+
+
+def _partials(x: Tensor, y: Tensor, shape: Config, columns: bool) -> Any:
+    """Row chunks with their partial-sum buffers, grid and column tiles per split."""
+    tiles = triton.cdiv(y.shape[0], shape.columns)
+    for start in range(0, x.shape[0], SUM_ROWS):
+        part = slice(start, min(start + SUM_ROWS, x.shape[0]))
+        row_tiles = triton.cdiv(part.stop - part.start, shape.rows)
+        # Few row tiles (many ranks): split the columns until every multiprocessor has work.
+        wanted = max(1, 4 * _processors(x) // row_tiles)
+        per_split = triton.cdiv(tiles, min(wanted, tiles))
+        splits = triton.cdiv(tiles, per_split)
+        row_part = torch.empty((splits, part.stop - part.start), dtype=torch.float32, device=x.device)
+        col_shape = (row_tiles, y.shape[0]) if columns else (1, 1)
+        col_part = torch.empty(col_shape, dtype=torch.float32, device=x.device)
+        yield part, row_part, col_part, (row_tiles, splits), per_split
+
+
+def _accumulate(into: Tensor, g: Tensor, other: Tensor, gain: float, precision: Precision) -> None:
+    """``into += g @ other / gain`` in fp32."""
+    if other.dtype == torch.float16 and other.is_cuda:
+        torch.addmm(into, g, other, out_dtype=torch.float32, alpha=1 / gain, out=into)
+    elif precision == "tf32x3" and other.dtype == torch.float32:
+        shape = _shape("matmul", other, precision)
+        (m, k), n = g.shape, other.shape[1]
+        grid = (triton.cdiv(m, shape.rows) * triton.cdiv(n, shape.columns),)
+        ops.matmul_kernel[grid](
+            g, other, into, m, n, k, g.stride(0), g.stride(1), 1, PREC="tf32x3", **_launch(shape)
+        )
+    else:
+        into.addmm_(g.to(torch.float32), other.to(torch.float32), alpha=1 / gain)
+
+
+def _interpreted() -> bool:
+    return os.environ.get("TRITON_INTERPRET") == "1"
+
+
+def _device(x: Tensor) -> AbstractContextManager[Any]:
+    """Triton launches on the current device, whatever the tensors say."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def _processors(x: Tensor) -> int:
+    return torch.cuda.get_device_properties(x.device).multi_processor_count if x.is_cuda else 2
+
+
+def _shape(kernel: Kernel, x: Tensor, precision: Precision) -> Config:
+    if _interpreted():
+        return INTERPRETER
+    major, minor = torch.cuda.get_device_capability(x.device)
+    return config(kernel, "fp16" if x.dtype == torch.float16 else precision, 10 * major + minor)
+
+
+def _launch(shape: Config) -> dict[str, int]:
+    return {
+        "BM": shape.rows,
+        "BN": shape.columns,
+        "BD": shape.depth,
+        "num_warps": shape.warps,
+        "num_stages": shape.stages,
+    }
+
+
+def _dot_precision(x: Tensor, precision: Precision) -> str:
+    # Of no effect on fp16 operands; named so that one kernel text serves all.
+    return "tf32x3" if x.dtype == torch.float32 and precision == "tf32x3" else "ieee"
