@@ -150,8 +150,11 @@ def rescue_kernel(
 
 @triton.jit
 def merge_kernel(Part, Out, Flag, parts, length, B: tl.constexpr, KEEP: tl.constexpr):
-    """Out[i] = log-sum-exp over Part[:, i] (and Out[i] itself with KEEP), if Flag is set. Grid: blocks of
-    B.""" if tl.load(Flag) != 0:
+    """Out[i] = log-sum-exp over Part[:, i] (and Out[i] itself with KEEP), if Flag is set.
+
+    Grid: blocks of B elements.
+    """
+    if tl.load(Flag) != 0:
         i = tl.program_id(0) * B + tl.arange(0, B)
         inside = i < length
         peak = tl.full((B,), float("-inf"), tl.float32)

@@ -62,8 +62,8 @@ def case(
     outcome = []
     for impl, dtype in (("reference", torch.float64), ("triton", image.dtype)):
         i, t = (x.to(dtype).requires_grad_() for x in (image, text))
-        s = torch.tensor(scale, dtype=torch.float64 if impl == "reference" else torch.float32,
-        requires_grad=True) if impl == "reference":
+        s = torch.tensor(scale, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
+        if impl == "reference":
             loss = infonce_reference(i, t, s, weights=w, group_ids=group_ids)
         else:
             with (
