@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 from lcl_mcore.config.data import DataConfig, TokenizerConfig
 from lcl_mcore.config.model import LanguageConfig, ModelConfig, VisionConfig
@@ -145,6 +146,19 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
     "released-b32-mmc4": released_b32_mmc4,
     "demo": demo,
 }
+
+
+# How documents are used where the recipe differs from the paper's way (see `SourceConfig`).
+_SOURCE_OPTIONS: dict[str, dict[str, Any]] = {
+    "released-b16-laion": {"ends": "released", "max_text_tokens": 80},
+    "released-b32-laion": {"ends": "released", "max_text_tokens": 75},
+    "released-b32-mmc4": {"image_choice": "first", "one_image_per_text": True, "cut_rule": "tokens", "min_images": 1},
+}
+
+
+def source_options(recipe: str) -> dict[str, Any]:
+    """Options of every `--data` source under a recipe."""
+    return dict(_SOURCE_OPTIONS.get(recipe, {}))
 
 
 def load_recipe(name: str) -> RunConfig:

@@ -5,10 +5,10 @@ Rank order is megatron's: tensor-parallel ranks are neighbours, then data-parall
 
 from __future__ import annotations
 
-import hashlib
 from dataclasses import dataclass
 from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -87,8 +87,6 @@ def make_groups(tp: int, pp: int, timeout_seconds: float, seed: int) -> Groups:
 
 def gather_bytes(payload: bytes, group: dist.ProcessGroup) -> list[bytes]:
     """All ranks' byte strings, in rank order; gloo, no pickle."""
-    import torch
-
     size = torch.tensor([len(payload)])
     sizes = [torch.zeros_like(size) for _ in range(group.size())]
     dist.all_gather(sizes, size, group=group)
@@ -98,8 +96,3 @@ def gather_bytes(payload: bytes, group: dist.ProcessGroup) -> list[bytes]:
     parts = [torch.empty_like(padded) for _ in range(group.size())]
     dist.all_gather(parts, padded, group=group)
     return [bytes(part[: int(s)].tolist()) for part, s in zip(parts, sizes, strict=True)]
-
-
-def digest(text: str) -> str:
-    """Short stable digest, for comparing settings between ranks and runs."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]

@@ -32,6 +32,24 @@ def wrap_data_parallel(model: LclModel, parallel: ParallelConfig, groups: Groups
     return DistributedDataParallel(model.config, config, model, pg_collection=groups.megatron)
 
 
+def _fused_adamw(shard_groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.AdamW:
+    """torch's fused AdamW over megatron's parameter shards.
+
+    The shards are views of the parameters, which AdamW's constructor refuses (it wants leaves) although its
+    step takes them: so it is built on a placeholder and handed the groups.
+    """
+    placeholder = torch.zeros(1, device=shard_groups[0]["params"][0].device, requires_grad=True)
+    adam = torch.optim.AdamW(
+        [placeholder], lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
+    )
+    settings = {name: value for name, value in adam.param_groups[0].items() if name != "params"}
+    for group in shard_groups:
+        group.update(settings, weight_decay=optim.weight_decay * group["wd_mult"])
+    adam.param_groups = shard_groups
+    adam.state.clear()
+    return adam
+
+
 class Optimizer:
     """AdamW over shards of the parameters; `step` never waits for the device."""
 
@@ -54,11 +72,7 @@ class Optimizer:
         )
         chained = getattr(optimizer, "chained_optimizers", [optimizer])
         self.shards: Any = chained[0]  # dense parameters: the only kind there is
-        self.adam = torch.optim.AdamW(
-            self.shards.optimizer.param_groups, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
-        )
-        for group in self.adam.param_groups:
-            group["weight_decay"] = optim.weight_decay * group["wd_mult"]
+        self.adam = _fused_adamw(self.shards.optimizer.param_groups, optim)
         self.shards.optimizer = self.adam
         self.ddp, self.clip = ddp, optim.clip_grad
         self.device = next(ddp.parameters()).device

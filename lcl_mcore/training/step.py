@@ -48,6 +48,8 @@ class TrainStep:
         self.device = next(model.parameters()).device
         self.contrastive = make_contrastive(config.loss, groups.loss, groups.tp)
         self.dp_rank = groups.dp.rank()
+        self.finite = torch.ones((), dtype=torch.bool, device=self.device)
+        """Whether this rank's losses of the last step were finite; on the device, read only after a failure."""
         self.trains_contrastive = self.loss.contrastive_weight > 0
         self.trains_generation = self.loss.generation_weight > 0
 
@@ -68,6 +70,7 @@ class TrainStep:
         finalize_model_grads([self.ddp], pg_collection=self.groups.megatron)
         finite = torch.isfinite(contrastive) & torch.isfinite(generation)
         # Each data-parallel rank is counted once per model-parallel rank that computed it.
+        self.finite = finite
         copies = self.groups.tp.size()
         local = torch.stack((
             (~finite).float(),

@@ -1,0 +1,35 @@
+"""What every entry script does around its own work. Imports nothing heavy: mistakes are answered at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Callable
+
+from lcl_mcore.errors import LclError
+
+
+def run_main(main: Callable[[], int]) -> None:
+    """Run a script's `main`, print what the user can act on without a traceback, and leave with its code.
+
+    A failed rank leaves through `os._exit`: destructors of process groups whose peers are gone may hang.
+    """
+    code, failed = 1, True
+    try:
+        code, failed = main(), False
+    except LclError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        code = error.exit_code
+    except KeyboardInterrupt:
+        code = 130
+    except Exception:  # reported whole: a bug or a lost peer, not a mistake of the user
+        traceback.print_exc()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_initialized():
+        if failed:
+            os._exit(code)
+        distributed.destroy_process_group()
+    sys.exit(code)

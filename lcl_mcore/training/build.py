@@ -1,0 +1,83 @@
+"""From a checked configuration to a model, optimizer and loader on this rank's device."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lcl_mcore.config.run import RunConfig
+from lcl_mcore.data.loader import StepLoader, build_loader
+from lcl_mcore.data.tokenizer import Tokenizer, build_tokenizer
+from lcl_mcore.models.backends import Choice, choose_layers
+from lcl_mcore.models.init import initialize
+from lcl_mcore.models.lcl import LclModel, Temperature
+from lcl_mcore.models.transformer_config import Layout
+from lcl_mcore.parallel.groups import Groups
+from lcl_mcore.platform.device import Device
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+
+
+def build_model(config: RunConfig, device: Device, groups: Groups) -> tuple[LclModel, list[Choice]]:
+    """The model with its initial weights, and which backend serves each part."""
+    dtype = DTYPES[config.train.precision]
+    backend, choices = choose_layers(dtype, config.train.backend)
+    recompute = config.parallel.recompute
+    layout = Layout(
+        tensor_parallel=config.parallel.tensor,
+        pipeline_parallel=config.parallel.pipeline,
+        sequence_parallel=config.parallel.sequence,
+        dtype=dtype,
+        device=device.device,
+        recompute_vision=recompute in ("vision", "full"),
+        recompute_language=recompute in ("language", "full"),
+    )
+    model = LclModel(config.model, layout, backend, groups.megatron)
+    initialize(model, config.model, config.train.seed, groups.tp.rank(), groups.tp.size())
+    model.to(device.device)
+    if dtype != torch.float32:
+        for module in model.modules():
+            if not isinstance(module, Temperature):
+                for name, parameter in module._parameters.items():
+                    if parameter is not None:
+                        parameter.data = parameter.data.to(dtype)
+    return model, choices
+
+
+def build_data(
+    config: RunConfig, device: Device, groups: Groups, position: dict[str, Any] | None
+) -> tuple[StepLoader, Tokenizer]:
+    """The loader of this rank, continuing at `position`, and the tokenizer."""
+    tokenizer = build_tokenizer(config.data.tokenizer)
+    loader = build_loader(
+        config.data,
+        tokenizer=tokenizer,
+        image_size=config.model.vision.image_size,
+        tokens_per_image=config.model.vision.patches,
+        global_batch_size=config.train.global_batch_size,
+        micro_batch_size=config.train.micro_batch_size,
+        dp_rank=groups.dp.rank(),
+        dp_size=groups.dp.size(),
+        seed=config.train.seed,
+        counts_group=groups.host_counts if groups.dp.size() > 1 else None,
+        model_group=groups.host_model if groups.host_model.size() > 1 else None,
+        position=position,
+        pin_memory=device.is_cuda,
+    )
+    return loader, tokenizer
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a training process knows about itself."""
+
+    device: Device
+    groups: Groups
+    rank: int
+    world: int
+    folder: Path
+    note: Callable[[str], None]

@@ -1,0 +1,42 @@
+"""Joining a job: device, process group, groups."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from lcl_mcore.config.run import RunConfig
+from lcl_mcore.parallel.groups import make_groups
+from lcl_mcore.platform.device import init_process_group, pick_device
+from lcl_mcore.training.build import Job
+
+
+def start_job(config: RunConfig, folder: Path) -> Job:
+    """Join the process group and make the groups; the configuration has been checked before."""
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    config.check_processes(world)
+    _limit_threads()
+    warnings.filterwarnings("ignore", module=r"megatron\..*|torch\.distributed\..*")
+    device = pick_device(config.train.device)
+    init_process_group(device, config.parallel.timeout_seconds)
+    rank = dist.get_rank()
+    groups = make_groups(
+        config.parallel.tensor, config.parallel.pipeline, config.parallel.timeout_seconds, config.train.seed
+    )
+
+    def note(text: str) -> None:
+        if rank == 0:
+            print(text, flush=True)
+
+    return Job(device, groups, rank, dist.get_world_size(), folder, note)
+
+
+def _limit_threads() -> None:
+    """torchrun sets one thread per process; without it, share the cores among this machine's processes."""
+    local = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // local))

@@ -1,0 +1,38 @@
+#!/usr/bin/env python
+"""Pre-train by latent compression learning.
+
+    python tools/pretrain_lcl.py --recipe demo --data data/demo/train --tokenizer data/demo
+    torchrun --nproc-per-node 8 tools/pretrain_lcl.py --recipe paper-l14 --tp 2 --data /data/mmc4 ...
+
+All flags: --help. Every rank runs this script; one process needs no torchrun.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from lcl_mcore.config.cli import parse_flags, resolve
+from lcl_mcore.config.files import check_folder, write_config
+from lcl_mcore.entry import run_main
+
+
+def main() -> int:
+    flags = parse_flags()
+    config = resolve(flags)
+    config.check_processes(int(os.environ.get("WORLD_SIZE", "1")))
+    folder = flags.out or Path("runs") / config.recipe
+    check_folder(folder, flags.resume)
+
+    # Imported only now, so that a mistake above is answered at once.
+    from lcl_mcore.training.launch import start_job
+    from lcl_mcore.training.trainer import Trainer
+
+    job = start_job(config, folder)
+    if job.rank == 0:
+        write_config(config, folder)
+    return Trainer(config, job, resume=flags.resume, init_from=flags.init_from).run()
+
+
+if __name__ == "__main__":
+    run_main(main)
