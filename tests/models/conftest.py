@@ -24,7 +24,7 @@ def build() -> Callable[..., LclModel]:
     from megatron.core.process_groups_config import ProcessGroupCollection
 
     from lcl_mcore.models.backends import choose_layers
-    from lcl_mcore.models.init import initialize
+    from lcl_mcore.models.init import initialize as draw
     from lcl_mcore.parallel.groups import make_groups
     from lcl_mcore.platform.device import init_process_group, pick_device
 
@@ -41,12 +41,14 @@ def build() -> Callable[..., LclModel]:
         *,
         train: bool = True,
         noise: float = 0.0,
+        initialize: bool = True,
         layout: Layout = Layout(),  # noqa: B008  # frozen
     ) -> LclModel:
         """`noise` moves every parameter off its initial value, so that zeros and ones hide nothing."""
         backend, _ = choose_layers(torch.float32)
         model = LclModel(shape, layout, backend, groups)
-        initialize(model, shape, seed, 0, 1)
+        if initialize:
+            draw(model, shape, seed, 0, 1)
         generator = torch.Generator().manual_seed(seed + 1)
         if noise:
             with torch.no_grad():
