@@ -106,8 +106,8 @@ class Packer:
         if self.balance_images:
             images = sum(chunk.images for chunk in waiting)
             tokens = sum(chunk.size for chunk in waiting)
-            wanted = max(0, round(images * self.row_tokens / tokens) - oldest.images)
-        chosen = set(best_subset(others, room, wanted, room - int((1 - self.min_fill) * self.row_tokens)))
+            wanted = max(0.0, images * self.row_tokens / tokens - oldest.images)
+        chosen = set(best_subset(others, room, wanted, room - self.row_tokens // 10))
         row = [oldest] + [chunk for i, chunk in enumerate(others) if i in chosen]
         rest += [chunk for i, chunk in enumerate(others) if i not in chosen]
         room = self.row_tokens - sum(chunk.size for chunk in row)
@@ -131,7 +131,7 @@ class Packer:
             rest[i] = tail
 
 
-def best_subset(chunks: Sequence[Chunk], room: int, wanted_images: int | None, enough: int) -> list[int]:
+def best_subset(chunks: Sequence[Chunk], room: int, wanted_images: float | None, enough: int) -> list[int]:
     """Indices of the subset with the largest total size that is at most `room`; older chunks preferred.
 
     With `wanted_images`, the subset of at least `enough` tokens whose number of images is nearest it.
@@ -158,11 +158,11 @@ def best_subset(chunks: Sequence[Chunk], room: int, wanted_images: int | None, e
     return chosen[::-1]
 
 
-def _image_counter(wanted_images: int | None) -> Callable[[Chunk], int]:
+def _image_counter(wanted_images: float | None) -> Callable[[Chunk], int]:
     return (lambda chunk: 0) if wanted_images is None else (lambda chunk: chunk.images)
 
 
-def _best_bit(reachable: int, lane: int, lanes: int, room: int, wanted: int | None, enough: int) -> int:
+def _best_bit(reachable: int, lane: int, lanes: int, room: int, wanted: float | None, enough: int) -> int:
     """The bit of the best subset: nearest the wanted images if full enough, else the fullest."""
     row = (1 << (room + 1)) - 1
     fullest = [((reachable >> (lane * images)) & row).bit_length() - 1 for images in range(lanes)]

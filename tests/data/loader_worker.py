@@ -1,0 +1,87 @@
+"""One rank of a loader over gloo: `loader_worker.py OUT_FOLDER JSON`; killed and resumed by the tests.
+
+Ranks are laid out as data-parallel x model-parallel (model-parallel fastest). Each rank appends one
+line per step it "trained on": hash, counts, and a digest of all its tensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from corpora import LOADER, config, small_tokenizer
+
+from lcl_mcore.data.batch import MicroBatch
+from lcl_mcore.data.loader import build_loader
+from lcl_mcore.errors import DataError
+
+
+def row_digests(batch: MicroBatch, row_tokens: int) -> list[str]:
+    """A digest per row of everything in it: ids, positions, targets, crops' pixels, keys, contexts."""
+    result = []
+    for r in range(len(batch.row_keys)):
+        low, high = r * row_tokens, (r + 1) * row_tokens
+        digest = hashlib.sha256(batch.tokens[low:high].numpy().tobytes())
+        digest.update(batch.positions[low:high].numpy().tobytes())
+        digest.update(batch.row_keys[r : r + 1].numpy().tobytes())
+        mine = (batch.image_starts >= low) & (batch.image_starts < high)
+        digest.update(batch.images[mine].numpy().tobytes() + batch.image_keys[mine].numpy().tobytes())
+        for rows, values in ((batch.target_rows, batch.target_labels), (batch.context_rows, batch.group_ids)):
+            mine = (rows >= low) & (rows < high)
+            digest.update((rows[mine] - low).numpy().tobytes() + values[mine].numpy().tobytes())
+        result.append(digest.hexdigest()[:16])
+    return result
+
+
+def main() -> None:
+    """Join the groups, run the steps, write what was seen."""
+    out, options = Path(sys.argv[1]), json.loads(sys.argv[2])
+    dist.init_process_group("gloo")
+    rank, model = dist.get_rank(), options["model"]
+    dp_size, dp_rank, model_rank = dist.get_world_size() // model, rank // model, rank % model
+    counts_group = model_group = None
+    for m in range(model):
+        group = dist.new_group([d * model + m for d in range(dp_size)], backend="gloo")
+        counts_group = group if m == model_rank and dp_size > 1 else counts_group
+    for d in range(dp_size):
+        group = dist.new_group([d * model + m for m in range(model)], backend="gloo")
+        model_group = group if d == dp_rank and model > 1 else model_group
+    saved = out / "position.json"
+    position: dict[str, Any] | None = json.loads(saved.read_text()) if saved.exists() else None
+    data = config(*map(Path, options["folders"]), **options.get("config", {}))
+    loader = build_loader(
+        data, **{**LOADER, "micro_batch_size": options.get("micro_batch_size", 2)},
+        tokenizer=small_tokenizer(), dp_rank=dp_rank, dp_size=dp_size,
+        counts_group=counts_group, model_group=model_group, position=position,
+    )  # fmt: skip
+    try:
+        first = position["step"] if position else 0
+        for step in range(first, options["steps"]):
+            batch = next(loader)
+            rows = [d for b in batch.micro_batches for d in row_digests(b, data.sequence_length)]
+            line = {
+                "step": step, "dp": dp_rank, "model": model_rank, "rows": rows, "hash": batch.order_hash,
+                "documents": [d for b in batch.micro_batches for d in b.documents],
+            }  # fmt: skip
+            with (out / f"rank{rank}.jsonl").open("a") as stream:
+                stream.write(json.dumps(line) + "\n")
+            if rank == 0:  # the "checkpoint" of the batch just trained on, written whole or not at all
+                part = out / "position.part"
+                part.write_text(json.dumps(batch.position))
+                os.replace(part, saved)
+            time.sleep(options.get("pause", 0.0))
+    except DataError as error:
+        (out / f"error{rank}.txt").write_text(str(error))
+        os._exit(3)
+    loader.close()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

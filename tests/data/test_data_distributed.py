@@ -1,0 +1,137 @@
+"""Loaders on real gloo processes: same rows for every layout, after SIGKILL, and errors on all ranks."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from corpora import make_dataset
+
+WORKER = Path(__file__).with_name("loader_worker.py")
+STEPS = 14
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
+
+
+def start(out: Path, world: int, options: dict[str, Any]) -> list[subprocess.Popen[bytes]]:
+    """One process per rank."""
+    out.mkdir(exist_ok=True)
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    environment = {
+        **os.environ,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+        "WORLD_SIZE": str(world),
+    }
+    environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    return [
+        subprocess.Popen(
+            [sys.executable, str(WORKER), str(out), json.dumps(options)],
+            env={**environment, "RANK": str(rank)},
+        )
+        for rank in range(world)
+    ]
+
+
+def finish(processes: list[subprocess.Popen[bytes]], limit: float = 90) -> list[int]:
+    """Wait for all; kill what hangs."""
+    deadline = time.monotonic() + limit
+    try:
+        return [process.wait(max(0.1, deadline - time.monotonic())) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def rows(out: Path, model: int = 0) -> dict[int, tuple[str, list[str], list[str]]]:
+    """Per step: the order hash, the rows of the whole global batch and its documents (last run wins)."""
+    seen: dict[tuple[int, int], Any] = {}
+    for path in sorted(out.glob("rank*.jsonl")):
+        for line in path.read_text().splitlines():
+            entry = json.loads(line)
+            if entry["model"] == model:
+                seen[entry["step"], entry["dp"]] = entry
+    result: dict[int, tuple[str, list[str], list[str]]] = {}
+    for (step, _), entry in sorted(seen.items()):
+        text, all_rows, documents = result.get(step, (entry["hash"], [], []))
+        assert text == entry["hash"]
+        result[step] = (text, all_rows + entry["rows"], documents + entry["documents"])
+    return result
+
+
+@pytest.fixture(scope="module")
+def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    base = tmp_path_factory.mktemp("sets")
+    folders = [make_dataset(base / kind, kind, 50, seed=i) for i, kind in enumerate(["pair", "matched"])]
+    return {"folders": [str(folder) for folder in folders], "steps": STEPS, "model": 1}
+
+
+@pytest.fixture(scope="module")
+def reference(options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
+    out = tmp_path_factory.mktemp("reference")
+    assert finish(start(out, 1, options)) == [0]
+    result = rows(out)
+    assert sorted(result) == list(range(STEPS))
+    assert len(set(result[3][1])) == 8
+    return result
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("world", "model"), [(2, 1), (4, 1), (2, 2), (4, 2)])
+def test_same_batches_for_every_layout(
+    options: dict[str, Any], reference: dict[int, Any], tmp_path: Path, world: int, model: int
+) -> None:
+    more = {**options, "model": model, "micro_batch_size": 1}
+    assert finish(start(tmp_path / "run", world, more)) == [0] * world
+    for model_rank in range(model):
+        assert rows(tmp_path / "run", model_rank) == reference
+
+
+@pytest.mark.slow
+def test_killed_at_random_points_and_resumed_at_other_sizes(
+    options: dict[str, Any], reference: dict[int, Any], tmp_path: Path
+) -> None:
+    """SIGKILL, then resume on 2, 4, 1, 2 ... ranks from whatever position was saved last."""
+    out = tmp_path / "run"
+    rng = random.Random(os.environ.get("LCL_TEST_SEED", "7"))
+    kills = 0
+    for world in (2, 4, 1, 2):
+        processes = start(out, world, {**options, "pause": 0.25})
+        saved = out / "position.json"
+        target = (json.loads(saved.read_text())["step"] if saved.exists() else 0) + rng.randint(1, 3)
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline and all(p.poll() is None for p in processes):
+            if saved.exists() and json.loads(saved.read_text())["step"] >= target:
+                break
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.3))
+        for process in processes:
+            kills += process.poll() is None
+            process.kill()
+            process.wait()
+    assert kills >= 6
+    assert finish(start(out, 2, options)) == [0, 0]
+    assert rows(out) == reference
+
+
+@pytest.mark.slow
+def test_an_error_on_one_rank_stops_all_with_its_reason(options: dict[str, Any], tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "set", "pair", 40, per_shard=10)
+    shard = folder / "shard-002.tar"
+    content = bytearray(shard.read_bytes())
+    content[512:600] = b"x" * 88  # the first document's JSON
+    shard.write_bytes(content)
+    out = tmp_path / "run"
+    assert finish(start(out, 4, {**options, "folders": [str(folder)], "model": 2})) == [3] * 4
+    messages = [(out / f"error{rank}.txt").read_text() for rank in range(4)]
+    assert any("shard-002.tar, document doc-000020: is damaged" in message for message in messages)
+    assert all("shard-002.tar" in m or "data-parallel ranks" in m for m in messages)

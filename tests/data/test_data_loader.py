@@ -1,0 +1,189 @@
+"""The loader in one process: the batch contract, independence of the layout, resume, refusals."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from corpora import LOADER, config, make_dataset, small_tokenizer
+
+from lcl_mcore.data.batch import MicroBatch, StepBatch
+from lcl_mcore.data.loader import build_loader
+from lcl_mcore.errors import ConfigError, DataError
+
+TOKENIZER = small_tokenizer()
+P = LOADER["tokens_per_image"]
+S = 128
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
+    """One data set of each kind."""
+    base = tmp_path_factory.mktemp("sets")
+    return [
+        make_dataset(base / kind, kind, 60, seed=i) for i, kind in enumerate(["pair", "matched", "sequence"])
+    ]
+
+
+def steps(data: Any, count: int, **more: Any) -> list[StepBatch]:
+    options = {**LOADER, "tokenizer": TOKENIZER, "dp_rank": 0, "dp_size": 1, **more}
+    loader = build_loader(data, **options)
+    try:
+        return [next(loader) for _ in range(count)]
+    finally:
+        loader.close()
+
+
+def rows_of(step: StepBatch) -> list[tuple[Any, ...]]:
+    """Each row of a step with its images, independent of how rows are grouped."""
+    rows = []
+    for batch in step.micro_batches:
+        for r in range(len(batch.row_keys)):
+            mine = (batch.image_starts >= r * S) & (batch.image_starts < (r + 1) * S)
+            context = (batch.context_rows >= r * S) & (batch.context_rows < (r + 1) * S)
+            rows.append(
+                (
+                    batch.tokens[r * S : (r + 1) * S].tolist(),
+                    batch.positions[r * S : (r + 1) * S].tolist(),
+                    int(batch.row_keys[r]),
+                    batch.image_keys[mine].tolist(),
+                    batch.images[mine].sum((1, 2, 3)).tolist(),
+                    (batch.context_rows[context] - r * S).tolist(),
+                    batch.group_ids[context].tolist(),
+                )
+            )
+    return rows
+
+
+def check_contract(batch: MicroBatch) -> None:
+    """Everything that `MicroBatch` promises, recomputed from tokens and segment lengths."""
+    ids = TOKENIZER
+    tokens = batch.tokens.tolist()
+    assert sum(batch.lengths) == len(tokens) == len(batch.row_keys) * S
+    targets, starts, contexts, place = [], [], [], 0
+    for length in batch.lengths:
+        segment = tokens[place : place + length]
+        assert batch.positions[place : place + length].tolist() == list(range(length))
+        assert place // S == (place + length - 1) // S
+        seen_text = False
+        for i, token in enumerate(segment):
+            if token == ids.boi:
+                starts.append(place + i + 1)
+                assert segment[i + 1 : i + 1 + P] == [ids.image] * P
+                assert segment[i + 1 + P] == ids.eoi
+                if seen_text:
+                    contexts.append(place + i)
+            seen_text |= token < ids.text_size or token == ids.eoi
+            if i and token not in (ids.image, ids.eoi, ids.pad, ids.bos):
+                targets.append((place + i - 1, token))
+        place += length
+    assert batch.image_starts.tolist() == starts
+    assert batch.context_rows.tolist() == contexts
+    assert batch.image_starts[batch.context_images].tolist() == [row + 1 for row in contexts]
+    assert list(zip(batch.target_rows.tolist(), batch.target_labels.tolist(), strict=True)) == targets
+    assert batch.images.shape == (len(starts), 3, 32, 32)
+    assert batch.images.dtype == torch.uint8
+    assert len(set(batch.image_keys.tolist())) == len(starts)
+    assert len(batch.group_ids) == len(contexts)
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "windows", "off"])
+def test_batches_keep_the_contract(folders: list[Path], packing: str) -> None:
+    for step in steps(config(*folders, packing=packing), 6):
+        for batch in step.micro_batches:
+            check_contract(batch)
+        counts = step.counts
+        assert counts.images == (sum(len(b.image_starts) for b in step.micro_batches),)
+        assert counts.contexts == (sum(sum(c) for c in counts.micro_contexts),)
+        assert counts.targets == (sum(len(b.target_rows) for b in step.micro_batches),)
+        used = sum(int((b.tokens != TOKENIZER.pad).sum()) for b in step.micro_batches)
+        assert counts.tokens == (used,)
+        assert step.statistics["fill"] == pytest.approx(used / (8 * S))
+        assert step.statistics["failed_images"] == 0
+
+
+def test_order_does_not_depend_on_the_layout(folders: list[Path]) -> None:
+    data = config(*folders, weights=(0.5, 0.3, 0.2))
+    wanted = [rows_of(step) for step in steps(data, 5)]
+    assert [rows_of(s) for s in steps(data, 5, micro_batch_size=8)] == wanted
+    assert [
+        rows_of(s) for s in steps(config(*folders, weights=(0.5, 0.3, 0.2), decode_threads=1), 5)
+    ] == wanted
+    other = config(*folders, weights=(0.5, 0.3, 0.2), prefetch_steps=5)
+    assert [rows_of(s) for s in steps(other, 5)] == wanted
+    assert [rows_of(s) for s in steps(data, 5, seed=6)] != wanted
+
+
+@pytest.mark.parametrize("packing", ["best_fit", "windows", "off"])
+def test_resume_continues_exactly(folders: list[Path], packing: str) -> None:
+    data = config(*folders, packing=packing)
+    whole = steps(data, 12)
+    for k in (1, 4, 9):
+        position = json.loads(json.dumps(whole[k - 1].position))
+        rest = steps(data, 12 - k, position=position)
+        assert [rows_of(s) for s in rest] == [rows_of(s) for s in whole[k:]]
+        assert [s.order_hash for s in rest] == [s.order_hash for s in whole[k:]]
+        assert rest[-1].position == whole[-1].position
+    assert len(json.dumps(whole[-1].position)) < 4000
+
+
+def test_other_settings_are_refused_by_name(folders: list[Path], tmp_path: Path) -> None:
+    position = steps(config(*folders), 2)[-1].position
+    other_data = make_dataset(tmp_path / "pair", "pair", 61, seed=9)
+    cases = [
+        (config(*folders), {"seed": 6}, "seed was 5, is 6"),
+        (config(*folders), {"global_batch_size": 4}, "global_batch_size was 8, is 4"),
+        (config(*folders), {"tokens_per_image": 4}, "tokens_per_image was 9, is 4"),
+        (config(*folders, weights=(2, 1, 1)), {}, "sources.pair.weight was 1.0, is 2.0"),
+        (config(*folders, sequence_length=256), {}, "sequence_length was 128, is 256"),
+        (config(*folders, crop_scale=(0.5, 1.0)), {}, "crop_scale"),
+        (config(*folders[:2]), {}, "sources.sequence was"),
+        (config(other_data, *folders[1:]), {}, "sources.pair.fingerprint was"),
+    ]
+    for data, more, message in cases:
+        with pytest.raises(DataError, match=message):
+            steps(data, 1, position=position, **more)
+    with pytest.raises(DataError, match="damaged"):
+        steps(config(*folders), 1, position={**position, "states": [[1]] * 8})
+    with pytest.raises(ConfigError, match="multiple of micro-batch"):
+        steps(config(*folders), 1, micro_batch_size=3)
+    with pytest.raises(ConfigError, match="must hold an image"):
+        steps(config(*folders, sequence_length=10), 1)
+
+
+def test_released_variants_differ_as_documented(folders: list[Path]) -> None:
+    released = config(folders[0], packing="off", context_rule="index0", source_options={"ends": "released"})
+    for step in steps(released, 4):
+        for batch in step.micro_batches:
+            assert len(batch.documents) == len(batch.row_keys)
+            for r in range(len(batch.row_keys)):
+                row = batch.tokens[r * S : (r + 1) * S].tolist()
+                text_first = row[0] == TOKENIZER.bos
+                assert text_first or row[0] == TOKENIZER.boi
+                assert (TOKENIZER.eos in row) == (not text_first)
+                texts = sum(token < TOKENIZER.text_size for token in row)
+                mine = (batch.target_rows >= r * S) & (batch.target_rows < (r + 1) * S)
+                assert int(mine.sum()) == texts + 1  # <BoI> if the text is first, else the end token
+                has_context = ((batch.context_rows >= r * S) & (batch.context_rows < (r + 1) * S)).any()
+                assert bool(has_context) == text_first
+
+
+def test_text_only_batches(tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "sequence", "sequence", 40)
+    for step in steps(config(folder, source_options={"max_images": 0}), 3):
+        assert step.counts.images == (0,)
+        assert step.micro_batches[0].images.shape == (0, 3, 32, 32)
+        assert step.statistics["image_imbalance"] == 1.0
+        check_contract(step.micro_batches[0])
+
+
+def test_loader_stops_cleanly_and_repeats_its_error(folders: list[Path]) -> None:
+    loader = build_loader(config(*folders), **LOADER, tokenizer=TOKENIZER, dp_rank=0, dp_size=1)
+    next(loader)
+    loader.close()
+    loader.close()
+    with pytest.raises(StopIteration):
+        next(loader)
