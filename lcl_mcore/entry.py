@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Callable
 
 from lcl_mcore.errors import LclError
@@ -15,6 +16,9 @@ def run_main(main: Callable[[], int]) -> None:
 
     A failed rank leaves through `os._exit`: destructors of process groups whose peers are gone may hang.
     """
+    # megatron-core warns about each package it does without; our own start-up report says it once.
+    warnings.filterwarnings("ignore", module=r"megatron\..*")
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed\..*")
     code, failed = 1, True
     try:
         code, failed = main(), False

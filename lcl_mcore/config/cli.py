@@ -41,11 +41,11 @@ class Flags:
     tp: Annotated[int | None, tyro.conf.arg(help="Tensor-parallel size.")] = None
     pp: Annotated[int | None, tyro.conf.arg(help="Pipeline stages.")] = None
     cp: Annotated[int | None, tyro.conf.arg(help="Context-parallel size (only 1 is supported).")] = None
-    sequence_parallel: bool | None = None
+    sequence_parallel: bool = False
     """Split norms and residuals along the tokens over the tensor-parallel ranks."""
     recompute: Literal["none", "vision", "language", "full"] | None = None
     """Activations to recompute in backward."""
-    overlap: bool | None = None
+    overlap: bool = True
     """Overlap gradient reduction and parameter gathering with computation."""
     timeout: float | None = None
     """Seconds after which a stuck collective fails."""
@@ -99,7 +99,6 @@ _PLACES: dict[str, tuple[str, ...]] = {
     "tp": ("parallel", "tensor"),
     "pp": ("parallel", "pipeline"),
     "cp": ("parallel", "context"),
-    "sequence_parallel": ("parallel", "sequence"),
     "recompute": ("parallel", "recompute"),
     "timeout": ("parallel", "timeout_seconds"),
     "drop_path": ("model", "vision", "drop_path"),
@@ -140,8 +139,12 @@ def resolve(flags: Flags) -> RunConfig:
         value = getattr(flags, name)
         if value is not None:
             _put(tree, place, value)
-    if flags.overlap is not None:
-        tree["parallel"] |= {"overlap_grad_reduce": flags.overlap, "overlap_param_gather": flags.overlap}
+    if flags.sequence_parallel:
+        tree["parallel"]["sequence"] = True
+    elif flags.tp == 1:
+        tree["parallel"]["sequence"] = False  # a recipe's choice that only makes sense with more
+    if not flags.overlap:
+        tree["parallel"] |= {"overlap_grad_reduce": False, "overlap_param_gather": False}
     if flags.data:
         tree["data"]["sources"] = [_source(text, base.recipe) for text in flags.data]
     for assignment in flags.set:

@@ -19,6 +19,7 @@ from lcl_mcore.data.dataset import PictureDamagedError
 from lcl_mcore.data.pictures import ORIENTATION, BadPictureError, open_picture, upright_rgb
 
 GREY = 128
+SPARE = 1
 
 
 @dataclass(frozen=True)
@@ -94,15 +95,19 @@ def decode_one(content: bytes, job: Job, side: int) -> np.ndarray:
     window = job.window
     if picture.format == "JPEG" and not turned:
         # Ask for the smallest built-in scale at which the window still has `side` pixels each way.
-        wanted = (math.ceil(job.width * side / window.width), math.ceil(job.height * side / window.height))
+        side_wanted = SPARE * side
+        wanted = (
+            math.ceil(job.width * side_wanted / window.width),
+            math.ceil(job.height * side_wanted / window.height),
+        )
         picture.draft(None, wanted)
     upright = upright_rgb(picture)
-    x, y = upright.width / job.width, upright.height / job.height
+    scale = round(job.width / upright.width)  # exactly 1, 2, 4 or 8; sizes are rounded up
     box = (
-        window.left * x,
-        window.top * y,
-        min((window.left + window.width) * x, upright.width),
-        min((window.top + window.height) * y, upright.height),
+        window.left / scale,
+        window.top / scale,
+        min((window.left + window.width) / scale, upright.width),
+        min((window.top + window.height) / scale, upright.height),
     )
     resized = upright.resize((side, side), Image.Resampling.BICUBIC, box=box)
     return np.asarray(resized).transpose(2, 0, 1)

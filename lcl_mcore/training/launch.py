@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from pathlib import Path
 
 import torch
@@ -20,7 +19,6 @@ def start_job(config: RunConfig, folder: Path) -> Job:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config.check_processes(world)
     _limit_threads()
-    warnings.filterwarnings("ignore", module=r"megatron\..*|torch\.distributed\..*")
     device = pick_device(config.train.device)
     init_process_group(device, config.parallel.timeout_seconds)
     rank = dist.get_rank()

@@ -148,7 +148,7 @@ class TrainStep:
                 generation = weight * self._generation(micro.batch, hidden)
                 # Its gradient is the chain rule through the cached derivatives; its value means nothing.
                 surrogate = (image * d_image_part).sum() + (context * d_context_part).sum()
-                if index == 0:
+                if index == len(moved) - 1:  # where the gradient reduction expects every parameter
                     surrogate = surrogate + self.model.temperature() * d_scale
                 self._backward(surrogate, generation)
             generation_sum += generation.detach()

@@ -1,4 +1,4 @@
-"""Fused output projection and cross-entropy against its formula in fp64 (its mesh cases: test_distributed)."""
+"""Fused output projection and cross-entropy against its formula in fp64."""
 
 from __future__ import annotations
 

@@ -108,19 +108,21 @@ def test_gradcheck() -> None:
 
 
 def test_saturated_pairs_keep_relative_accuracy() -> None:
-    """Loss 1e-9: subtracting two logsumexps in fp32 would return noise of 1e-6."""
+    """A loss of 1e-6 as the difference of two logsumexps in fp32 is mostly noise; ours is not."""
     image, text = embeddings(64, 128, "saturated")
-    ours = evaluate(image, text, 60.0)
-    truth = evaluate(image, text, 60.0, torch.float64, impl="reference")
-    assert 0 < truth[0].item() < 1e-7
-    assert max(errors(ours, truth, floor=1e-15)) < 2e-5
+    ours = evaluate(image, text, 35.0)
+    truth = evaluate(image, text, 35.0, torch.float64, impl="reference")
+    naive = evaluate(image, text, 35.0, impl="reference")
+    assert 1e-9 < truth[0].item() < 1e-5
+    assert max(errors(ours, truth)) < 1e-5
+    assert errors(naive, truth)[0] > 1e-2
 
 
 @pytest.mark.parametrize("kind", ["identical", "opposite"])
 def test_equal_rows_give_log_n_and_no_gradient_along_them(kind: str) -> None:
     image, text = embeddings(50, 32, kind)
     loss, d_image, d_text, d_scale = evaluate(image, text, 100.0, tile=(16, 16))
-    assert loss.item() == pytest.approx(torch.tensor(50.0).log().item(), rel=2e-6)
+    assert loss.item() == pytest.approx(torch.tensor(50.0).log().item(), rel=1e-5)
     for gradient in (d_image, d_text):
         # Exactly 0; its terms have size s/N = 2 per row and rounding s S = 100 costs 1e-5 of them.
         assert gradient.abs().max().item() < 5e-5
@@ -133,7 +135,7 @@ def test_duplicates_are_masked_by_their_group() -> None:
     ours = evaluate(image, text, 100.0, group_ids=groups, tile=(16, 16))
     truth = evaluate(image, text, 100.0, torch.float64, group_ids=groups, impl="reference")
     assert max(errors(ours, truth)) < 5e-6
-    # Each pair twice, masked: the loss of the distinct pairs with their sums doubled, less than without the mask.
+    # Without the mask a copy of the positive is a negative.
     assert ours[0].item() < evaluate(image, text, 100.0)[0].item() - 1e-4
 
 
@@ -196,10 +198,8 @@ def test_tiling_does_not_change_the_result() -> None:
     image, text = embeddings(130, 32)
     whole = evaluate(image, text, 50.0, tile=(130, 130))
     assert max(errors(evaluate(image, text, 50.0, tile=(7, 50)), whole)) < 3e-6
-    again = evaluate(image, text, 50.0, tile=(7, 50))
-    assert all(
-        torch.equal(a, b) for a, b in zip(again, evaluate(image, text, 50.0, tile=(7, 50)), strict=True)
-    )
+    first, again = (evaluate(image, text, 50.0, tile=(7, 50)) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
 
 
 def test_fp16_operands_cost_what_their_rounding_costs() -> None:
