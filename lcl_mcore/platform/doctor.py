@@ -208,7 +208,7 @@ def choose_parts(precision: str) -> list[Line]:
     te = probe.transformer_engine()
     if precision == "fp8" and not te.usable:
         lines[0] = Line("layers", "none", False, f"fp8 needs Transformer Engine: {te.reason}")
-    reason = "in megatron's distributed optimizer; unlike Apex's and TE's it clips and skips on the device"
+    reason = "in megatron's distributed optimizer; skips on the device: Apex's and TE's are not used"
     lines.append(Line("optimizer", "torch fused AdamW", True, reason))
     device = "cuda" if torch.cuda.is_available() else "cpu"
     engine = select_engine("auto", torch.empty(0, device=device))
