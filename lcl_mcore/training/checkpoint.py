@@ -190,27 +190,52 @@ class Checkpointer:
         answer = json.loads(gather_bytes(json.dumps([name, notes]).encode(), self.control)[0])
         return (self.folder / answer[0] if answer[0] else None), answer[1]
 
-    def load(self, path: Path, *, weights_only: bool = False) -> TrainState:
-        """Restore model and optimizer (or the model alone) from a checkpoint of any layout.
+    def load(self, path: Path) -> TrainState:
+        """Restore model and optimizer from a checkpoint of any layout.
 
         Raises:
             CheckpointError: the files do not fit this model.
         """
         model_state = _sharded_model_state(self.model)
-        tensors: dict[str, Any] = {"model": model_state}
-        if not weights_only:
-            tensors["optimizer"] = self.optimizer.sharded_state(model_state, loading=True)
-        try:
-            with restricted_unpickling():
-                loaded = dist_checkpointing.load(tensors, str(path / "weights"))
-        except (CheckpointingException, RuntimeError, KeyError, ValueError) as error:
-            reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-            raise CheckpointError(explain(path, f"does not fit this model: {reason}",
-                                          "Use the configuration it was written with.")) from error  # fmt: skip
-        state = TrainState(**json.loads((path / "state.json").read_text(encoding="utf-8")))
-        with torch.no_grad():
-            for name, parameter in self.model.named_parameters():
-                parameter.copy_(loaded["model"][name])
-        if not weights_only:
-            self.optimizer.load_state(loaded["optimizer"], state.step)
+        optimizer_state = self.optimizer.sharded_state(model_state, loading=True)
+        loaded = _read_tensors(path, {"model": model_state, "optimizer": optimizer_state})
+        _copy_weights(self.model, loaded["model"])
+        state = read_state(path)
+        self.optimizer.load_state(loaded["optimizer"], state.step)
         return state
+
+
+def load_weights(path: Path, model: nn.Module) -> TrainState:
+    """Take the weights alone from a checkpoint of any layout; collective over the model's ranks.
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or does not fit this model.
+    """
+    problems = verify(path)
+    if problems:
+        raise CheckpointError(explain(path, f"is damaged: {'; '.join(problems[:3])}", "Use another checkpoint."))
+    loaded = _read_tensors(path, {"model": _sharded_model_state(model)})
+    _copy_weights(model, loaded["model"])
+    return read_state(path)
+
+
+def read_state(path: Path) -> TrainState:
+    """The part of a checkpoint that is not tensors."""
+    return TrainState(**json.loads((path / "state.json").read_text(encoding="utf-8")))
+
+
+def _read_tensors(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
+    try:
+        with restricted_unpickling():
+            loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(path / "weights"))
+    except (CheckpointingException, RuntimeError, KeyError, ValueError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(explain(path, f"does not fit this model: {reason}",
+                                      "Use the configuration it was written with.")) from error  # fmt: skip
+    return loaded
+
+
+@torch.no_grad()
+def _copy_weights(model: nn.Module, loaded: dict[str, Any]) -> None:
+    for name, parameter in model.named_parameters():
+        parameter.copy_(loaded[name])

@@ -104,20 +104,41 @@ class Speed:
         self.data_seconds += share * (data_seconds - self.data_seconds)
 
 
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """Records of a metrics file; a last line cut by a crash is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def _keep_steps(path: Path, done: int) -> None:
+    kept = [record for record in read_metrics(path) if record["step"] <= done]
+    if path.is_file():
+        path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+
+
 class RunLog:
     """Rank 0's output. Other ranks have one with `enabled=False`, which does nothing."""
 
-    def __init__(self, folder: Path, enabled: bool, tensorboard: bool, every: int, steps: int) -> None:
+    def __init__(
+        self, folder: Path, enabled: bool, tensorboard: bool, every: int, steps: int, done: int = 0
+    ) -> None:
+        """`done` steps are in the checkpoint; lines of later ones, lost with a crash, are dropped."""
         self.enabled, self.every, self.steps = enabled, every, steps
         self.file: TextIO | None = None
         self.board: Any = None
         if not enabled:
             return
+        _keep_steps(folder / "metrics.jsonl", done)
         self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
         if tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(folder / "tensorboard"))
+            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
 
     def note(self, text: str) -> None:
         """A line for the person watching."""

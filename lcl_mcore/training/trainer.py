@@ -15,6 +15,7 @@ from lcl_mcore.config.files import config_digest
 from lcl_mcore.config.run import RunConfig
 from lcl_mcore.data.batch import StepBatch
 from lcl_mcore.errors import CheckpointError, ConfigError, NonFiniteError, explain
+from lcl_mcore.models.count import FlopCounter
 from lcl_mcore.training.build import DTYPES, Job, build_data, build_model
 from lcl_mcore.training.checkpoint import Checkpointer, TrainState, checkpoint_path
 from lcl_mcore.training.metrics import DeferredStats, RunLog, Speed, StepStats, Stopwatch
@@ -22,7 +23,6 @@ from lcl_mcore.training.optimizer import Optimizer, wrap_data_parallel
 from lcl_mcore.training.schedule import learning_rate
 from lcl_mcore.training.signals import StopRequest
 from lcl_mcore.training.step import TrainStep
-from lcl_mcore.training.throughput import FlopCounter
 
 MAX_FAILED_SAVES = 2
 
@@ -73,7 +73,7 @@ class Trainer:
                 "Raise the model's vocab_size or train a smaller tokenizer."))  # fmt: skip
         self.flops = FlopCounter(config, job.device.name, dtype, job.world)
         self.log = RunLog(
-            job.folder, job.rank == 0, config.log.tensorboard, config.log.every, config.train.steps
+            job.folder, job.rank == 0, config.log.tensorboard, config.log.every, config.train.steps, self.progress.step
         )
         self.stats, self.speed = DeferredStats(job.device.device), Speed()
         self.waiting: dict[int, Pending] = {}

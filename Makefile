@@ -1,0 +1,51 @@
+# Two commands do all the set-up on a fresh machine: `make demo` and `make test`.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check install --quiet
+# Without a GPU driver the CPU build of torch is enough; torch 2.13.0 is what CI uses.
+TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo 'torch>=2.10' || echo 'torch==2.13.0')
+STAMP := $(VENV)/.installed
+DEV_STAMP := $(VENV)/.installed-dev
+
+.PHONY: help demo test check lint doctor clean-demo
+help:
+	@echo "make demo    install, build the demo corpus, pre-train on 2 processes, evaluate (minutes)"
+	@echo "make test    install, lint, type-check, run every test"
+	@echo "make check   the fast part of the tests"
+	@echo "make doctor  what was found on this machine and what will be used"
+
+# Stamps are written last: an interrupted install is done again.
+$(STAMP): pyproject.toml
+	@command -v $(PYTHON) >/dev/null || { echo "error: $(PYTHON) not found. Python >= 3.11 is needed; set PYTHON=/path/to/python3." >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $$($(PYTHON) --version): Python >= 3.11 is needed. Set PYTHON=/path/to/a/newer/python3." >&2; exit 2; }
+	@echo "installing into $(VENV) (about a minute on a fast line)"
+	@$(PYTHON) -m venv $(VENV)
+	@$(PIP) '$(TORCH)' setuptools wheel
+	@$(PIP) --no-build-isolation -e '.[demo]'
+	@touch $@
+
+$(DEV_STAMP): $(STAMP)
+	@echo "installing the test tools"
+	@$(PIP) --no-build-isolation -e '.[demo,dev]'
+	@touch $@
+
+demo: $(STAMP)
+	@$(BIN)/python examples/demo/run.py
+
+clean-demo:
+	rm -rf runs/demo data/demo
+
+doctor: $(STAMP)
+	@$(BIN)/python tools/doctor.py
+
+lint: $(DEV_STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+check: lint
+	$(BIN)/pytest -q -m "not slow and not distributed and not gpu"
+
+test: lint
+	$(BIN)/pytest -q -m "not gpu"
