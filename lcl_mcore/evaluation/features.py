@@ -48,7 +48,7 @@ def heldout_batches(
     )
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def pair_features(model: LclModel, batches: Iterator[MicroBatch]) -> PairFeatures:
     """Image vectors, and text vectors taken where training takes them: at the `<BoI>` after the text."""
     model.eval()
@@ -64,7 +64,7 @@ def pair_features(model: LclModel, batches: Iterator[MicroBatch]) -> PairFeature
     return PairFeatures(torch.cat(images), torch.cat(texts), torch.cat(pictures), tuple(documents))
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def generation_loss(
     model: LclModel, batches: Iterator[MicroBatch], vocab_size: int, change: Callable[[MicroBatch], MicroBatch]
 ) -> float:
