@@ -84,10 +84,12 @@ class DaliDecoder:
         return torch.from_dlpack(output.as_tensor()).clone()
 
     def _build(self, side: int) -> Any:
-        from nvidia.dali import fn, types
+        from nvidia.dali import fn
+        from nvidia.dali import types as dali_types
         from nvidia.dali.pipeline import Pipeline
 
-        pipeline = Pipeline(
+        types: Any = dali_types  # its constants are made at import time
+        pipeline: Any = Pipeline(
             batch_size=MAX_BATCH,
             num_threads=self._threads,
             device_id=torch.cuda.current_device() if self._on_gpu else None,
@@ -108,7 +110,8 @@ class DaliDecoder:
                 normalized_shape=False,
             )
             resized = fn.resize(window, size=(side, side), interp_type=types.INTERP_CUBIC, antialias=True)
-            pipeline.set_outputs(fn.transpose(resized, perm=[2, 0, 1]))
+            output: Any = resized
+            pipeline.set_outputs(fn.transpose(output, perm=[2, 0, 1]))
         pipeline.build()
         return pipeline
 
@@ -125,6 +128,6 @@ def _read(job: Job) -> bytes | str:
 
 def _one_by_one(job: Job, content: Any, side: int) -> Tensor | str:
     try:
-        return torch.from_numpy(decode_one(content, job, side).copy())
+        return decode_one(content, job, side)
     except BadPictureError as error:
         return str(error)

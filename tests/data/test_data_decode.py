@@ -1,0 +1,249 @@
+"""Pixels: every kind of picture comes out right, back ends agree, failures keep their place."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from corpora import LOADER, config, make_dataset, picture, small_tokenizer
+from PIL import Image
+
+from lcl_mcore.data.crop import Window, centre_window, random_window
+from lcl_mcore.data.decode import CpuDecoder, Decoder, Job
+from lcl_mcore.data.keyed import KeyedRandom
+from lcl_mcore.data.loader import build_loader
+from lcl_mcore.data.pictures import BadPictureError, open_picture, upright_rgb
+from lcl_mcore.errors import DataError
+
+
+def saved(image: Image.Image, container: str, **options: object) -> bytes:
+    stream = io.BytesIO()
+    image.save(stream, container, **options)
+    return stream.getvalue()
+
+
+def upright(content: bytes) -> np.ndarray:
+    return np.asarray(upright_rgb(open_picture(content))).astype(int)
+
+
+def colours(width: int = 96, height: int = 64) -> Image.Image:
+    return Image.open(io.BytesIO(picture(3, width, height, "PNG"))).convert("RGB")
+
+
+def test_every_kind_of_picture_comes_out_right() -> None:
+    image = colours()
+    wanted = np.asarray(image).astype(int)
+    for container in ("PNG", "BMP", "TIFF", "PPM"):
+        assert np.array_equal(upright(saved(image, container)), wanted)
+    lossless = saved(image, "WEBP", lossless=True)
+    assert np.array_equal(upright(lossless), wanted)
+    grey = image.convert("L")
+    assert np.array_equal(upright(saved(grey, "PNG"))[..., 0], np.asarray(grey))
+    palette = image.quantize(64)
+    for container in ("PNG", "GIF"):
+        assert np.array_equal(upright(saved(palette, container)), np.asarray(palette.convert("RGB")))
+    assert np.abs(upright(saved(image.convert("CMYK"), "JPEG", quality=95)) - wanted).mean() < 3
+
+
+def test_transparency_becomes_white() -> None:
+    layered = np.dstack([np.zeros((40, 40, 3), np.uint8), np.full((40, 40), 255, np.uint8)])
+    layered[:20, :, 3] = 0
+    layered[20:30, :, 3] = 128
+    pixels = upright(saved(Image.fromarray(layered), "PNG"))
+    assert pixels[:20].min() == 255
+    assert abs(int(pixels[25, 0, 0]) - 127) <= 1
+    assert pixels[30:].max() == 0
+    grey_alpha = Image.fromarray(layered).convert("LA")
+    assert upright(saved(grey_alpha, "PNG"))[:20].min() == 255
+    keyed = Image.new("P", (40, 40), 0)
+    keyed.putpalette([10, 20, 30, 200, 100, 50])
+    assert upright(saved(keyed, "PNG", transparency=0)).min() == 255
+
+
+def test_sixteen_bits_are_scaled_not_clipped() -> None:
+    ramp = np.linspace(0, 65535, 64 * 64).reshape(64, 64).astype(np.uint16)
+    pixels = upright(saved(Image.fromarray(ramp), "PNG"))
+    assert np.abs(pixels[..., 0] - ramp / 257).max() <= 1
+    assert 126 < pixels.mean() < 129
+
+
+def test_exif_orientation_turns_the_picture() -> None:
+    image = colours()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = upright(saved(image, "JPEG", exif=exif, quality=95))
+    assert turned.shape == (96, 64, 3)
+    assert np.abs(turned - np.asarray(image.rotate(-90, expand=True)).astype(int)).mean() < 3
+
+
+def test_animations_show_their_first_frame() -> None:
+    frames = [Image.new("RGB", (40, 40), colour) for colour in ("red", "blue")]
+    content = saved(frames[0], "GIF", save_all=True, append_images=frames[1:])
+    assert upright(content)[0, 0].tolist() == [255, 0, 0] or upright(content)[0, 0, 0] > 250
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        (b"", "empty"),
+        (b"<!DOCTYPE html><html>not found</html>", "not a picture"),
+        (b"\x00" * 5000, "not a picture"),
+        (picture(1)[:900], "undecodable"),
+        (picture(1, 200, 150, "PNG")[:4000], "undecodable"),
+        (saved(Image.new("L", (20_000, 2_500)), "PNG"), "oversized"),
+        (saved(Image.new("1", (17_000, 10)), "PNG"), "oversized"),
+    ],
+)
+def test_bad_pictures_name_their_reason(content: bytes, reason: str) -> None:
+    with pytest.raises(BadPictureError) as caught:
+        upright_rgb(open_picture(content))
+    assert caught.value.reason == reason
+
+
+def test_windows_follow_the_rule() -> None:
+    scale, ratio = (0.9, 1.0), (0.75, 4 / 3)
+    for n in range(300):
+        width, height = 50 + n % 83, 60 + n % 41
+        w = random_window(width, height, scale, ratio, KeyedRandom(n))
+        assert 0 <= w.left <= width - w.width
+        assert 0 <= w.top <= height - w.height
+        if 0.8 < width / height < 1.25:
+            assert 0.85 < w.width * w.height / (width * height) <= 1.0
+        assert 0.72 < w.width / w.height < 1.38
+    wide = random_window(1000, 50, scale, ratio, KeyedRandom(1))
+    assert (wide.width, wide.height, wide.left) == (67, 50, 466)
+    assert centre_window(100, 60) == Window(20, 0, 60, 60)
+
+
+def jobs(count: int, container: str = "JPEG") -> list[Job]:
+    result = []
+    for n in range(count):
+        width, height = 90 + 37 * (n % 9), 80 + 53 * (n % 7)
+        options = {"quality": 90} if container == "JPEG" else {}
+        content = picture(n, width, height, container, **options)
+        window = random_window(width, height, (0.9, 1.0), (0.75, 4 / 3), KeyedRandom("w", n))
+        result.append(Job(lambda content=content: content, width, height, window))  # type: ignore[misc]
+    return result
+
+
+def decoders() -> list[Callable[[], Decoder]]:
+    from lcl_mcore.data.dali import DaliDecoder
+
+    return [lambda: CpuDecoder(2), lambda: DaliDecoder(2)]
+
+
+def exact(job: Job, side: int) -> np.ndarray:
+    """Full decode, bicubic resize of the window: no shortcut for speed."""
+    image = Image.open(io.BytesIO(job.read())).convert("RGB")
+    w = job.window
+    box = (w.left, w.top, w.left + w.width, w.top + w.height)
+    return (
+        np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=box))
+        .transpose(2, 0, 1)
+        .astype(int)
+    )
+
+
+@pytest.mark.parametrize("make", decoders(), ids=["cpu", "dali"])
+@pytest.mark.parametrize("container", ["JPEG", "PNG", "WEBP"])
+def test_decoders_agree_with_a_plain_decode(make: Callable[[], Decoder], container: str) -> None:
+    """The documented tolerance: 1 level of 255 on average per picture, whatever the path."""
+    decoder = make()
+    work = jobs(24, container)
+    pixels, reasons = decoder.decode(work, 64)
+    decoder.close()
+    assert reasons == [""] * 24
+    for i, job in enumerate(work):
+        assert np.abs(pixels[i].numpy().astype(int) - exact(job, 64)).mean() < 1.0
+
+
+@pytest.mark.parametrize("make", decoders(), ids=["cpu", "dali"])
+def test_a_picture_does_not_depend_on_its_batch(make: Callable[[], Decoder]) -> None:
+    decoder = make()
+    work = jobs(12)
+    together, _ = decoder.decode(work, 48)
+    for i in (0, 5, 11):
+        alone, _ = decoder.decode([work[i]], 48)
+        assert torch.equal(alone[0], together[i])
+    reverse, _ = decoder.decode(work[::-1], 48)
+    assert torch.equal(reverse.flip(0), together)
+    empty, reasons = decoder.decode([], 48)
+    assert empty.shape == (0, 3, 48, 48)
+    assert reasons == []
+    decoder.close()
+
+
+@pytest.mark.parametrize("make", decoders(), ids=["cpu", "dali"])
+def test_a_bad_picture_is_grey_and_its_neighbours_are_not(make: Callable[[], Decoder]) -> None:
+    decoder = make()
+    work = jobs(6)
+    broken = work[2].read()[:1500]
+    pixels, _ = decoder.decode(work, 48)
+    work[2] = Job(lambda: broken, work[2].width, work[2].height, work[2].window)
+    for _ in range(2):
+        after, reasons = decoder.decode(work, 48)
+        assert [bool(reason) for reason in reasons] == [False, False, True, False, False, False]
+        assert after[2].eq(128).all()
+        assert all((after[i].int() - pixels[i].int()).abs().float().mean() < 4 for i in (0, 1, 3, 4, 5))
+    decoder.close()
+
+
+def flip_bytes(path: Path, names: list[str]) -> None:
+    """Change a byte in the middle of some members of a tar."""
+    import tarfile
+
+    with tarfile.open(path) as tar:
+        places = {m.name: m.offset_data + m.size // 2 for m in tar.getmembers()}
+    content = bytearray(path.read_bytes())
+    for name in names:
+        content[places[name]] ^= 0xFF
+    path.write_bytes(content)
+
+
+def test_failed_pictures_become_placeholders_and_the_order_stays(tmp_path: Path) -> None:
+    options = {**LOADER, "tokenizer": small_tokenizer(), "dp_rank": 0, "dp_size": 1}
+    folder = make_dataset(tmp_path / "set", "pair", 30, per_shard=30)
+    data = config(folder)
+
+    def take(count: int) -> list:
+        loader = build_loader(data, **options)
+        try:
+            return [next(loader) for _ in range(count)]
+        finally:
+            loader.close()
+
+    before = take(3)
+    flip_bytes(folder / "shard-000.tar", ["doc-000003.0.jpg", "doc-000010.0.jpg"])
+    after = take(3)
+    assert sum(step.statistics["failed_images"] for step in before) == 0
+    failed = sum(step.statistics["failed_images"] for step in after)
+    assert failed >= 2
+    lost = sum(sum(a.counts.contexts) - sum(b.counts.contexts) for a, b in zip(before, after, strict=True))
+    assert 0 <= lost <= failed
+    for a, b in zip(before, after, strict=True):
+        assert a.order_hash == b.order_hash
+        assert (a.counts.images, a.counts.targets) == (b.counts.images, b.counts.targets)
+        for x, y in zip(a.micro_batches, b.micro_batches, strict=True):
+            grey = y.images.eq(128).flatten(1).all(1)
+            assert torch.equal(x.tokens, y.tokens)
+            assert torch.equal(x.images[~grey], y.images[~grey])
+            assert not grey[y.context_images].any()
+
+
+def test_too_many_failures_in_a_row_stop_the_run(tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "set", "pair", 20, per_shard=20)
+    flip_bytes(folder / "shard-000.tar", [f"doc-{n:06d}.0.jpg" for n in range(20)])
+    loader = build_loader(
+        config(folder, max_consecutive_failures=5),
+        **LOADER,
+        tokenizer=small_tokenizer(),
+        dp_rank=0,
+        dp_size=1,
+    )
+    with pytest.raises(DataError, match=r"set/shard-000\.tar/doc-\d+\.0\.jpg: the 5th picture in a row"):
+        next(loader)
+    loader.close()
