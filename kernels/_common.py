@@ -15,7 +15,7 @@ the positive dominates; ``logsumexp - S_ii`` over all columns subtracts two near
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
@@ -66,7 +66,8 @@ def check_embeddings(image: Tensor, text: Tensor) -> None:
 def as_scale(scale: Tensor | float, like: Tensor) -> Tensor:
     """The logit scale as a 0-dim tensor on the embeddings' device; keeps its place in the autograd graph."""
     if not isinstance(scale, Tensor):
-        return torch.tensor(scale, dtype=work_dtype(like), device=like.device)
+        # full, not tensor: filling on the device does not wait for it.
+        return torch.full((), scale, dtype=work_dtype(like), device=like.device)
     if scale.numel() != 1:
         raise ValueError(f"scale has shape {tuple(scale.shape)}: it must hold one number")
     return scale.reshape(())
@@ -167,3 +168,20 @@ def total_dot(gradient: Tensor, x: Tensor, rows: int = 8192) -> Tensor:
         part = slice(start, start + rows)
         total += row_dot(gradient[part], x[part], gradient.dtype).sum()
     return total
+
+
+def scaled_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    """What an autograd function saved in forward as its inputs' gradients, times the incoming gradient.
+
+    When the graph is not kept, nobody can ask for the saved tensors again: they are scaled in place and
+    handed over, which halves the peak (gradients are the largest thing these losses allocate). Whether it
+    is kept is known to a private function of torch only; without it, assume so and copy.
+    """
+    kept = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", lambda: True)()
+    results: list[Tensor | None] = []
+    for saved, needed in zip(ctx.saved_tensors, ctx.needs_input_grad, strict=False):
+        if saved is None or not needed:
+            results.append(None)
+        else:
+            results.append((saved * grad).to(saved.dtype) if kept else saved.mul_(grad))
+    return tuple(results)

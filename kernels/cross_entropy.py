@@ -20,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lcl_kernels._common import scaled_gradients
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -175,11 +176,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        scaled = (
-            (saved * grad).to(saved.dtype) if needed and saved is not None else None
-            for saved, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
-        )
-        return (*scaled, None)
+        return (*scaled_gradients(ctx, grad), None)
 
 
 def _chunk_loss(logits: Tensor, rows: slice, job: _Job, *, gradient: bool) -> Tensor:

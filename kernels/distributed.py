@@ -39,6 +39,7 @@ from lcl_kernels._common import (
     operand,
     pair_terms,
     row_dot,
+    scaled_gradients,
     total_dot,
     unmasked_keys,
     work_dtype,
@@ -52,7 +53,7 @@ from lcl_kernels._exchange import (
     reduce_to_owners,
     sum_over,
 )
-from lcl_kernels.infonce import scaled_gradients, select_engine
+from lcl_kernels.infonce import select_engine
 from lcl_kernels.schedule import Layout, Machine, Schedule, Weighting, choose_schedule, pair_weights
 from torch import Tensor
 from torch.autograd.function import once_differentiable

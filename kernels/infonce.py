@@ -25,6 +25,7 @@ from lcl_kernels._common import (
     operand,
     pair_terms,
     row_dot,
+    scaled_gradients,
     total_dot,
     unmasked_keys,
     work_dtype,
@@ -170,11 +171,3 @@ class _InfoNCE(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         return (*scaled_gradients(ctx, grad), None)
-
-
-def scaled_gradients(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    """The three gradients saved in forward, times the incoming gradient; None where not asked for."""
-    return tuple(
-        (saved * grad).to(saved.dtype) if needed else None
-        for saved, needed in zip(ctx.saved_tensors, ctx.needs_input_grad[:3], strict=True)
-    )

@@ -236,6 +236,20 @@ def test_incoming_gradient_scales_and_evaluation_skips_gradients(monkeypatch: py
         assert infonce(image, text, 10.0).item() == loss.item()
 
 
+def test_backward_repeats_while_the_graph_is_kept_and_then_hands_its_buffers_over() -> None:
+    image, text = (x.requires_grad_() for x in embeddings(20, 16))
+    loss = infonce(image, text, 10.0)
+    first = torch.autograd.grad(2.0 * loss, (image, text), retain_graph=True)
+    saved = loss.grad_fn.saved_tensors[0].data_ptr()
+    loss.backward(retain_graph=True)
+    assert image.grad.data_ptr() != saved
+    image.grad = text.grad = None
+    loss.backward(torch.tensor(2.0))
+    assert torch.equal(image.grad, first[0])
+    assert torch.equal(text.grad, first[1])
+    assert image.grad.data_ptr() == saved
+
+
 def test_memory_does_not_grow_with_n_squared(monkeypatch: pytest.MonkeyPatch) -> None:
     """No allocation of the loss exceeds the gradients or one tile."""
     largest = 0
