@@ -13,9 +13,9 @@ Contenders (each restated here from its published formula, one process standing 
                     lower bound of its time: its own multiply in TF32 and accumulate in global memory.
 
 Every contender runs in a fresh process. Memory is what it adds to a process that already holds the inputs and
-has run once at a small size: on a CPU the resident peak over the resident size before, on CUDA the same of the
-allocator. Gradients of the inputs are part of it. Time is the best of the repeats; on a CPU the processor time
-is given too, because it says more than the clock on a shared machine. On CUDA the arithmetic floor is
+has run once at a small size: on a CPU the resident peak over the resident size before, on CUDA the same of
+the allocator. Gradients of the inputs are part of it. Time is the best of the repeats; on a CPU the processor
+time is given too, because it says more than the clock on a shared machine. On CUDA the arithmetic floor is
 8 N^2 D FLOP over the rate of a large fp16 product measured in the same process.
 """
 

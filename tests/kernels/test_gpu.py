@@ -1,4 +1,4 @@
-"""Everything of the package on a CUDA device: accuracy, no host synchronisation, determinism, time against the floor.
+"""Everything of the package on a CUDA device: accuracy, no host synchronisation, repeatability, time, memory.
 
 Run by the GPU report; without a device these tests are the only ones that do not run.
 """
