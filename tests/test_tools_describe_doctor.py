@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from lcl_mcore.config.recipes import RECIPES, load_recipe
+from lcl_mcore.models.count import parameter_counts
 from lcl_mcore.platform import doctor
 
 TOOLS = Path(__file__).parent.parent / "tools"
@@ -149,3 +151,20 @@ def test_doctor_sums_over_the_processes_of_torchrun() -> None:
     ranks = json.loads(done.stdout)["ranks"]
     assert [(r["rank"], r["total"]) for r in ranks] == [(0, 3.0), (1, 3.0)]
     assert all(r["small_ms"] > 0 and r["large_ms"] > 0 for r in ranks)
+
+
+def test_the_documented_sizes_are_those_of_the_recipes() -> None:
+    text = (TOOLS.parent / "docs" / "recipes.md").read_text(encoding="utf-8")
+    rows = {}
+    for line in text.splitlines():
+        cells = [cell.strip() for cell in line.strip("| ").split("|")]
+        if len(cells) == 7 and cells[0].startswith("`"):
+            rows[cells[0].strip("`")] = cells[3:]
+    assert rows.keys() == RECIPES.keys()
+    for name, (parameters, tokens, length, batch) in rows.items():
+        config = load_recipe(name)
+        number, unit = parameters.split()
+        total = sum(parameter_counts(config.model).values())
+        assert float(number) == pytest.approx(total / {"M": 1e6, "B": 1e9}[unit], rel=5e-4), name
+        sizes = (config.model.vision.patches, config.data.sequence_length, config.train.global_batch_size)
+        assert (int(tokens), int(length), int(batch)) == sizes, name
