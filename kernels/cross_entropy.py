@@ -205,7 +205,7 @@ def _chunk_loss(logits: Tensor, rows: slice, job: _Job, *, gradient: bool) -> Te
 
 
 def _matmul(x: Tensor, w: Tensor, out: Tensor) -> None:
-    """``out = x @ w.T`` accumulated and stored in ``out``'s dtype."""
+    """``out = x @ w.T`` accumulated and stored in ``out``'s dtype (``out=`` also keeps autocast out)."""
     if x.dtype == out.dtype:
         torch.mm(x, w.T, out=out)
     elif x.is_cuda:
@@ -213,7 +213,7 @@ def _matmul(x: Tensor, w: Tensor, out: Tensor) -> None:
     else:  # CPU kernels round half precision products to half precision: widen blocks of words instead
         wide = x.to(out.dtype)
         for i in range(0, w.shape[0], 4096):
-            out[:, i : i + 4096] = wide @ w[i : i + 4096].to(out.dtype).T
+            torch.mm(wide, w[i : i + 4096].to(out.dtype).T, out=out[:, i : i + 4096])
 
 
 def _addmm(into: Tensor, x: Tensor, y: Tensor) -> None:

@@ -81,6 +81,14 @@ def test_half_precision_accumulates_in_fp32(dtype: torch.dtype) -> None:
     assert worst(ours, truth) < (4e-3 if dtype == torch.bfloat16 else 1e-3)
 
 
+def test_autocast_does_not_reach_the_products() -> None:
+    hidden, weight, bias, labels, _ = problem(40, 50)
+    plain = evaluate(linear_cross_entropy, hidden, weight, bias, dtype=torch.float32, labels=labels)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = evaluate(linear_cross_entropy, hidden, weight, bias, dtype=torch.float32, labels=labels)
+    assert all(torch.equal(a, b) for a, b in zip(plain, mixed, strict=True))
+
+
 def test_logits_exist_one_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, _, labels, _ = problem(100, 64)
     seen: list[int] = []

@@ -222,6 +222,14 @@ def test_low_precision_inputs_get_gradients_of_their_dtype() -> None:
     assert max(errors((loss.detach(), image.grad, text.grad, scale.grad), truth)) < 4e-3
 
 
+def test_autocast_does_not_reach_the_products() -> None:
+    image, text = embeddings(40, 16)
+    plain = evaluate(image, text, 50.0)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = evaluate(image, text, 50.0)
+    assert all(torch.equal(a, b) for a, b in zip(plain, mixed, strict=True))
+
+
 def test_incoming_gradient_scales_and_evaluation_skips_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     image, text = (x.requires_grad_() for x in embeddings(20, 16))
     loss = infonce(image, text, 10.0)
