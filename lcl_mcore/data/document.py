@@ -90,7 +90,7 @@ class Document:
                 sha256=_text(image, "sha256"),
                 bytes=_whole(image, "bytes", 1, 1 << 30),
                 text_index=_whole(image, index_name, 0, last),
-                similarity=_number(image.get("matched_sim", 1.0)),
+                similarity=finite_number(image.get("matched_sim", 1.0)),
             )
             for image in images
         )
@@ -108,7 +108,7 @@ def _text(data: Any, name: str) -> str:
     return clean_text(data.get(name) if isinstance(data, dict) else None, max_chars=1_000)
 
 
-def _number(value: Any) -> float:
+def finite_number(value: Any) -> float:
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         raise BadJsonError(f"{value!r} is not a finite number")
     return float(value)

@@ -1,0 +1,147 @@
+"""A tree of HTML pages with pictures beside them: documentation, a saved site, a book."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from functools import partial
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from lcl_mcore.data.prepare.engine import Dropped, Job, RawDocument, RawImage
+from lcl_mcore.data.prepare.files import describe_files, inputs, read_picture
+from lcl_mcore.data.safe_json import clean_text
+
+PAGES_PER_JOB = 40
+MAX_PAGE_BYTES = 16 << 20
+SKIPPED = {
+    "script",
+    "style",
+    "nav",
+    "header",
+    "footer",
+    "aside",
+    "noscript",
+    "template",
+    "form",
+    "svg",
+    "title",
+}
+SKIPPED_CLASSES = re.compile(
+    r"(^|[\s_-])(nav|navbar|navpath|sidebar|sphinxsidebar|toc|toctree|menu|breadcrumbs?|footer|header|related|"
+    r"headerlink|titlearea|search\w*)($|[\s_-])",
+    re.IGNORECASE,
+)
+BLOCKS = set(
+    ["p", "div", "section", "article", "main", "h1", "h2", "h3", "h4", "h5", "h6", "li", "ul", "ol", "dl", "dt", "dd", "table", "tr", "td", "th", "pre", "blockquote"]
+)
+BLOCKS |= {"figure", "figcaption", "br", "hr", "body", "caption"}
+VOID = {"br", "hr", "img", "input", "meta", "link", "area", "base", "col", "embed", "source", "track", "wbr"}
+
+
+class HtmlReader:
+    """Sequence documents: paragraphs and pictures in page order, navigation left out."""
+
+    def __init__(self, source: Path, *, min_words: int = 20) -> None:
+        self._source = source.resolve()
+        self._files = inputs(self._source, ".html", ".htm", ".xhtml")
+        self._min_words = min_words
+
+    def jobs(self) -> Sequence[Job]:
+        """Some pages per job."""
+        starts = range(0, len(self._files), PAGES_PER_JOB)
+        return [
+            Job(f"pages-{n:05d}", start, min(PAGES_PER_JOB, len(self._files) - start))
+            for n, start in enumerate(starts)
+        ]
+
+    def documents(self, job: Job) -> Iterator[RawDocument | Dropped]:
+        """The pages of one job that have pictures."""
+        for path in self._files[job.part : job.part + PAGES_PER_JOB]:
+            yield self._page(path)
+
+    def describe(self) -> dict[str, Any]:
+        """Names and sizes of the pages."""
+        files = describe_files(self._files, self._source)
+        return {"format": "html", "files": files, "min_words": self._min_words}
+
+    def _page(self, path: Path) -> RawDocument | Dropped:
+        if path.is_symlink() or path.stat().st_size > MAX_PAGE_BYTES:
+            return Dropped("page is a link or too large")
+        page = _Page()
+        page.feed(path.read_bytes().decode("utf-8", "replace"))
+        page.close()
+        page.end_text()
+        if sum(len(text.split()) for text in page.texts) < self._min_words:
+            return Dropped("too few words")
+        images = []
+        for place, address in page.images:
+            parts = urlsplit(address)
+            if parts.scheme or parts.netloc:
+                continue  # nothing is ever fetched
+            root = self._source if self._source.is_dir() else path.parent
+            local = (path.parent / unquote(parts.path)).resolve() if "\0" not in parts.path else path
+            name = str(local.relative_to(root)) if local.is_relative_to(root) else "../outside"
+            images.append(RawImage(partial(read_picture, root, name), place, source=address[:500]))
+        if not images:
+            return Dropped("no picture on the page")
+        where = str(path.relative_to(self._source)) if path != self._source else path.name
+        return RawDocument("sequence", tuple(page.texts), tuple(images), {"page": clean_text(where)})
+
+
+class _Page(HTMLParser):
+    """Collects texts and pictures; a picture's place is the number of texts before it."""
+
+    def __init__(self) -> None:
+        super().__init__(convert_charrefs=True)
+        self.texts: list[str] = []
+        self.images: list[tuple[int, str]] = []
+        self._words: list[str] = []
+        self._open: list[tuple[str, bool]] = []  # tag, and whether it hides its content
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """A block ends the running text; a picture ends it and takes its place."""
+        values = {name: value or "" for name, value in attrs}
+        if tag in BLOCKS:
+            self.end_text()
+        if tag == "img" and values.get("src") and not self._hidden:
+            self.end_text()
+            self.images.append((len(self.texts), values["src"]))
+        if tag in VOID:
+            return
+        marks = f"{values.get('class', '')} {values.get('id', '')} {values.get('role', '')}"
+        hides = tag in SKIPPED or bool(SKIPPED_CLASSES.search(marks))
+        self._open.append((tag, self._hidden or hides))
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        """`<img/>` and the like."""
+        self.handle_starttag(tag, attrs)
+        if tag not in VOID:
+            self.handle_endtag(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        """Close the innermost open element of that name, and what was left open inside it."""
+        if tag in BLOCKS:
+            self.end_text()
+        for i in reversed(range(len(self._open))):
+            if self._open[i][0] == tag:
+                del self._open[i:]
+                break
+
+    def handle_data(self, data: str) -> None:
+        """Text that is shown."""
+        if not self._hidden:
+            self._words.append(data)
+
+    def end_text(self) -> None:
+        """The running text becomes one of the document's texts."""
+        text = " ".join("".join(self._words).replace("¶", " ").split())
+        self._words = []
+        if text:
+            self.texts.append(clean_text(text[: 1 << 20]))
+
+    @property
+    def _hidden(self) -> bool:
+        return bool(self._open) and self._open[-1][1]

@@ -1,0 +1,93 @@
+"""img2dataset tars: KEY.jpg|png|webp, KEY.txt, KEY.json. Of a damaged tar, what is before the damage."""
+
+from __future__ import annotations
+
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from lcl_mcore.data.pictures import MAX_BYTES
+from lcl_mcore.data.prepare.engine import Dropped, Job, RawDocument, RawImage
+from lcl_mcore.data.prepare.files import describe_files, inputs
+from lcl_mcore.data.safe_json import BadJsonError, clean_text, parse_object
+
+PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+TEXTS = ("txt", "json", "caption")
+
+
+class PairReader:
+    """One pair per key and tar; nothing is ever extracted to disk."""
+
+    def __init__(self, source: Path) -> None:
+        self._source = source
+        self._files = inputs(source, ".tar")
+
+    def jobs(self) -> Sequence[Job]:
+        """One job per tar, weighted by size."""
+        return [
+            Job(f"pairs-{number:05d}", str(path), max(1, path.stat().st_size >> 20))
+            for number, path in enumerate(self._files)
+        ]
+
+    def documents(self, job: Job) -> Iterator[RawDocument | Dropped]:
+        """The pairs of one tar, in its order."""
+        seen: set[str] = set()
+        key = ""
+        members: dict[str, bytes] = {}
+        try:
+            with tarfile.open(job.part, "r:") as tar:
+                for member in tar:
+                    stem, extension = _split(member.name)
+                    if not member.isfile() or extension not in PICTURES + TEXTS:
+                        continue
+                    if stem != key:
+                        yield from self._pair(key, members, seen)
+                        key, members = stem, {}
+                    if member.size > MAX_BYTES:
+                        members[extension] = b""
+                        continue
+                    stream = tar.extractfile(member)
+                    members[extension] = stream.read() if stream else b""
+        except (tarfile.TarError, OSError, EOFError, ValueError):
+            yield Dropped("the tar is cut or damaged here")
+            return
+        yield from self._pair(key, members, seen)
+
+    def describe(self) -> dict[str, Any]:
+        """Names and sizes of the tars."""
+        return {"format": "pairs", "files": describe_files(self._files, self._source)}
+
+    def _pair(self, key: str, members: dict[str, bytes], seen: set[str]) -> Iterator[RawDocument | Dropped]:
+        if not members:
+            return
+        if key in seen:
+            yield Dropped("a key stands twice")
+            return
+        seen.add(key)
+        picture = next((members[e] for e in PICTURES if e in members), None)
+        if picture is None:
+            yield Dropped("no picture in the sample")
+            return
+        try:
+            details = parse_object(members["json"]) if "json" in members else {}
+            caption = members.get("txt", members.get("caption"))
+            text = caption.decode("utf-8", "replace") if caption is not None else details.get("caption")
+            text = clean_text(text).strip()
+        except BadJsonError:
+            yield Dropped("bad JSON or no caption")
+            return
+        if not text:
+            yield Dropped("empty caption")
+            return
+        more = {"source_key": clean_text(key)[:200]}
+        if isinstance(details.get("url"), str):
+            more["url"] = clean_text(details["url"])[:2000]
+        yield RawDocument("pair", (text,), (RawImage(lambda: picture, source=key[:200]),), more)
+
+
+def _split(name: str) -> tuple[str, str]:
+    """Key and extension: the extension begins at the first dot after the last slash."""
+    folder, slash, last = name.rpartition("/")
+    stem, _, extension = last.partition(".")
+    return folder + slash + stem, extension.lower()

@@ -1,0 +1,139 @@
+"""OBELICS and OmniCorpus: parquet rows with alternating texts and image URLs, pictures downloaded before.
+
+A downloaded picture is looked up in the image folder by `sha256(url)`, with or without an extension and
+in a folder of its first two letters or not; or by its last path part. `images.csv` (url,file) beside the
+pictures overrides both.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from lcl_mcore.data.pictures import BadPictureError
+from lcl_mcore.data.prepare.engine import Dropped, Job, RawDocument, RawImage
+from lcl_mcore.data.prepare.files import describe_files, inputs, read_picture
+from lcl_mcore.data.safe_json import BadJsonError, clean_text
+from lcl_mcore.errors import DataError, explain
+
+END_OF_DOCUMENT = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"
+EXTENSIONS = ("", ".jpg", ".jpeg", ".png", ".webp", ".gif")
+ROWS_PER_BATCH = 256
+
+
+class ParquetReader:
+    """Sequence documents; `max_duplicates` uses OmniCorpus's own count of a picture's copies."""
+
+    def __init__(self, source: Path, images: Path | None = None, *, max_duplicates: int = 0) -> None:
+        try:
+            import pyarrow.parquet  # noqa: F401
+        except ImportError as error:
+            raise DataError(explain("parquet input", "needs pyarrow", "pip install pyarrow.")) from error
+        self._source = source
+        self._files = inputs(source, ".parquet")
+        self._images = images or (source if source.is_dir() else source.parent) / "images"
+        self._max_duplicates = max_duplicates
+        self._table: dict[str, str] | None = None
+
+    def jobs(self) -> Sequence[Job]:
+        """One job per row group."""
+        import pyarrow
+        import pyarrow.parquet as parquet
+
+        result = []
+        for number, path in enumerate(self._files):
+            try:
+                metadata = parquet.read_metadata(path)
+            except (pyarrow.ArrowException, OSError) as error:
+                message = explain(path, f"is not a readable parquet file: {error}", "Download it again.")
+                raise DataError(message) from error
+            for group in range(metadata.num_row_groups):
+                rows = metadata.row_group(group).num_rows
+                result.append(Job(f"rows-{number:05d}-{group:05d}", (str(path), group), max(rows, 1)))
+        return result
+
+    def documents(self, job: Job) -> Iterator[RawDocument | Dropped]:
+        """The documents of one row group. `END_OF_DOCUMENT...` inside a text begins a new document."""
+        import pyarrow.parquet as parquet
+
+        path, group = job.part
+        with parquet.ParquetFile(path) as file:
+            names = [name for name in ("images", "texts", "metadata") if name in file.schema_arrow.names]
+            for batch in file.iter_batches(ROWS_PER_BATCH, row_groups=[group], columns=names):
+                for row in batch.to_pylist():
+                    yield from self._row(row)
+
+    def describe(self) -> dict[str, Any]:
+        """Names and sizes of the files, and the duplicate rule."""
+        files = describe_files(self._files, self._source)
+        return {"format": "parquet", "files": files, "max_duplicates": self._max_duplicates}
+
+    def _row(self, row: dict[str, Any]) -> Iterator[RawDocument | Dropped]:
+        urls, texts = row.get("images"), row.get("texts")
+        if not isinstance(urls, list) or not isinstance(texts, list) or len(urls) != len(texts):
+            yield Dropped("images and texts differ in length")
+            return
+        details = row.get("metadata") if isinstance(row.get("metadata"), list) else None
+        made_texts: list[str] = []
+        images: list[RawImage] = []
+        try:
+            for place, (url, text) in enumerate(zip(urls, texts, strict=True)):
+                if (url is None) == (text is None):
+                    yield Dropped("a place holds not just one of image and text")
+                    return
+                if url is not None:
+                    read = partial(self._read, clean_text(url), details[place] if details else None)
+                    images.append(RawImage(read, len(made_texts), source=url[:500]))
+                    continue
+                parts = clean_text(text).split(END_OF_DOCUMENT)
+                for last, part in [*((False, p) for p in parts[:-1]), (True, parts[-1])]:
+                    if part.strip():
+                        made_texts.append(part.strip())
+                    if not last and (made_texts or images):
+                        yield RawDocument("sequence", tuple(made_texts), tuple(images))
+                        made_texts, images = [], []
+        except BadJsonError:
+            yield Dropped("bad text")
+            return
+        if made_texts or images:
+            yield RawDocument("sequence", tuple(made_texts), tuple(images))
+
+    def _read(self, url: str, detail: Any) -> bytes:
+        if self._max_duplicates and isinstance(detail, dict):
+            copies = max(int(detail.get(name) or 0) for name in ("d_hash_dup_count", "p_hash_dup_count"))
+            if copies > self._max_duplicates:
+                raise BadPictureError("over-repeated", f"{copies} copies")
+        for name in self._names(url):
+            try:
+                return read_picture(self._images, name)
+            except BadPictureError as error:
+                if error.reason != "missing file":
+                    raise
+        raise BadPictureError("missing file", url[:200])
+
+    def _names(self, url: str) -> Iterator[str]:
+        """Where the picture of a URL may lie."""
+        listed = self._listed().get(url)
+        if listed is not None:
+            yield listed
+            return
+        digest = hashlib.sha256(url.encode()).hexdigest()
+        for extension in EXTENSIONS:
+            yield digest + extension
+            yield f"{digest[:2]}/{digest}{extension}"
+        last = url.split("?", 1)[0].rstrip("/").rsplit("/", 1)[-1]
+        if last and last not in (".", ".."):
+            yield last
+
+    def _listed(self) -> dict[str, str]:
+        if self._table is None:
+            path = self._images / "images.csv"
+            self._table = {}
+            if path.is_file():
+                with path.open(newline="", encoding="utf-8", errors="replace") as stream:
+                    self._table = {row[0]: row[1] for row in csv.reader(stream) if len(row) == 2}
+        return self._table
