@@ -125,7 +125,9 @@ def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: b
         options["is_causal"] = causal
     elif causal:
         options["window_size"] = (-1, 0)
-    return varlen_attn(q, k, v, ends, ends, longest, longest, **options)
+    out = varlen_attn(q, k, v, ends, ends, longest, longest, **options)
+    assert isinstance(out, Tensor)
+    return out
 
 
 _KERNELS: dict[str, Callable[..., Tensor]] = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 import zlib
@@ -344,3 +345,19 @@ def test_the_tool_writes_weights_and_a_configuration(tmp_path: Path) -> None:
     assert (config.parallel.tensor, config.loss.mean, config.data.context_rule) == (2, "rank", "index0")
     full = read_full_state(tmp_path / "out")
     assert all(torch.equal(value, state[name]) for name, value in to_released(full, shape).items())
+
+
+@pytest.mark.distributed
+def test_imported_weights_give_the_released_losses_at_tp_2(tmp_path: Path) -> None:
+    write_full_state(from_released(released_state(), SHAPE), SHAPE, tmp_path)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    worker = Path(__file__).parent / "released_worker.py"
+    done = subprocess.run(
+        [*command, str(worker), str(tmp_path)], env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True, text=True, timeout=200, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    contrastive, generation, head = json.loads(done.stdout.splitlines()[-1])
+    assert head == [192, 48]  # half of 261 rows padded to 384
+    assert contrastive == pytest.approx(GOLDEN["ranks_1"]["contrastive"], rel=1e-5)
+    assert generation == pytest.approx(GOLDEN["ranks_1"]["generation"], rel=1e-5)

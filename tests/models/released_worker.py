@@ -1,0 +1,56 @@
+"""Both losses of imported released weights, split over the tensor-parallel ranks that torchrun started.
+
+    torchrun --nproc-per-node 2 tests/models/released_worker.py FOLDER
+
+Rank 0 prints them as JSON; FOLDER holds `model.safetensors`.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from lcl_kernels import infonce_reference
+
+from lcl_mcore.losses.generation import generation_loss_sum
+from lcl_mcore.models.backends import choose_layers
+from lcl_mcore.models.lcl import LclModel
+from lcl_mcore.models.released import load_full_state, read_full_state
+from lcl_mcore.models.transformer_config import Layout
+from lcl_mcore.parallel.groups import make_groups
+from lcl_mcore.platform.device import init_process_group, pick_device
+
+
+def main() -> None:
+    """Load this rank's share, run the batch of rank 0, print."""
+    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    from test_released import SHAPE, released_batch
+
+    device = pick_device("cpu")
+    init_process_group(device, 60)
+    tp = dist.get_world_size()
+    groups = make_groups(tp, 1, 60, 1)
+    backend, _ = choose_layers(torch.float32)
+    model = LclModel(SHAPE, Layout(tensor_parallel=tp), backend, groups.megatron)
+    load_full_state(model, read_full_state(Path(sys.argv[1])), groups.tp.rank(), tp)
+    batch = released_batch(0)
+    with torch.no_grad():
+        features, hidden = model(batch)
+        image, context = model.image_side(batch, features.vectors), model.context_side(batch, hidden)
+        contrastive = infonce_reference(image, context, model.temperature())
+        generation = generation_loss_sum(
+            model.language.targets(hidden, batch.target_rows), model.language.head_weight,
+            batch.target_labels, vocab_start=model.language.vocab_range[0],
+            vocab_size=SHAPE.language.vocab_size, tp_group=groups.tp,
+        )  # fmt: skip
+    if dist.get_rank() == 0:
+        rows = tuple(model.language.head_weight.shape)
+        print(json.dumps([contrastive.item(), generation.item() / len(batch.target_rows), rows]))
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()
