@@ -219,7 +219,7 @@ def measured_peak(device: torch.device | str, dtype: torch.dtype, size: int = 10
 
 
 class FlopCounter:
-    """Model FLOPs utilisation of a run; costs some microseconds per step, on the host.
+    """Model FLOPs utilisation of a run; costs well under a millisecond per step, on the host.
 
     The rate of reference is a data sheet's where the device is known. Otherwise it is measured once at
     start, by all processes at the same time, as they share the machine's cores; such a figure says how
