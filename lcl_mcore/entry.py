@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
 
-from lcl_mcore.errors import LclError
+from lcl_mcore.errors import ConfigError, LclError
 
 
 def run_main(main: Callable[[], int]) -> None:
@@ -23,7 +24,9 @@ def run_main(main: Callable[[], int]) -> None:
     try:
         code, failed = main(), False
     except LclError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        # A refused configuration is the same on every rank: one of them says it.
+        if not isinstance(error, ConfigError) or os.environ.get("RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
@@ -34,6 +37,8 @@ def run_main(main: Callable[[], int]) -> None:
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
         if failed:
+            for child in multiprocessing.active_children():  # writers of a checkpoint would outlive us
+                child.kill()
             os._exit(code)
         distributed.destroy_process_group()
     sys.exit(code)

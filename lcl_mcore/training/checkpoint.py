@@ -24,6 +24,7 @@ import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.core import CheckpointingException
 from torch import nn
+from torch.distributed.checkpoint.api import CheckpointException
 
 from lcl_mcore.errors import CheckpointError, explain
 from lcl_mcore.parallel.groups import gather_bytes
@@ -79,6 +80,12 @@ def verify(path: Path) -> list[str]:
         elif _hash_file(file) != entry["sha256"]:
             problems.append(f"{name}: content changed since it was written")
     return problems
+
+
+def _reason(error: BaseException) -> str:
+    """The telling line of an error that torch wrapped with the tracebacks of all ranks: its last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
 def _sync(path: Path) -> None:
@@ -165,8 +172,8 @@ class Checkpointer:
         """Run `action`; its failure as one line, or nothing."""
         try:
             action()
-        except (OSError, RuntimeError, CheckpointingException) as e:
-            return f"{type(e).__name__}: {str(e).splitlines()[0] if str(e) else 'no details'}"
+        except (OSError, RuntimeError, CheckpointException, CheckpointingException) as error:
+            return _reason(error)
         return ""
 
     def _agree(self, problem: str) -> str | None:
@@ -228,10 +235,10 @@ def _read_tensors(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
     try:
         with restricted_unpickling():
             loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(path / "weights"))
-    except (CheckpointingException, RuntimeError, KeyError, ValueError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(explain(path, f"does not fit this model: {reason}",
-                                      "Use the configuration it was written with.")) from error  # fmt: skip
+    except (CheckpointException, CheckpointingException, RuntimeError, KeyError, ValueError) as error:
+        raise CheckpointError(explain(path, f"cannot be loaded into this model: {_reason(error)}",
+                                      "Use the configuration it was written with, or another checkpoint.")
+                              ) from error  # fmt: skip
     return loaded
 
 

@@ -1,0 +1,109 @@
+"""Interrupted runs continue with exactly the numbers of an undisturbed one."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conftest import ROOT, assert_same_run, records
+from launch import torchrun
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+Arguments = Callable[..., list[str]]
+
+
+def start(count: int, arguments: list[str]) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), *arguments]
+    return subprocess.Popen(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def wait_for_step(out: Path, step: int, process: subprocess.Popen[str], limit: float = 90) -> None:
+    """Until the metrics file has this step."""
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        file = out / "metrics.jsonl"
+        if file.is_file() and len(file.read_text().splitlines()) >= step:
+            return
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} was not reached in {limit} s")
+
+
+def worker_pids(out: Path) -> list[int]:
+    """Training processes of this run, the launcher left out."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                command = (entry / "cmdline").read_bytes().split(b"\0")
+            except OSError:
+                continue
+            words = [word.decode() for word in command]
+            if str(out) in words and "tools/pretrain_lcl.py" in words and "--nproc-per-node" not in words:
+                found.append(int(entry.name))
+    return sorted(found)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(arguments: Arguments, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Eight steps on two ranks, dropout and drop-path on."""
+    out = tmp_path_factory.mktemp("runs") / "undisturbed"
+    torchrun(2, *arguments(out))
+    assert len(records(out)) == 8
+    return out
+
+
+@pytest.mark.timeout(240)
+def test_sigkill_of_everything_then_resume(arguments: Arguments, undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "killed"
+    process = start(2, arguments(out))
+    wait_for_step(out, 5, process)
+    os.killpg(process.pid, signal.SIGKILL)
+    for pid in worker_pids(out):
+        os.kill(pid, signal.SIGKILL)
+    process.wait(30)
+    assert {p.name for p in (out / "checkpoints").iterdir() if not p.name.endswith(".partial")} == {"step-00000003"}
+    done = torchrun(2, *arguments(out, "--resume"))
+    assert "3 steps done" in done.stdout
+    assert_same_run(undisturbed, out)
+
+
+@pytest.mark.timeout(240)
+def test_sigterm_to_one_rank_saves_and_exits_cleanly(arguments: Arguments, undisturbed: Path, tmp_path: Path) -> None:
+    out = tmp_path / "stopped"
+    process = start(2, arguments(out, "--checkpoint-every", "0"))
+    wait_for_step(out, 2, process)
+    os.kill(worker_pids(out)[-1], signal.SIGTERM)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 0, output
+    assert "stopped by request" in output
+    stopped_at = len(records(out))
+    assert 2 <= stopped_at <= 7
+    assert (out / "checkpoints" / f"step-{stopped_at:08d}" / "manifest.json").is_file()
+    torchrun(2, *arguments(out, "--checkpoint-every", "0", "--resume"))
+    assert_same_run(undisturbed, out)
+
+
+@pytest.mark.timeout(240)
+def test_another_layout_continues_with_the_same_losses(arguments: Arguments, undisturbed: Path, tmp_path: Path) -> None:
+    """Two data-parallel ranks stop at step 3; tensor parallelism with sequence parallelism goes on."""
+    out = tmp_path / "resharded"
+    torchrun(2, *arguments(out, "--steps", "8", "--checkpoint-every", "3", "--set", "checkpoint.keep=9"))
+    for later in ("step-00000006", "step-00000008"):
+        (out / "checkpoints" / later / "manifest.json").unlink()
+    done = torchrun(2, *arguments(out, "--tp", "2", "--sequence-parallel", "--resume"))
+    assert "3 steps done" in done.stdout
+    left, right = records(undisturbed), records(out)
+    for step in range(1, 9):
+        assert right[step]["order_hash"] == left[step]["order_hash"]
+        for name in ("loss", "contrastive", "generation"):
+            assert right[step][name] == pytest.approx(left[step][name], rel=1e-5), (step, name)
