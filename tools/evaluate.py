@@ -1,7 +1,7 @@
 #!/usr/bin/env python
 """Evaluate a run on held-out pairs: retrieval, generation loss, report.json and report.html.
 
-    python tools/evaluate.py runs/demo --data data/demo/heldout
+python tools/evaluate.py runs/demo --data data/demo/heldout
 """
 
 from __future__ import annotations

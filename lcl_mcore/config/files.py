@@ -29,7 +29,9 @@ def read_config(path: Path) -> RunConfig:
     try:
         data = yaml.safe_load(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise ConfigError(explain(path, f"cannot be read ({error.strerror})", "Give the path of a config.yaml.")) from None
+        raise ConfigError(
+            explain(path, f"cannot be read ({error.strerror})", "Give the path of a config.yaml.")
+        ) from None
     except yaml.YAMLError as error:
         raise ConfigError(explain(path, f"is not YAML: {error}", "Correct the file.")) from None
     if not isinstance(data, dict):

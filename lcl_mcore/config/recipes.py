@@ -50,7 +50,9 @@ def _paper(name: str, model: ModelConfig, steps: int, rows: int, lr: float) -> R
     return RunConfig(
         recipe=name,
         model=model,
-        data=DataConfig(tokenizer=TokenizerConfig(kind="opt", path="facebook/opt-125m"), sequence_length=2048),
+        data=DataConfig(
+            tokenizer=TokenizerConfig(kind="opt", path="facebook/opt-125m"), sequence_length=2048
+        ),
         optim=OptimConfig(lr=lr),
         train=TrainConfig(steps=steps, micro_batch_size=4, global_batch_size=rows, precision="bf16"),
     )
@@ -84,7 +86,9 @@ def large_g14() -> RunConfig:
                    train=replace(config.train, micro_batch_size=1))  # fmt: skip
 
 
-def _released(name: str, model: ModelConfig, *, length: int, lr: float, rows: int, micro: int, steps: int) -> RunConfig:
+def _released(
+    name: str, model: ModelConfig, *, length: int, lr: float, rows: int, micro: int, steps: int
+) -> RunConfig:
     """The released code's defaults: AdamW (0.9, 0.98), weight decay 0.2, rank means, no packing, no clipping."""
     return RunConfig(
         recipe=name,
@@ -122,7 +126,9 @@ def demo() -> RunConfig:
     return RunConfig(
         recipe="demo",
         model=ModelConfig(
-            vision=VisionConfig(image_size=64, width=192, layers=6, heads=6, mlp_width=768, class_token=False),
+            vision=VisionConfig(
+                image_size=64, width=192, layers=6, heads=6, mlp_width=768, class_token=False
+            ),
             language=LanguageConfig(
                 vocab_size=2048, width=192, layers=4, heads=6, mlp_width=768, max_positions=256
             ),
@@ -152,7 +158,12 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 _SOURCE_OPTIONS: dict[str, dict[str, Any]] = {
     "released-b16-laion": {"ends": "released", "max_text_tokens": 80},
     "released-b32-laion": {"ends": "released", "max_text_tokens": 75},
-    "released-b32-mmc4": {"image_choice": "first", "one_image_per_text": True, "cut_rule": "tokens", "min_images": 1},
+    "released-b32-mmc4": {
+        "image_choice": "first",
+        "one_image_per_text": True,
+        "cut_rule": "tokens",
+        "min_images": 1,
+    },
 }
 
 

@@ -29,7 +29,9 @@ class LossConfig:
     def __post_init__(self) -> None:
         for name in ("contrastive_weight", "generation_weight"):
             value = getattr(self, name)
-            require(value >= 0, f"loss.{name} = {value}", "a weight cannot be negative", "Use 0 to switch it off.")
+            require(
+                value >= 0, f"loss.{name} = {value}", "a weight cannot be negative", "Use 0 to switch it off."
+            )
         require(
             self.contrastive_weight + self.generation_weight > 0,
             "loss.contrastive_weight = loss.generation_weight = 0",
@@ -57,12 +59,25 @@ class OptimConfig:
     def __post_init__(self) -> None:
         require(self.lr > 0, f"optim.lr = {self.lr}", "must be positive", "The paper uses 3e-4.")
         require(
-            0 <= self.min_lr <= self.lr, f"optim.min_lr = {self.min_lr}", "must lie in [0, lr]", "The paper uses 0."
+            0 <= self.min_lr <= self.lr,
+            f"optim.min_lr = {self.min_lr}",
+            "must lie in [0, lr]",
+            "The paper uses 0.",
         )
-        require(self.warmup_steps >= 0, f"optim.warmup_steps = {self.warmup_steps}", "cannot be negative", "Use 0.")
+        require(
+            self.warmup_steps >= 0,
+            f"optim.warmup_steps = {self.warmup_steps}",
+            "cannot be negative",
+            "Use 0.",
+        )
         for name in ("beta1", "beta2"):
             value = getattr(self, name)
-            require(0 <= value < 1, f"optim.{name} = {value}", "must lie in [0, 1)", "The paper uses 0.9 and 0.95.")
+            require(
+                0 <= value < 1,
+                f"optim.{name} = {value}",
+                "must lie in [0, 1)",
+                "The paper uses 0.9 and 0.95.",
+            )
 
 
 @config_dataclass
@@ -84,7 +99,9 @@ class ParallelConfig:
     def __post_init__(self) -> None:
         for name in ("tensor", "pipeline", "context"):
             value = getattr(self, name)
-            require(value >= 1, f"parallel.{name} = {value}", "at least one process", "Use 1 to switch it off.")
+            require(
+                value >= 1, f"parallel.{name} = {value}", "at least one process", "Use 1 to switch it off."
+            )
         require(
             self.context == 1,
             f"parallel.context = {self.context}",

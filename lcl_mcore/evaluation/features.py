@@ -53,7 +53,8 @@ def pair_features(model: LclModel, batches: Iterator[MicroBatch]) -> PairFeature
     """Image vectors, and text vectors taken where training takes them: at the `<BoI>` after the text."""
     model.eval()
     device = next(model.parameters()).device
-    images, texts, pictures, documents = [], [], [], []
+    images, texts, pictures = [], [], []
+    documents: list[str] = []
     for host in batches:
         batch = host.to(device)
         features, hidden = model(batch)
@@ -66,7 +67,10 @@ def pair_features(model: LclModel, batches: Iterator[MicroBatch]) -> PairFeature
 
 @torch.no_grad()
 def generation_loss(
-    model: LclModel, batches: Iterator[MicroBatch], vocab_size: int, change: Callable[[MicroBatch], MicroBatch]
+    model: LclModel,
+    batches: Iterator[MicroBatch],
+    vocab_size: int,
+    change: Callable[[MicroBatch], MicroBatch],
 ) -> float:
     """Nats per target token over all batches, after `change` has had its way with the pictures."""
     model.eval()

@@ -54,7 +54,9 @@ def evaluate_run(run: Path, heldout: str) -> HeldoutResult:
     config = single_process_config(run)
     checkpoints = complete_checkpoints(run / "checkpoints")
     if not checkpoints:
-        raise CheckpointError(explain(run, "has no complete checkpoint", "Train first, or give another folder."))
+        raise CheckpointError(
+            explain(run, "has no complete checkpoint", "Train first, or give another folder.")
+        )
     job = start_job(config, run)
     model, _ = build_model(config, job.device, job.groups)
     tokenizer = build_tokenizer(config.data.tokenizer)
@@ -72,7 +74,11 @@ def evaluate_run(run: Path, heldout: str) -> HeldoutResult:
         "images_seen": state.images_seen,
         "heldout": heldout,
         "candidates": count,
-        "retrieval": {"trained": trained, "untrained": untrained, "chance": {f"R@{k}": chance(count, k) for k in KS}},
+        "retrieval": {
+            "trained": trained,
+            "untrained": untrained,
+            "chance": {f"R@{k}": chance(count, k) for k in KS},
+        },
         "r5_over_chance": trained["R@5"] / chance(count, 5),
         "generation": _generation(config, model, source, tokenizer),
         "hardware": job.device.name,
@@ -90,11 +96,16 @@ def _retrieval(features: PairFeatures) -> dict[str, Any]:
     }
 
 
-def _generation(config: RunConfig, model: LclModel, source: SourceConfig, tokenizer: Tokenizer) -> dict[str, float]:
+def _generation(
+    config: RunConfig, model: LclModel, source: SourceConfig, tokenizer: Tokenizer
+) -> dict[str, float]:
     """Nats per token of captions that follow their picture."""
     return {
         name: generation_loss(
-            model, heldout_batches(config, source, tokenizer, "image_first"), config.model.language.vocab_size, change
+            model,
+            heldout_batches(config, source, tokenizer, "image_first"),
+            config.model.language.vocab_size,
+            change,
         )
         for name, change in PICTURES.items()
     }

@@ -50,7 +50,11 @@ def print_table(summary: dict[str, Any]) -> None:
         print(f"  {name:<42}{one:>9}{five:>9}")
     generation = summary["generation"]
     print("Held-out generation loss, nats per token")
-    for name, label in (("right", "with its picture"), ("shuffled", "with another picture"), ("none", "with a blank")):
+    for name, label in (
+        ("right", "with its picture"),
+        ("shuffled", "with another picture"),
+        ("none", "with a blank"),
+    ):
         print(f"  {label:<42}{generation[name]:>9.3f}")
     print(f"R@5 is {summary['r5_over_chance']:.1f} times chance.")
 
@@ -70,14 +74,18 @@ def _page(result: HeldoutResult, records: list[dict[str, Any]]) -> str:
     )
     generation = "".join(
         f"<tr><td>{label}</td><td>{summary['generation'][name]:.3f}</td></tr>"
-        for name, label in (("right", "with its picture"), ("shuffled", "with another picture"), ("none", "blank"))
+        for name, label in (
+            ("right", "with its picture"),
+            ("shuffled", "with another picture"),
+            ("none", "blank"),
+        )
     )
-    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>lcl_mcore: {html.escape(summary['run'])}</title>
+    return f"""<!doctype html><html lang="en"><meta charset="utf-8"><title>lcl_mcore: {html.escape(summary["run"])}</title>
 <style>{_STYLE}</style>
-<h1>{html.escape(summary['run'])}</h1>
-<p>{summary['steps']} steps, {summary['images_seen']} images, on {html.escape(summary['hardware'])}.
-Held-out set: {html.escape(summary['heldout'])}.</p>
-<h2>Retrieval among {summary['candidates']} held-out concepts</h2>
+<h1>{html.escape(summary["run"])}</h1>
+<p>{summary["steps"]} steps, {summary["images_seen"]} images, on {html.escape(summary["hardware"])}.
+Held-out set: {html.escape(summary["heldout"])}.</p>
+<h2>Retrieval among {summary["candidates"]} held-out concepts</h2>
 <table><tr><th></th><th>R@1</th><th>R@5</th></tr>{rows}</table>
 <h2>Generation loss on held-out captions, nats per token</h2>
 <table>{generation}</table>
@@ -94,10 +102,15 @@ def _cards(result: HeldoutResult) -> str:
     cards = []
     for i in chosen:
         captions = "<br>".join(
-            f'<span class="{"own" if j == i else ""}">{html.escape(result.captions[j])}</span>' for j in found[i]
+            f'<span class="{"own" if j == i else ""}">{html.escape(result.captions[j])}</span>'
+            for j in found[i]
         )
-        own = "" if i in found[i] else f'<br><span class="small">own: {html.escape(result.captions[i])}</span>'
-        cards.append(f'<div class="card"><img alt="" src="{_data_url(features.pictures[i])}"><br>{captions}{own}</div>')
+        own = (
+            "" if i in found[i] else f'<br><span class="small">own: {html.escape(result.captions[i])}</span>'
+        )
+        cards.append(
+            f'<div class="card"><img alt="" src="{_data_url(features.pictures[i])}"><br>{captions}{own}</div>'
+        )
     return "".join(cards)
 
 

@@ -73,7 +73,9 @@ class ReferenceStep:
             same = (ids[:, None] == ids[None]) & ~torch.eye(total, dtype=torch.bool, device=ids.device)
             logits = logits.masked_fill(same, -torch.inf)
         labels = torch.arange(total, device=image.device)
-        each = F.cross_entropy(logits, labels, reduction="none") + F.cross_entropy(logits.T, labels, reduction="none")
+        each = F.cross_entropy(logits, labels, reduction="none") + F.cross_entropy(
+            logits.T, labels, reduction="none"
+        )
         return 0.5 * (each * self._weights(each)).sum()
 
     def _weights(self, like: Tensor) -> Tensor:
@@ -91,10 +93,14 @@ class ReferenceStep:
         buffers = [torch.empty_like(padded) for _ in self.counts]
         dist.all_gather(buffers, padded, group=self.owner.group)
         rank = self.owner.group.rank()
-        return torch.cat([own if r == rank else b[:c] for r, (b, c) in enumerate(zip(buffers, self.counts, strict=True))])
+        return torch.cat(
+            [own if r == rank else b[:c] for r, (b, c) in enumerate(zip(buffers, self.counts, strict=True))]
+        )
 
 
-def make_contrastive(config: LossConfig, loss_group: dist.ProcessGroup, tp_group: dist.ProcessGroup) -> Contrastive:
+def make_contrastive(
+    config: LossConfig, loss_group: dist.ProcessGroup, tp_group: dist.ProcessGroup
+) -> Contrastive:
     """The implementation that `config` asks for."""
     weighting = "image" if config.mean == "global" else "rank"
     if config.contrastive_impl == "reference":

@@ -51,13 +51,21 @@ def choose_layers(dtype: torch.dtype, requested: str = "auto") -> tuple[LayerBac
     """
     te = probe.transformer_engine()
     if requested == "te" and not te.usable:
-        raise ConfigError(explain("backend = te", te.reason, "Install transformer-engine, or use --backend auto."))
+        raise ConfigError(
+            explain("backend = te", te.reason, "Install transformer-engine, or use --backend auto.")
+        )
     if te.usable and requested != "torch" and dtype != torch.float32:
         why = f"transformer-engine {te.version}"
-        return _te_backend(), [Choice(part, "transformer-engine", why) for part in ("layers", "attention", "norm")]
+        return _te_backend(), [
+            Choice(part, "transformer-engine", why) for part in ("layers", "attention", "norm")
+        ]
     reason = "requested" if requested == "torch" else f"transformer-engine: {te.reason}"
     if te.usable and dtype == torch.float32:
         reason = "fp32 runs use megatron-core's own layers"
     attention = choose_attention(dtype)
-    choices = [Choice("layers", "megatron-core", reason), attention, Choice("norm", "torch LayerNorm", reason)]
+    choices = [
+        Choice("layers", "megatron-core", reason),
+        attention,
+        Choice("norm", "torch LayerNorm", reason),
+    ]
     return torch_backend(attention.backend), choices  # type: ignore[arg-type]

@@ -44,7 +44,9 @@ class LanguageModel(MegatronModule):
             shape.padded_vocab_size, shape.width, init_method=no_init, config=dense, tp_group=groups.tp
         )
         positions = shape.max_positions + shape.position_offset
-        self.position_embedding = nn.Parameter(torch.empty(positions, shape.width, dtype=dtype, device=device))
+        self.position_embedding = nn.Parameter(
+            torch.empty(positions, shape.width, dtype=dtype, device=device)
+        )
         specs = [
             layer_spec(config, backend, "language", i, causal=True, dropout=shape.dropout)
             for i in range(shape.layers)
@@ -58,7 +60,9 @@ class LanguageModel(MegatronModule):
         self.norm_final = LayerNorm(dense, shape.width, shape.norm_eps)
         self.norm_head = LayerNorm(dense, shape.width, shape.norm_eps) if shape.separate_norms else None
         # Used as x @ W (released `text_projection`; W2 of paper section 3.2).
-        self.context_projection = nn.Parameter(torch.empty(shape.width, shape.width, dtype=dtype, device=device))
+        self.context_projection = nn.Parameter(
+            torch.empty(shape.width, shape.width, dtype=dtype, device=device)
+        )
         self.head: nn.Parameter | None = None
         if not shape.tied_head:
             rows = shape.padded_vocab_size // groups.tp.size()
@@ -100,7 +104,9 @@ class LanguageModel(MegatronModule):
         x = self.blocks(x, attention_mask=None, packed_seq_params=segments)
         if self.config.sequence_parallel:
             # What follows is computed on every TP rank alike, so the gradient is split, not summed.
-            x = gather_from_sequence_parallel_region(x, tensor_parallel_output_grad=False, group=self.tp_group)
+            x = gather_from_sequence_parallel_region(
+                x, tensor_parallel_output_grad=False, group=self.tp_group
+            )
         return x[:, 0]
 
     def contexts(self, hidden: Tensor, rows: Tensor) -> Tensor:
@@ -112,7 +118,9 @@ class LanguageModel(MegatronModule):
         norm = self.norm_final if self.norm_head is None else self.norm_head
         return norm(hidden.index_select(0, rows))
 
-    def sharded_state_dict(self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None) -> dict:
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict:
         """megatron's sharded state; only the untied head needs telling that it is split over TP."""
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.head is not None:
@@ -120,5 +128,3 @@ class LanguageModel(MegatronModule):
                 self.head, f"{prefix}head", tp_axis=0, prepend_offsets=sharded_offsets, tp_group=self.tp_group
             )
         return state
-
-

@@ -69,7 +69,9 @@ class ResidualBranch(nn.Module):
             branch = branch + bias
         return branch if self.gain is None else branch * self.gain
 
-    def _evaluate(self, branch_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:
+    def _evaluate(
+        self, branch_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float
+    ) -> Tensor:
         return residual + self._scaled(branch_with_bias)
 
     def _train(self, branch_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:

@@ -22,7 +22,7 @@ class Layout:
     pipeline_parallel: int = 1
     sequence_parallel: bool = False
     dtype: torch.dtype = torch.float32
-    device: torch.device = torch.device("cpu")
+    device: torch.device = torch.device("cpu")  # noqa: RUF009  # immutable
     recompute_vision: bool = False
     recompute_language: bool = False
 

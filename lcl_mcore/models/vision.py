@@ -66,7 +66,9 @@ class VisionEncoder(MegatronModule):
         self.norm_pre = LayerNorm(config, width, shape.norm_eps) if shape.pre_norm else nn.Identity()
         rates = [shape.drop_path * i / max(shape.layers - 1, 1) for i in range(shape.layers)]
         specs = [
-            layer_spec(config, backend, "vision", i, causal=False, layer_scale=shape.layer_scale, drop_path=rate)
+            layer_spec(
+                config, backend, "vision", i, causal=False, layer_scale=shape.layer_scale, drop_path=rate
+            )
             for i, rate in enumerate(rates)
         ]
         self.blocks = TransformerBlock(
@@ -87,7 +89,9 @@ class VisionEncoder(MegatronModule):
         if self.config.sequence_parallel:
             share = total // self.tp_group.size()
             images = images.narrow(0, self.tp_group.rank() * share, share)
-        x = F.linear(patchify(images, self.shape.patch_size).to(self.patch_embedding.dtype), self.patch_embedding)
+        x = F.linear(
+            patchify(images, self.shape.patch_size).to(self.patch_embedding.dtype), self.patch_embedding
+        )
         if self.class_token is not None:
             x = torch.cat((self.class_token.expand(x.shape[0], 1, -1), x), dim=1)
         x = self.norm_pre(x + self.position_embedding)

@@ -92,7 +92,9 @@ def gather_bytes(payload: bytes, group: dist.ProcessGroup) -> list[bytes]:
     dist.all_gather(sizes, size, group=group)
     capacity = max(int(s) for s in sizes)
     padded = torch.zeros(max(capacity, 1), dtype=torch.uint8)
-    padded[: len(payload)] = torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else padded[:0]
+    padded[: len(payload)] = (
+        torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else padded[:0]
+    )
     parts = [torch.empty_like(padded) for _ in range(group.size())]
     dist.all_gather(parts, padded, group=group)
     return [bytes(part[: int(s)].tolist()) for part, s in zip(parts, sizes, strict=True)]

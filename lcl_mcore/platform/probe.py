@@ -42,7 +42,9 @@ def _version(distributions: tuple[str, ...]) -> str:
     return ""
 
 
-def _probe(name: str, module: str, attribute: str | None, distributions: tuple[str, ...], cuda: bool) -> Probe:
+def _probe(
+    name: str, module: str, attribute: str | None, distributions: tuple[str, ...], cuda: bool
+) -> Probe:
     version = _version(distributions)
     reason = _import(module, attribute)
     if reason is None and cuda and not torch.cuda.is_available():
@@ -64,7 +66,9 @@ def flash_attn() -> Probe:
 @functools.cache
 def torch_varlen() -> Probe:
     """torch's own variable-length flash attention (torch >= 2.10)."""
-    probe = _probe("torch varlen attention", "torch.nn.attention.varlen", "varlen_attn", ("torch",), cuda=True)
+    probe = _probe(
+        "torch varlen attention", "torch.nn.attention.varlen", "varlen_attn", ("torch",), cuda=True
+    )
     if probe.usable and torch.cuda.get_device_capability()[0] < 8:
         return Probe(probe.name, False, probe.version, "needs a GPU of compute capability 8.0 or newer")
     return probe

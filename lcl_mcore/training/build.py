@@ -42,9 +42,8 @@ def build_model(config: RunConfig, device: Device, groups: Groups) -> tuple[LclM
     if dtype != torch.float32:
         for module in model.modules():
             if not isinstance(module, Temperature):
-                for name, parameter in module._parameters.items():
-                    if parameter is not None:
-                        parameter.data = parameter.data.to(dtype)
+                for parameter in module.parameters(recurse=False):
+                    parameter.data = parameter.data.to(dtype)
     return model, choices
 
 

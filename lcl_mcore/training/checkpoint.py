@@ -99,10 +99,10 @@ def _sync(path: Path) -> None:
 
 def _write_manifest(path: Path) -> None:
     files = sorted(p for p in path.rglob("*") if p.is_file())
-    entries = {
-        str(p.relative_to(path)): {"bytes": p.stat().st_size, "sha256": _hash_file(p)} for p in files
-    }
-    (path / "manifest.json").write_text(json.dumps({"version": 1, "files": entries}, indent=1), encoding="utf-8")
+    entries = {str(p.relative_to(path)): {"bytes": p.stat().st_size, "sha256": _hash_file(p)} for p in files}
+    (path / "manifest.json").write_text(
+        json.dumps({"version": 1, "files": entries}, indent=1), encoding="utf-8"
+    )
 
 
 def _sharded_model_state(model: nn.Module) -> dict[str, Any]:
@@ -151,7 +151,10 @@ class Checkpointer:
 
     def _write(self, partial: Path, state: TrainState) -> None:
         model_state = _sharded_model_state(self.model)
-        tensors = {"model": model_state, "optimizer": self.optimizer.sharded_state(model_state, loading=False)}
+        tensors = {
+            "model": model_state,
+            "optimizer": self.optimizer.sharded_state(model_state, loading=False),
+        }
         dist_checkpointing.save(tensors, str(partial / "weights"), validate_access_integrity=True)
         if self.rank == 0:
             (partial / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
@@ -220,7 +223,9 @@ def load_weights(path: Path, model: nn.Module) -> TrainState:
     """
     problems = verify(path)
     if problems:
-        raise CheckpointError(explain(path, f"is damaged: {'; '.join(problems[:3])}", "Use another checkpoint."))
+        raise CheckpointError(
+            explain(path, f"is damaged: {'; '.join(problems[:3])}", "Use another checkpoint.")
+        )
     loaded = _read_tensors(path, {"model": _sharded_model_state(model)})
     _copy_weights(model, loaded["model"])
     return read_state(path)

@@ -53,7 +53,9 @@ def _fused_adamw(shard_groups: list[dict[str, Any]], optim: OptimConfig) -> torc
 class Optimizer:
     """AdamW over shards of the parameters; `step` never waits for the device."""
 
-    def __init__(self, ddp: DistributedDataParallel, optim: OptimConfig, dtype: torch.dtype, groups: Groups) -> None:
+    def __init__(
+        self, ddp: DistributedDataParallel, optim: OptimConfig, dtype: torch.dtype, groups: Groups
+    ) -> None:
         config = OptimizerConfig(
             optimizer="adam",
             lr=optim.lr,

@@ -44,7 +44,9 @@ class _MetadataUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        raise RuntimeError(f"checkpoint metadata refers to {module}.{name}, which honest metadata never does: refused")
+        raise RuntimeError(
+            f"checkpoint metadata refers to {module}.{name}, which honest metadata never does: refused"
+        )
 
 
 class _PlainTorch(types.ModuleType):

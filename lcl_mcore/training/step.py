@@ -41,7 +41,12 @@ class TrainStep:
     """
 
     def __init__(
-        self, config: RunConfig, model: LclModel, ddp: DistributedDataParallel, optimizer: Optimizer, groups: Groups
+        self,
+        config: RunConfig,
+        model: LclModel,
+        ddp: DistributedDataParallel,
+        optimizer: Optimizer,
+        groups: Groups,
     ) -> None:
         self.config, self.loss = config, config.loss
         self.model, self.ddp, self.optimizer, self.groups = model, ddp, optimizer, groups
@@ -133,7 +138,9 @@ class TrainStep:
             sides = [self._sides(micro, seed)[:2] for micro in moved]
         image, context = (torch.cat(side).requires_grad_() for side in zip(*sides, strict=True))
         scale = self.model.temperature().detach().requires_grad_()
-        group_ids = torch.cat([micro.batch.group_ids for micro in moved]) if self.loss.mask_same_document else None
+        group_ids = (
+            torch.cat([micro.batch.group_ids for micro in moved]) if self.loss.mask_same_document else None
+        )
         pending = self.contrastive.begin(counts, image.shape[1], group_ids=group_ids)
         pending.start_image(image)
         pending.start_text(context)
@@ -189,12 +196,17 @@ class TrainStep:
 
     def _backward(self, contrastive: Tensor, generation: Tensor) -> None:
         weighted = self.loss.contrastive_weight * contrastive if self.trains_contrastive else contrastive
-        total = weighted + (self.loss.generation_weight * generation if self.trains_generation else generation)
+        total = weighted + (
+            self.loss.generation_weight * generation if self.trains_generation else generation
+        )
         total.backward()
 
     def _touch_all(self) -> Tensor:
         """Zero that gives every parameter a zero gradient: the gradient reduction waits for all of them."""
-        return sum((0.0 * p.flatten()[0].float() for p in self.model.parameters()), torch.zeros((), device=self.device))
+        return sum(
+            (0.0 * p.flatten()[0].float() for p in self.model.parameters()),
+            torch.zeros((), device=self.device),
+        )
 
     def _sync(self, last: bool) -> AbstractContextManager[object]:
         """Reduce gradients with the last micro-batch only."""

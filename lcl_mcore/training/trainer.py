@@ -16,6 +16,7 @@ from lcl_mcore.config.run import RunConfig
 from lcl_mcore.data.batch import StepBatch
 from lcl_mcore.errors import CheckpointError, ConfigError, NonFiniteError, explain
 from lcl_mcore.models.count import FlopCounter
+from lcl_mcore.models.released import load_full_state, read_full_state
 from lcl_mcore.training.build import DTYPES, Job, build_data, build_model
 from lcl_mcore.training.checkpoint import Checkpointer, TrainState, checkpoint_path
 from lcl_mcore.training.metrics import DeferredStats, RunLog, Speed, StepStats, Stopwatch
@@ -57,12 +58,18 @@ class Trainer:
         self.config, self.job = config, job
         self.stop = StopRequest()
         self.model, self.choices = build_model(config, job.device, job.groups)
+        if init_from is not None:
+            self._start_from(init_from)
         self.ddp = wrap_data_parallel(self.model, config.parallel, job.groups)
         dtype = DTYPES[config.train.precision]
         self.optimizer = Optimizer(self.ddp, config.optim, dtype, job.groups)
         self.train_step = TrainStep(config, self.model, self.ddp, self.optimizer, job.groups)
         self.checkpointer = Checkpointer(
-            job.folder / "checkpoints", self.model, self.optimizer, job.groups.host_control, config.checkpoint.keep
+            job.folder / "checkpoints",
+            self.model,
+            self.optimizer,
+            job.groups.host_control,
+            config.checkpoint.keep,
         )
         self.progress = self._restore() if resume else Progress()
         self.loader, tokenizer = build_data(config, job.device, job.groups, self.progress.position)
@@ -73,11 +80,22 @@ class Trainer:
                 "Raise the model's vocab_size or train a smaller tokenizer."))  # fmt: skip
         self.flops = FlopCounter(config, job.device.name, dtype, job.world)
         self.log = RunLog(
-            job.folder, job.rank == 0, config.log.tensorboard, config.log.every, config.train.steps, self.progress.step
+            job.folder,
+            job.rank == 0,
+            config.log.tensorboard,
+            config.log.every,
+            config.train.steps,
+            self.progress.step,
         )
         self.stats, self.speed = DeferredStats(job.device.device), Speed()
         self.waiting: dict[int, Pending] = {}
         self.failed_saves = 0
+
+    def _start_from(self, path: Path) -> None:
+        """Replace the initial weights by those of a full-state file (`tools/import_released.py`)."""
+        groups = self.job.groups
+        load_full_state(self.model, read_full_state(path), groups.tp.rank(), groups.tp.size())
+        self.job.note(f"initial weights: {path}")
 
     def _restore(self) -> Progress:
         path, notes = self.checkpointer.find()
@@ -173,7 +191,11 @@ class Trainer:
         everyone = [torch.zeros_like(losses) for _ in range(self.job.world)]
         dist.all_gather(everyone, losses, group=self.job.groups.host_control)
         ranks = [rank for rank, finite in enumerate(everyone) if finite.item() == 0.0]
-        where = f"the loss of rank {', '.join(map(str, ranks))}" if ranks else "the gradient (every loss was finite)"
+        where = (
+            f"the loss of rank {', '.join(map(str, ranks))}"
+            if ranks
+            else "the gradient (every loss was finite)"
+        )
         raise NonFiniteError(explain(
             f"step {stats.step + 1}: gradient norm {stats.grad_norm}", f"{where} is NaN or Inf; parameters were not "
             f"updated and no checkpoint was written after step {stats.step}",
@@ -212,6 +234,8 @@ class Trainer:
         )
         for choice in self.choices:
             self.log.note(f"  {choice.part:<10} {choice.backend:<16} {choice.reason}")
-        self.log.note(f"  loss       {config.loss.contrastive_impl} contrastive, {config.loss.generation_impl} cross-entropy")
+        self.log.note(
+            f"  loss       {config.loss.contrastive_impl} contrastive, {config.loss.generation_impl} cross-entropy"
+        )
         self.log.note(f"  {self.flops.describe()}")
         self.log.note(f"  folder     {job.folder}")

@@ -90,7 +90,11 @@ def step_batch(per_rank: list[list[MicroBatch]], rank: int) -> StepBatch:
         tuple(micros[i].context_rows.shape[0] for micros in per_rank) for i in range(len(per_rank[0]))
     )
     global_counts = GlobalCounts(
-        counts("image_starts"), counts("context_rows"), counts("target_rows"), counts("tokens"), micro_contexts
+        counts("image_starts"),
+        counts("context_rows"),
+        counts("target_rows"),
+        counts("tokens"),
+        micro_contexts,
     )
     return StepBatch(tuple(per_rank[rank]), global_counts, {}, "")
 
@@ -109,7 +113,9 @@ def full_gradients(model: LclModel, ddp: Any, groups: Groups) -> dict[str, torch
             result[name] = torch.cat(parts, parameter.partition_dim)
         else:
             spread = max(float((part - parts[0]).abs().max()) for part in parts)
-            assert spread <= 1e-6 * max(float(parts[0].abs().max()), 1e-3), f"{name} differs over tp: {spread}"
+            assert spread <= 1e-6 * max(float(parts[0].abs().max()), 1e-3), (
+                f"{name} differs over tp: {spread}"
+            )
             result[name] = parts[0]
     return result
 
@@ -144,7 +150,7 @@ def run_case(shape: ModelConfig, tp: int, sp: bool, micros: int, mean: str, **lo
     train = TrainStep(config, model, ddp, optimizer, groups)
     dp = groups.dp.size()
     quarters = quarter_batches(shape)
-    per_rank = [sum(quarters[4 * r // dp : 4 * (r + 1) // dp], []) for r in range(dp)]
+    per_rank = [[m for q in quarters[4 * r // dp : 4 * (r + 1) // dp] for m in q] for r in range(dp)]
     group_size = len(per_rank[0]) // micros
     grouped = [[merge(ms[i : i + group_size]) for i in range(0, len(ms), group_size)] for ms in per_rank]
     ddp.train()

@@ -12,15 +12,27 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def torchrun(count: int, *arguments: str, timeout: float = 240, check: bool = True) -> subprocess.CompletedProcess[str]:
+def torchrun(
+    count: int, *arguments: str, timeout: float = 240, check: bool = True
+) -> subprocess.CompletedProcess[str]:
     """Run a script of this repository on `count` processes of this machine."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(count),
+        *arguments,
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=timeout, check=False
     )
     if check and done.returncode:
-        raise AssertionError(f"{' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr[-6000:]}")
+        raise AssertionError(
+            f"{' '.join(arguments)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr[-6000:]}"
+        )
     return done
 
 

@@ -25,17 +25,29 @@ def refusal(*arguments: str) -> str:
 def test_configuration_mistakes_say_value_rule_and_remedy() -> None:
     for arguments, words in {
         ("--recipe", "demoo"): ("demoo", "no recipe has this name", "Did you mean demo?"),
-        ("--recipe", "paper-b16", "--tp", "5"): ("heads = 12", "parallel.tensor = 5", "Use --tp from [1, 2, 3, 4, 6, 12]"),
+        ("--recipe", "paper-b16", "--tp", "5"): (
+            "heads = 12",
+            "parallel.tensor = 5",
+            "Use --tp from [1, 2, 3, 4, 6, 12]",
+        ),
         ("--recipe", "demo", "--pp", "2"): ("parallel.pipeline = 2", "--pp 1"),
         ("--recipe", "demo", "--cp", "2"): ("parallel.context = 2", "not supported"),
         ("--recipe", "demo", "--sequence-parallel"): ("parallel.sequence", "--tp to 2 or more"),
         ("--recipe", "demo", "--micro-batch-size", "3"): ("micro_batch_size = 3", "multiple of 3"),
         ("--recipe", "demo", "--precision", "fp8", "--device", "cpu"): ("fp8", "GPU", "--precision fp32"),
         ("--recipe", "demo", "--set", "model.vision.wdith=3"): ("model.vision.wdith = 3", "Unexpected"),
-        ("--recipe", "demo", "--data", "x", "--set", "data.sequence_length=16"): ("sequence_length = 16", "must hold an image"),
-        ("--recipe", "demo", "--set", "data.sequence_length=300"): ("max_positions = 256", "Shorten the rows"),
+        ("--recipe", "demo", "--data", "x", "--set", "data.sequence_length=16"): (
+            "sequence_length = 16",
+            "must hold an image",
+        ),
+        ("--recipe", "demo", "--set", "data.sequence_length=300"): (
+            "max_positions = 256",
+            "Shorten the rows",
+        ),
         ("--recipe", "demo", "--lr", "-1"): ("optim.lr = -1.0", "positive"),
-        ("--recipe", "demo", "--contrastive-weight", "0", "--generation-weight", "0"): ("something to learn",),
+        ("--recipe", "demo", "--contrastive-weight", "0", "--generation-weight", "0"): (
+            "something to learn",
+        ),
         (): ("neither", "--recipe demo"),
         ("--recipe", "demo", "--config", "x.yaml"): ("both",),
         ("--config", "no/such.yaml"): ("no/such.yaml", "cannot be read"),
@@ -65,6 +77,7 @@ def test_a_run_folder_is_not_overwritten(tmp_path: Path, run_tool: Tool, argumen
 @pytest.mark.slow
 def test_missing_and_damaged_data(tmp_path: Path, corpus: Path, run_tool: Tool, arguments: Arguments) -> None:
     """Missing data set, missing shard, cut shard, undecodable picture: named, no traceback, nothing written."""
+
     def train(folder: Path, *more: str) -> Any:
         command = arguments(tmp_path / "out", "--data", str(folder), *more)
         return run_tool(*command)
@@ -85,7 +98,9 @@ def test_missing_and_damaged_data(tmp_path: Path, corpus: Path, run_tool: Tool, 
     assert done.returncode == 2
     assert shard.name in done.stderr
     assert "Traceback" not in done.stderr
-    shard.write_bytes(content.replace(b"\xff\xd8\xff\xe0", b"<html>  ")[: len(content)].ljust(len(content), b"\0"))
+    shard.write_bytes(
+        content.replace(b"\xff\xd8\xff\xe0", b"<html>  ")[: len(content)].ljust(len(content), b"\0")
+    )
     done = train(broken, "--set", "data.max_consecutive_failures=3")
     assert "Traceback" not in done.stderr
     assert not (tmp_path / "out" / "checkpoints").exists() or done.returncode == 0

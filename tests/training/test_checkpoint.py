@@ -34,7 +34,9 @@ def test_every_damaged_file_is_noticed(finished: Path, tmp_path: Path) -> None:
     """One flipped bit in each file, each file cut short, each file gone."""
     original = complete_checkpoints(finished / "checkpoints")[-1]
     assert verify(original) == []
-    files = [p.relative_to(original) for p in original.rglob("*") if p.is_file() and p.name != "manifest.json"]
+    files = [
+        p.relative_to(original) for p in original.rglob("*") if p.is_file() and p.name != "manifest.json"
+    ]
     assert len(files) >= 3
     copy = tmp_path / "copy"
     shutil.copytree(original, copy)
@@ -42,7 +44,11 @@ def test_every_damaged_file_is_noticed(finished: Path, tmp_path: Path) -> None:
         content = (original / name).read_bytes()
         flipped = bytearray(content)
         flipped[len(content) // 2] ^= 1
-        for damaged, word in ((bytes(flipped), "changed"), (content[: len(content) // 3], "bytes"), (None, "missing")):
+        for damaged, word in (
+            (bytes(flipped), "changed"),
+            (content[: len(content) // 3], "bytes"),
+            (None, "missing"),
+        ):
             if damaged is None:
                 (copy / name).unlink()
             else:

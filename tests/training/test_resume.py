@@ -19,7 +19,15 @@ Arguments = Callable[..., list[str]]
 
 
 def start(count: int, arguments: list[str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), *arguments]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(count),
+        *arguments,
+    ]
     return subprocess.Popen(
         command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         text=True, start_new_session=True,
@@ -71,14 +79,18 @@ def test_sigkill_of_everything_then_resume(arguments: Arguments, undisturbed: Pa
     for pid in worker_pids(out):
         os.kill(pid, signal.SIGKILL)
     process.wait(30)
-    assert {p.name for p in (out / "checkpoints").iterdir() if not p.name.endswith(".partial")} == {"step-00000003"}
+    assert {p.name for p in (out / "checkpoints").iterdir() if not p.name.endswith(".partial")} == {
+        "step-00000003"
+    }
     done = torchrun(2, *arguments(out, "--resume"))
     assert "3 steps done" in done.stdout
     assert_same_run(undisturbed, out)
 
 
 @pytest.mark.timeout(240)
-def test_sigterm_to_one_rank_saves_and_exits_cleanly(arguments: Arguments, undisturbed: Path, tmp_path: Path) -> None:
+def test_sigterm_to_one_rank_saves_and_exits_cleanly(
+    arguments: Arguments, undisturbed: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "stopped"
     process = start(2, arguments(out, "--checkpoint-every", "0"))
     wait_for_step(out, 2, process)
@@ -94,7 +106,9 @@ def test_sigterm_to_one_rank_saves_and_exits_cleanly(arguments: Arguments, undis
 
 
 @pytest.mark.timeout(240)
-def test_another_layout_continues_with_the_same_losses(arguments: Arguments, undisturbed: Path, tmp_path: Path) -> None:
+def test_another_layout_continues_with_the_same_losses(
+    arguments: Arguments, undisturbed: Path, tmp_path: Path
+) -> None:
     """Two data-parallel ranks stop at step 3; tensor parallelism with sequence parallelism goes on."""
     out = tmp_path / "resharded"
     torchrun(2, *arguments(out, "--steps", "8", "--checkpoint-every", "3", "--set", "checkpoint.keep=9"))

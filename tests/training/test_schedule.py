@@ -30,9 +30,8 @@ def test_a_resolved_configuration_starts_the_same_run_again(name: str, tmp_path:
 
 
 def test_flags_reach_their_knobs() -> None:
-    config = resolve(parse_flags(
-        "--recipe demo --data a:2 b --tp 2 --sequence-parallel --lr 0.5 --steps 7 --precision bf16 --no-overlap "
-        "--set model.vision.layers=3".split()))  # fmt: skip
+    line = "--recipe demo --data a:2 b --tp 2 --sequence-parallel --lr 0.5 --steps 7 --precision bf16"
+    config = resolve(parse_flags([*line.split(), "--no-overlap", "--set", "model.vision.layers=3"]))
     assert [(s.path, s.weight) for s in config.data.sources] == [("a", 2.0), ("b", 1.0)]
     assert (config.parallel.tensor, config.parallel.sequence) == (2, True)
     assert not config.parallel.overlap_grad_reduce
