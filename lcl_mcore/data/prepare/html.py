@@ -16,29 +16,17 @@ from lcl_mcore.data.safe_json import clean_text
 
 PAGES_PER_JOB = 40
 MAX_PAGE_BYTES = 16 << 20
-SKIPPED = {
-    "script",
-    "style",
-    "nav",
-    "header",
-    "footer",
-    "aside",
-    "noscript",
-    "template",
-    "form",
-    "svg",
-    "title",
-}
+SKIPPED = re.compile("script|style|nav|header|footer|aside|noscript|template|form|svg|title")
 SKIPPED_CLASSES = re.compile(
     r"(^|[\s_-])(nav|navbar|navpath|sidebar|sphinxsidebar|toc|toctree|menu|breadcrumbs?|footer|header|related|"
     r"headerlink|titlearea|search\w*)($|[\s_-])",
     re.IGNORECASE,
 )
-BLOCKS = set(
-    ["p", "div", "section", "article", "main", "h1", "h2", "h3", "h4", "h5", "h6", "li", "ul", "ol", "dl", "dt", "dd", "table", "tr", "td", "th", "pre", "blockquote"]
+BLOCKS = re.compile(
+    "p|div|section|article|main|body|h[1-6]|li|ul|ol|dl|dt|dd|table|tr|td|th|caption|pre|blockquote|figure|"
+    "figcaption|br|hr"
 )
-BLOCKS |= {"figure", "figcaption", "br", "hr", "body", "caption"}
-VOID = {"br", "hr", "img", "input", "meta", "link", "area", "base", "col", "embed", "source", "track", "wbr"}
+VOID = re.compile("br|hr|img|input|meta|link|area|base|col|embed|source|track|wbr")
 
 
 class HtmlReader:
@@ -104,26 +92,26 @@ class _Page(HTMLParser):
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """A block ends the running text; a picture ends it and takes its place."""
         values = {name: value or "" for name, value in attrs}
-        if tag in BLOCKS:
+        if BLOCKS.fullmatch(tag):
             self.end_text()
         if tag == "img" and values.get("src") and not self._hidden:
             self.end_text()
             self.images.append((len(self.texts), values["src"]))
-        if tag in VOID:
+        if VOID.fullmatch(tag):
             return
         marks = f"{values.get('class', '')} {values.get('id', '')} {values.get('role', '')}"
-        hides = tag in SKIPPED or bool(SKIPPED_CLASSES.search(marks))
+        hides = bool(SKIPPED.fullmatch(tag)) or bool(SKIPPED_CLASSES.search(marks))
         self._open.append((tag, self._hidden or hides))
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         """`<img/>` and the like."""
         self.handle_starttag(tag, attrs)
-        if tag not in VOID:
+        if not VOID.fullmatch(tag):
             self.handle_endtag(tag)
 
     def handle_endtag(self, tag: str) -> None:
         """Close the innermost open element of that name, and what was left open inside it."""
-        if tag in BLOCKS:
+        if BLOCKS.fullmatch(tag):
             self.end_text()
         for i in reversed(range(len(self._open))):
             if self._open[i][0] == tag:

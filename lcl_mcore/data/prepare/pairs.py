@@ -35,9 +35,12 @@ class PairReader:
         seen: set[str] = set()
         key = ""
         members: dict[str, bytes] = {}
+        size = Path(job.part).stat().st_size
         try:
             with tarfile.open(job.part, "r:") as tar:
                 for member in tar:
+                    if member.offset_data + member.size > size:
+                        raise EOFError
                     stem, extension = _split(member.name)
                     if not member.isfile() or extension not in PICTURES + TEXTS:
                         continue
@@ -49,6 +52,8 @@ class PairReader:
                         continue
                     stream = tar.extractfile(member)
                     members[extension] = stream.read() if stream else b""
+                if tar.offset >= size:  # the blocks that end every tar are not there
+                    raise EOFError
         except (tarfile.TarError, OSError, EOFError, ValueError):
             yield Dropped("the tar is cut or damaged here")
             return

@@ -1,0 +1,308 @@
+"""Public formats and hostile input to the native layout: right content, every drop counted, kill-safe."""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import tarfile
+import time
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import webdataset
+from corpora import picture
+from PIL import Image
+
+from lcl_mcore.data.dataset import NativeDataset
+from lcl_mcore.data.prepare.engine import Options, Reader, prepare
+from lcl_mcore.data.prepare.html import HtmlReader
+from lcl_mcore.data.prepare.mmc4 import Mmc4Reader
+from lcl_mcore.data.prepare.normalise import PictureLimits
+from lcl_mcore.data.prepare.pairs import PairReader
+from lcl_mcore.data.prepare.parquet import ParquetReader
+from lcl_mcore.errors import DataError
+
+TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
+OPTIONS = Options(limits=PictureLimits(min_side=32))
+
+
+def run(reader: Reader, output: Path, options: Options = OPTIONS) -> dict[str, Any]:
+    return prepare(reader, output, options, workers=1, quiet=True)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
+
+
+def mmc4_line(n: int, **changes: Any) -> str:
+    info = {"image_name": f"{n}.jpg", "raw_url": "x", "matched_text_index": 1, "matched_sim": 0.3}
+    data = {"text_list": [f"first {n}", f"second {n}"], "image_info": [info], "url": "http://x", **changes}
+    return json.dumps(data)
+
+
+def make_mmc4(folder: Path, good: int) -> Path:
+    """A shard with good documents and one of each hostile kind; pictures beside it."""
+    images = folder / "images"
+    images.mkdir(parents=True)
+    for n in range(good):
+        (images / f"{n}.jpg").write_bytes(picture(n))
+    (images / "page.jpg").write_bytes(b"<html>404</html>")
+    (images / "cut.jpg").write_bytes(picture(1)[:700])
+    (images / "bomb.png").write_bytes(_bomb())
+    (folder / "secret.jpg").write_bytes(picture(5))
+    (images / "link.jpg").symlink_to(folder / "secret.jpg")
+    info = {"matched_text_index": 0, "matched_sim": 0.3}
+    bad_pictures = [
+        "page.jpg",
+        "cut.jpg",
+        "bomb.png",
+        "../secret.jpg",
+        str(folder / "secret.jpg"),
+        "link.jpg",
+        "no.jpg",
+    ]
+    hostile = [
+        mmc4_line(0, image_info=[{"image_name": name, **info} for name in [*bad_pictures, "0.jpg"]]),
+        mmc4_line(0, image_info=[{"image_name": "0.jpg", **info}] * 10_000),
+        '{"text_list": ["a"], "image_info": [{"image_name": "0.jpg", "matched_text_index": 0, "matched_sim": NaN}]}',
+        '{"text_list": ["a"], "text_list": ["b"], "image_info": []}',
+        mmc4_line(0, image_info=[{"image_name": "0.jpg", "matched_text_index": 7, "matched_sim": 0.3}]),
+        "[" * 100_000,
+        "not json",
+        json.dumps([1, 2]),
+        mmc4_line(0, text_list=[3, 4]),
+        mmc4_line(0, text_list=["lone \ud800 surrogate <BoI> </s>", "x"]),
+        mmc4_line(0, image_info=[{"image_base64": base64.b64encode(picture(9)).decode(), **info}]),
+        mmc4_line(0, image_info=[{"image_base64": "!!!", **info}]),
+        '{"text_list": ["' + "x" * (5 << 20) + '"]}',
+    ]
+    lines = [mmc4_line(n) for n in range(good)] + hostile
+    (folder / "docs_shard_0_v2.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8", errors="replace")
+    return folder
+
+
+def _bomb() -> bytes:
+    stream = io.BytesIO()
+    Image.new("1", (16_000, 16_000)).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def test_mmc4_with_hostile_lines_and_pictures(tmp_path: Path) -> None:
+    source = make_mmc4(tmp_path / "in", 20)
+    manifest = run(Mmc4Reader(source), tmp_path / "out")
+    assert manifest["dropped_documents"] == {
+        "bad JSON": 7,
+        "line too long": 1,
+        "no picture left": 1,
+        "too many images": 1,
+    }
+    assert manifest["dropped_images"] == {
+        "bad base64": 1, "missing file": 1, "not a picture": 1, "oversized": 1, "path leaves the folder": 3,
+        "undecodable": 1,
+    }  # fmt: skip
+    assert (manifest["documents"], manifest["images"]) == (23, 23)
+    data = NativeDataset(str(tmp_path / "out"))
+    document, members = data.document(7)
+    assert document.texts == ("first 7", "second 7")
+    assert (document.images[0].text_index, document.images[0].similarity) == (1, 0.3)
+    assert data.picture(document, members, 0) == picture(7)
+    kept, _ = data.document(20)
+    assert [image.name for image in kept.images] == ["0.jpg"]
+    assert data.document(21)[0].texts[0] in (
+        "lone ? surrogate <BoI> </s>",
+        "lone \ufffd surrogate <BoI> </s>",
+    )
+
+
+def test_zip_input_and_zip_bomb(tmp_path: Path) -> None:
+    source = make_mmc4(tmp_path / "in", 5)
+    plain = source / "docs_shard_0_v2.jsonl"
+    with zipfile.ZipFile(source / "docs_shard_0_v2.jsonl.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("docs_shard_0_v2.jsonl", "\n".join(mmc4_line(n) for n in range(5)))
+    plain.unlink()
+    assert run(Mmc4Reader(source), tmp_path / "out")["documents"] == 5
+    with zipfile.ZipFile(source / "docs_shard_0_v2.jsonl.zip", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("docs_shard_0_v2.jsonl", b"\n" * (30 << 20))
+    with pytest.raises(DataError, match="more than 200 times its size"):
+        run(Mmc4Reader(source), tmp_path / "out2")
+
+
+def test_parquet_with_urls(tmp_path: Path) -> None:
+    import hashlib
+
+    import pyarrow
+    from pyarrow import parquet
+
+    images = tmp_path / "in" / "images"
+    images.mkdir(parents=True)
+    urls = [f"https://example.org/p/{n}.jpg?x=1" for n in range(3)]
+    (images / f"{hashlib.sha256(urls[0].encode()).hexdigest()}.jpg").write_bytes(picture(0))
+    (images / "1.jpg").write_bytes(picture(1))
+    (images / "listed.jpg").write_bytes(picture(2))
+    (images / "images.csv").write_text(f"{urls[2]},listed.jpg\n")
+    marker = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"
+    rows = [
+        {"images": [urls[0], None, urls[1]], "texts": [None, "between", None]},
+        {"images": [None, urls[2], None], "texts": [f"a{marker}b", None, "c"]},
+        {"images": [urls[0]], "texts": ["both"]},
+        {"images": [None, None], "texts": ["only"]},
+        {"images": ["https://example.org/gone.png", None], "texts": [None, "x"]},
+    ]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "in" / "a.parquet", row_group_size=2)
+    manifest = run(ParquetReader(tmp_path / "in"), tmp_path / "out")
+    assert manifest["documents"] == 2
+    assert manifest["dropped_images"] == {"missing file": 1}
+    assert manifest["dropped_documents"] == {
+        "a place holds not just one of image and text": 1,
+        "images and texts differ in length": 1,
+        "no picture left": 2,
+    }
+    first, second = (NativeDataset(str(tmp_path / "out")).document(i)[0] for i in (0, 1))
+    assert (first.texts, [image.text_index for image in first.images]) == (("between",), [0, 1])
+    assert (second.texts, [image.text_index for image in second.images]) == (("b", "c"), [1])
+    (tmp_path / "in" / "b.parquet").write_bytes(b"PAR1 nonsense")
+    with pytest.raises(DataError, match=r"b\.parquet: is not a readable parquet"):
+        run(ParquetReader(tmp_path / "in"), tmp_path / "out2")
+
+
+def make_tar(path: Path, members: list[tuple[str, bytes]]) -> None:
+    with tarfile.open(path, "w") as tar:
+        for name, content in members:
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+def test_pairs_from_good_and_damaged_tars(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    pairs = [
+        m
+        for n in range(10)
+        for m in [(f"{n:04d}.jpg", picture(n)), (f"{n:04d}.txt", f"caption {n}".encode())]
+    ]
+    odd = [
+        ("a.b.jpg", picture(1)), ("a.txt", b"dots are not part of the key"),
+        ("0003.jpg", picture(3)), ("0003.txt", b"again"),
+        ("x.txt", b"no picture"), ("y.jpg", picture(2)), ("z.jpg", picture(2)), ("z.txt", b"  "),
+        ("../../escape.jpg", picture(4)), ("../../escape.txt", b"never written anywhere"),
+        ("w.jpg", picture(6)), ("w.json", b'{"caption": "from json", "url": "http://x"}'),
+    ]  # fmt: skip
+    make_tar(source / "00000.tar", pairs + odd)
+    make_tar(source / "00001.tar", pairs)
+    whole = (source / "00001.tar").read_bytes()
+    (source / "00001.tar").write_bytes(whole[: len(whole) // 2])
+    (source / "00002.tar").write_bytes(b"\x00garbage" * 300)
+    manifest = run(PairReader(source), tmp_path / "out")
+    dropped = manifest["dropped_documents"]
+    assert dropped["a key stands twice"] == 1
+    assert dropped["no picture in the sample"] >= 1
+    assert dropped["the tar is cut or damaged here"] == 2
+    assert manifest["documents"] >= 12 + 4
+    texts = {
+        NativeDataset(str(tmp_path / "out")).document(i)[0].texts[0] for i in range(manifest["documents"])
+    }
+    assert {"caption 3", "from json"} <= texts
+    assert not list(tmp_path.parent.glob("escape*"))
+
+
+def test_html_keeps_order_and_leaves_navigation_out(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    for n in range(4):
+        (source / f"{n}.png").write_bytes(picture(n, 90, 90, "PNG"))
+    (source / "logo.png").write_bytes(picture(50, 90, 90, "PNG"))
+    words = "one two three four five six seven eight nine ten"
+    for n in range(4):
+        (source / f"page{n}.html").write_text(
+            f"<html><head><title>T</title><script>var x='<p>no</p>'</script></head><body><div class='navbar'>"
+            f"<p>menu</p><img src='0.png'></div><h1>Head {n}</h1><p>{words} &amp; more</p><img src='logo.png'>"
+            f"<p>{words}</p><figure><img src='{n}.png'/><figcaption>Figure {n}</figcaption></figure>"
+            f"<img src='../../etc/passwd'><img src='https://example.org/x.png'><footer>end</footer></body></html>"
+        )
+    options = Options(limits=PictureLimits(min_side=32), max_repeats=2)
+    manifest = run(HtmlReader(source), tmp_path / "out", options)
+    assert (manifest["documents"], manifest["images"]) == (4, 4)
+    assert manifest["dropped_images"] == {"over-repeated": 4, "path leaves the folder": 4}
+    document, _ = NativeDataset(str(tmp_path / "out")).document(2)
+    assert document.texts == ("Head 2", f"{words} & more", words, "Figure 2")
+    assert [image.text_index for image in document.images] == [3]
+
+
+@pytest.mark.parametrize("corrupt", [False, True])
+def test_plain_webdataset_reads_the_result(tmp_path: Path, corrupt: bool) -> None:
+    run(Mmc4Reader(make_mmc4(tmp_path / "in", 12)), tmp_path / "out")
+    shard = next((tmp_path / "out").glob("*.tar"))
+    samples = list(webdataset.WebDataset(str(shard), shardshuffle=False))
+    assert len(samples) == 15
+    first = json.loads(samples[3]["json"])
+    assert first["text_list"] == ["first 3", "second 3"]
+    assert samples[3]["0.jpg"] == picture(3)
+    if corrupt:
+        shard.write_bytes(shard.read_bytes()[:5000])
+        with pytest.raises(DataError, match=rf"{shard.name}: has 5000 bytes, the manifest says"):
+            NativeDataset(str(tmp_path / "out"))
+        shard.unlink()
+        with pytest.raises(DataError, match=rf"{shard.name}: is missing"):
+            NativeDataset(str(tmp_path / "out"))
+
+
+def test_a_second_run_changes_nothing_and_other_options_are_refused(tmp_path: Path) -> None:
+    source = make_mmc4(tmp_path / "in", 8)
+    run(Mmc4Reader(source), tmp_path / "out")
+    before = files(tmp_path / "out")
+    stamps = {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()}
+    run(Mmc4Reader(source), tmp_path / "out")
+    assert files(tmp_path / "out") == before
+    assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == stamps
+    assert ".progress" not in {p.name for p in (tmp_path / "out").iterdir()}
+    with pytest.raises(DataError, match="with other options"):
+        run(Mmc4Reader(source), tmp_path / "out", Options(limits=PictureLimits(min_side=10)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(150)
+def test_killed_at_random_moments_gives_the_same_files(tmp_path: Path) -> None:
+    source = tmp_path / "in"
+    source.mkdir()
+    for t in range(4):
+        pairs = [
+            member
+            for n in range(20)
+            for member in [(f"{n:04d}.png", picture(n + t, 150, 150, "PNG")), (f"{n:04d}.txt", b"a caption")]
+        ]
+        make_tar(source / f"{t:05d}.tar", pairs)
+
+    def start(output: Path) -> subprocess.Popen[bytes]:
+        command = [sys.executable, str(TOOL), "pairs", str(source), str(output), "--workers", "2", "--quiet"]
+        return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+
+    assert start(tmp_path / "whole").wait(100) == 0
+    rng = random.Random(3)
+    for _ in range(3):
+        process = start(tmp_path / "killed")
+        time.sleep(rng.uniform(0.5, 4.0))
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    assert start(tmp_path / "killed").wait(100) == 0
+    assert files(tmp_path / "killed") == files(tmp_path / "whole")
+
+
+def test_tool_reports_errors_in_one_line(tmp_path: Path) -> None:
+    call: Callable[..., Any] = subprocess.run
+    result = call(
+        [sys.executable, str(TOOL), "mmc4", str(tmp_path / "no"), str(tmp_path / "out")], capture_output=True
+    )
+    assert result.returncode == 2
+    assert result.stderr.decode().startswith("error: ")
+    assert "does not exist" in result.stderr.decode()
+    assert "Traceback" not in result.stderr.decode()
