@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import os
 import threading
 import time
@@ -135,8 +134,9 @@ class RemoteStorage:
         cached = self._cache.find(name, start, size)
         if cached is not None:
             return cached
+        path = self._path(name)
         data = self._retried(
-            name, lambda: self._system.cat_file(self._path(name), start=start, end=start + size)
+            name, lambda: self._system.cat_file(path, start=start, end=start + size), listed=True
         )
         if len(data) != size:
             raise _too_short(self.root, name, start, size, len(data))
@@ -166,16 +166,21 @@ class RemoteStorage:
     def _path(self, name: str) -> str:
         return f"{self._folder}/{name}"
 
-    def _retried(self, name: str, request: Callable[[], T]) -> T:
-        """The request's answer; failures that may pass are tried again, a missing file is not."""
+    def _retried(self, name: str, request: Callable[[], T], *, listed: bool = False) -> T:
+        """The request's answer; failures that may pass are tried again.
+
+        A missing file is missing, unless it was there when the folder was `listed`: stores that restart
+        or move data answer so for a while.
+        """
         pause = self.FIRST_PAUSE
         for attempt in range(self._retries + 1):
             try:
                 return request()
-            except (FileNotFoundError, PermissionError) as error:
-                raise _unreadable(self.root, name, f"{type(error).__name__} {error}") from error
             except Exception as error:  # every back end has its own network exceptions
-                if getattr(error, "errno", None) == errno.ENOSPC or attempt == self._retries:
+                final = isinstance(error, PermissionError) or (
+                    isinstance(error, FileNotFoundError) and not listed
+                )
+                if final or attempt == self._retries:
                     detail = f"{attempt + 1} attempts failed, last: {type(error).__name__} {error}"
                     raise _unreadable(self.root, name, detail) from error
                 time.sleep(pause)

@@ -1,0 +1,49 @@
+"""Debian documentation packages as real interleaved corpora: fetched and unpacked, never installed."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+from lcl_mcore.errors import DataError, explain
+
+PACKAGES = {
+    "python-skimage-doc": "BSD-3-Clause, 46 MB: 141 pages with pictures",
+    "opencv-doc": "Apache-2.0, 96 MB: tutorials with photographs",
+    "python-sklearn-doc": "BSD-3-Clause, 50 MB: 537 pages with pictures",
+}
+
+
+def fetch(package: str, folder: Path) -> Path:
+    """Unpack one package below `folder` and return its tree; does nothing if it is there."""
+    if package not in PACKAGES:
+        raise DataError(explain(package, f"is not one of {', '.join(PACKAGES)}", "Choose one of these."))
+    target = folder / package
+    if target.is_dir():
+        return target
+    for tool in ("apt-get", "dpkg-deb"):
+        if shutil.which(tool) is None:
+            raise DataError(
+                explain(tool, "is not installed", "Run this on Debian, Ubuntu or in such a container.")
+            )
+    downloads, part = folder / ".download", folder / f".{package}.part"
+    downloads.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(part, ignore_errors=True)
+    _run(["apt-get", "download", package], downloads)
+    archives = sorted(downloads.glob(f"{package}_*.deb"), key=lambda path: path.stat().st_mtime)
+    if not archives:
+        raise DataError(explain(package, "was not downloaded", "Run apt-get update first."))
+    _run(["dpkg-deb", "-x", str(archives[-1]), str(part)], folder)
+    part.replace(target)
+    archives[-1].unlink()
+    return target
+
+
+def _run(command: list[str], folder: Path) -> None:
+    result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
+    if result.returncode:
+        last = (result.stderr.strip().splitlines() or ["no message"])[-1]
+        raise DataError(
+            explain(" ".join(command), f"failed: {last}", "Run apt-get update, check the network.")
+        )
