@@ -54,7 +54,7 @@ class TrainStep:
         self.contrastive = make_contrastive(config.loss, groups.loss, groups.tp)
         self.dp_rank = groups.dp.rank()
         self.finite = torch.ones((), dtype=torch.bool, device=self.device)
-        """Whether this rank's losses of the last step were finite; on the device, read only after a failure."""
+        """Whether what this rank computed in the last step was finite; on the device, read only after a failure."""
         self.trains_contrastive = self.loss.contrastive_weight > 0
         self.trains_generation = self.loss.generation_weight > 0
 
@@ -73,12 +73,9 @@ class TrainStep:
         self.optimizer.zero_grad()
         contrastive, generation = self.accumulate_gradients(step, batch)
         finalize_model_grads([self.ddp], pg_collection=self.groups.megatron)
-        finite = torch.isfinite(contrastive) & torch.isfinite(generation)
-        # Each data-parallel rank is counted once per model-parallel rank that computed it.
-        self.finite = finite
         copies = self.groups.tp.size()
         local = torch.stack((
-            (~finite).float(),
+            (~self.finite).float(),
             torch.full((), float(stop_requested), device=self.device),
             contrastive / (copies * self.groups.dp.size()),
             generation / copies,
@@ -94,6 +91,7 @@ class TrainStep:
             The global contrastive loss and this rank's part of the global generation loss, detached.
         """
         seed = key_of(self.config.train.seed, "step", step)
+        self.finite = torch.ones_like(self.finite)
         moved = [
             OnDevice(micro.to(self.device), tuple(micro.row_keys.tolist())) for micro in batch.micro_batches
         ]
@@ -120,10 +118,13 @@ class TrainStep:
                 )
                 features = self.model.encode_images(micro.batch.images, micro.batch.image_keys, seed)
                 # The gathers start as soon as their operands exist and run beside what follows.
-                pending.start_image(self.model.image_side(micro.batch, features.vectors))
+                image = self.model.image_side(micro.batch, features.vectors)
+                pending.start_image(image)
                 hidden = self.model.read(micro.batch, features.latents, micro.row_keys, seed)
-                pending.start_text(self.model.context_side(micro.batch, hidden))
+                context = self.model.context_side(micro.batch, hidden)
+                pending.start_text(context)
                 generation = weight * self._generation(micro.batch, hidden)
+                self._check(image, context, generation)
                 contrastive = pending.finish(self.model.temperature()) / len(moved)
                 self._backward(contrastive, generation)
             contrastive_sum += contrastive.detach()
@@ -153,6 +154,7 @@ class TrainStep:
             with self._sync(index == len(moved) - 1):
                 image, context, hidden = self._sides(micro, seed)
                 generation = weight * self._generation(micro.batch, hidden)
+                self._check(image, context, generation)
                 # Its gradient is the chain rule through the cached derivatives; its value means nothing.
                 surrogate = (image * d_image_part).sum() + (context * d_context_part).sum()
                 if index == len(moved) - 1:  # where the gradient reduction expects every parameter
@@ -168,9 +170,15 @@ class TrainStep:
                 features = self.model.encode_images(micro.batch.images, micro.batch.image_keys, seed)
                 hidden = self.model.read(micro.batch, features.latents, micro.row_keys, seed)
                 generation = weight * self._generation(micro.batch, hidden)
+                self._check(generation)
                 self._backward(self._touch_all(), generation)
             generation_sum += generation.detach()
         return torch.zeros((), device=self.device), generation_sum
+
+    def _check(self, *own: Tensor) -> None:
+        """Note on the device whether all of what this rank itself computed is finite."""
+        for value in own:
+            self.finite = self.finite & torch.isfinite(value.detach().sum())
 
     def _sides(self, micro: OnDevice, seed: int) -> tuple[Tensor, Tensor, Tensor]:
         """Unit vectors of images and contexts [m, D], and the hidden states [t, D]."""

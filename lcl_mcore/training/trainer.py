@@ -186,15 +186,18 @@ class Trainer:
         return stats.stop_requests > 0
 
     def _raise_nonfinite(self, stats: StepStats) -> None:
-        """Name step and ranks; the device already refused this and every later update."""
+        """Name step and ranks; the device already refused this and every later update.
+
+        On CUDA the flag is read a step later, so a rank is named when its outputs still are not finite.
+        """
         losses = torch.tensor([float(self.train_step.finite)])
         everyone = [torch.zeros_like(losses) for _ in range(self.job.world)]
         dist.all_gather(everyone, losses, group=self.job.groups.host_control)
         ranks = [rank for rank, finite in enumerate(everyone) if finite.item() == 0.0]
         where = (
-            f"the loss of rank {', '.join(map(str, ranks))}"
+            f"what rank {', '.join(map(str, ranks))} computed"
             if ranks
-            else "the gradient (every loss was finite)"
+            else "the gradient (every rank's outputs were finite)"
         )
         raise NonFiniteError(explain(
             f"step {stats.step + 1}: gradient norm {stats.grad_norm}", f"{where} is NaN or Inf; parameters were not "
