@@ -52,13 +52,14 @@ def block_lse(
     lc = torch.full((y.shape[0],), -math.inf, dtype=scale.dtype, device=x.device) if columns else None
     product, scratch = _buffers(2, x, y, rows, cols, scale.dtype)
     for r in _spans(x.shape[0], rows):
+        factor = _Factor(x[r], scale)
         for c in _spans(y.shape[0], cols):
-            logits = _product(x[r], y[c], product).mul_(scale)
-            logits.masked_fill_(x_keys[r, None] == y_keys[None, c], -math.inf)
-            e = _view(scratch, logits.shape)
-            lr[r] = torch.logaddexp(lr[r], _logsumexp(logits, 1, e))
-            if lc is not None:
-                lc[c] = torch.logaddexp(lc[c], _logsumexp(logits, 0, e))
+            logits = factor.logits(y[c], product)
+            excluded = _excluded(x_keys[r], y_keys[c])
+            row_part, col_part = _tile_lse(logits, excluded, _view(scratch, logits.shape), columns)
+            lr[r] = torch.logaddexp(lr[r], row_part)
+            if lc is not None and col_part is not None:
+                lc[c] = torch.logaddexp(lc[c], col_part)
     return lr, lc
 
 
@@ -94,11 +95,14 @@ def block_gradients(
     dy = torch.zeros(y.shape, dtype=scale.dtype, device=x.device) if want_y else None
     product, scratch = _buffers(2, x, y, rows, cols, scale.dtype)
     for r in _spans(x.shape[0], rows):
+        factor = _Factor(x[r], scale)
         for c in _spans(y.shape[0], cols):
-            logits = _product(x[r], y[c], product).mul_(scale)
-            excluded = x_keys[r, None] == y_keys[None, c]
+            logits = factor.logits(y[c], product)
+            excluded = _excluded(x_keys[r], y_keys[c])
             g = torch.sub(logits, row[r, None], out=_view(scratch, logits.shape)).exp_()
-            g.add_(logits.sub_(col[None, c]).exp_()).masked_fill_(excluded, 0.0)
+            g.add_(logits.sub_(col[None, c]).exp_())
+            if excluded is not None:
+                g.masked_fill_(excluded, 0.0)
             _accumulate(dx[r], g, y[c])
             if dy is not None:
                 _accumulate(dy[c], g.T, x[r])
@@ -119,13 +123,50 @@ def _view(flat: Tensor, shape: torch.Size) -> Tensor:
     return flat[: shape[0] * shape[1]].view(shape)
 
 
-def _product(x: Tensor, y: Tensor, flat: Tensor) -> Tensor:
-    out = flat[: x.shape[0] * y.shape[0]].view(x.shape[0], y.shape[0])
-    if x.dtype == out.dtype:
-        return torch.mm(x, y.T, out=out)
-    if x.is_cuda:
-        return torch.mm(x, y.T, out_dtype=out.dtype, out=out)
-    return torch.mm(x.to(out.dtype), y.to(out.dtype).T, out=out)
+class _Factor:
+    """Rows of a tile with the scale multiplied in, where that costs no rounding to fp16."""
+
+    def __init__(self, x: Tensor, scale: Tensor) -> None:
+        self.exact = x.dtype == scale.dtype
+        self.x = x * scale if self.exact else x
+        self.scale = scale
+
+    def logits(self, y: Tensor, flat: Tensor) -> Tensor:
+        """Tile of logits in ``flat``'s memory."""
+        out = _view(flat, torch.Size((self.x.shape[0], y.shape[0])))
+        if self.exact:
+            return torch.mm(self.x, y.T, out=out)
+        if y.is_cuda:
+            torch.mm(self.x, y.T, out_dtype=out.dtype, out=out)
+        else:
+            torch.mm(self.x.to(out.dtype), y.to(out.dtype).T, out=out)
+        return out.mul_(self.scale)
+
+
+def _excluded(x_keys: Tensor, y_keys: Tensor) -> Tensor | None:
+    """Pairs of a tile that are not negatives; None if the host can see, without waiting, that there are none."""
+    if x_keys.device.type == "cpu":
+        (x_low, x_high), (y_low, y_high) = (torch.aminmax(k) for k in (x_keys, y_keys))
+        if bool(x_high < y_low) or bool(y_high < x_low):
+            return None
+    return x_keys[:, None] == y_keys[None, :]
+
+
+def _tile_lse(
+    logits: Tensor, excluded: Tensor | None, scratch: Tensor, columns: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Log-sum-exp over the rows and columns of one tile."""
+    if logits.device.type == "cpu":
+        low, high = torch.aminmax(logits)
+        if float(high - low) < 80.0:
+            # No exponential below exp(-80): one shift and one exponential serve both directions exactly.
+            e = torch.sub(logits, high, out=scratch).exp_()
+            if excluded is not None:
+                e.masked_fill_(excluded, 0.0)
+            return e.sum(1).log_().add_(high), e.sum(0).log_().add_(high) if columns else None
+    if excluded is not None:
+        logits.masked_fill_(excluded, -math.inf)
+    return _logsumexp(logits, 1, scratch), _logsumexp(logits, 0, scratch) if columns else None
 
 
 def _accumulate(into: Tensor, g: Tensor, other: Tensor) -> None:
