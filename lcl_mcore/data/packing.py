@@ -166,7 +166,7 @@ def _best_bit(reachable: int, lane: int, lanes: int, room: int, wanted: float | 
     """The bit of the best subset: nearest the wanted images if full enough, else the fullest."""
     row = (1 << (room + 1)) - 1
     fullest = [((reachable >> (lane * images)) & row).bit_length() - 1 for images in range(lanes)]
-    candidates = [images for images in range(lanes) if fullest[images] >= enough]
+    candidates = [images for images in range(lanes) if fullest[images] >= max(enough, 0)]
     if wanted is not None and candidates:
         images = min(candidates, key=lambda c: (abs(c - wanted), -fullest[c]))
     else:

@@ -1,0 +1,187 @@
+"""Data engine against a straight webdataset + Pillow pipeline, on the same files, in one run.
+
+    python tools/fetch_corpora.py corpora opencv-doc
+    python benchmarks/data.py corpora --output benchmarks/results/data-cpu.json
+
+The photographs of the folder become one set of pairs. Every contender runs in a process of its own on
+one thread: `plain` decodes with Pillow, takes a random resized crop, makes normalised floats, and puts
+one document in a row, as open_clip and the released LCL code do; `ours` and `ours-dali` are this loader.
+Rates are per second of CPU time, so that other load on the machine matters little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import platform
+import random
+import resource
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROW, SIDE, LATENTS = 2048, 224, 196
+OUR_ROWS, PLAIN_ROWS = 8, 80  # about 80 documents either way
+MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+CONTENDERS = ("plain", "ours", "ours-dali")
+
+
+def make_set(photos: Path, work: Path) -> None:
+    """Pairs from all JPEGs of a folder (named after their files), prepared; and a tokenizer."""
+    from lcl_mcore.data.prepare.engine import Options, prepare
+    from lcl_mcore.data.prepare.normalise import PictureLimits
+    from lcl_mcore.data.prepare.pairs import PairReader
+    from lcl_mcore.data.tokenizer import train_bpe
+
+    words = []
+    with tarfile.open(work / "photos.tar", "w") as tar:
+        for n, path in enumerate(sorted(p for p in photos.rglob("*.jpg") if p.is_file())):
+            caption = " ".join(path.stem.replace("-", "_").split("_")) * (1 + n % 5)
+            words.append(caption)
+            for name, content in ((f"{n:06d}.jpg", path.read_bytes()), (f"{n:06d}.txt", caption.encode())):
+                info = tarfile.TarInfo(name)
+                info.size = len(content)
+                tar.addfile(info, io.BytesIO(content))
+    options = Options(limits=PictureLimits(min_side=200))
+    prepare(PairReader(work / "photos.tar"), work / "set", options, workers=1, quiet=True)
+    train_bpe(words, 2000).save(work / "tokenizer.json")
+
+
+def plain(work: Path) -> Iterator[tuple[int, int, int]]:
+    """The straight pipeline: images, rows and used tokens of each batch."""
+    import numpy as np
+    import torch
+    import webdataset
+    from PIL import Image
+
+    from lcl_mcore.config.data import TokenizerConfig
+    from lcl_mcore.data.crop import random_window
+    from lcl_mcore.data.keyed import KeyedRandom
+    from lcl_mcore.data.tokenizer import build_tokenizer
+
+    tokenizer = build_tokenizer(TokenizerConfig(path=str(work / "tokenizer.json")))
+    mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
+    shards = [str(path) for path in sorted((work / "set").glob("*.tar"))]
+    samples = webdataset.WebDataset(shards, shardshuffle=False).shuffle(200).repeat()
+    images, rows, used = [], [], 0
+    for sample in samples:
+        name = next(name for name in sample if name.startswith("0."))
+        picture = Image.open(io.BytesIO(sample[name])).convert("RGB")
+        window = random_window(*picture.size, (0.9, 1.0), (0.75, 4 / 3), KeyedRandom(random.random().hex()))
+        left, top = window.left, window.top
+        cropped = picture.crop((left, top, left + window.width, top + window.height))
+        resized = cropped.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+        pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float().div(255)
+        images.append((pixels - mean) / std)
+        ids = tokenizer.encode(json.loads(sample["json"])["text_list"][0])
+        row = torch.zeros(ROW, dtype=torch.int64)
+        row[: len(ids)] = torch.tensor(ids)
+        rows.append(row)
+        used += len(ids) + LATENTS + 4
+        if len(rows) == PLAIN_ROWS:
+            torch.stack(images), torch.stack(rows)
+            yield PLAIN_ROWS, PLAIN_ROWS, used
+            images, rows, used = [], [], 0
+
+
+def ours(work: Path, backend: str) -> Iterator[tuple[int, int, int]]:
+    """This loader: images, rows and used tokens of each step."""
+    from lcl_mcore.config.data import DataConfig, SourceConfig, TokenizerConfig
+    from lcl_mcore.data.loader import build_loader
+    from lcl_mcore.data.tokenizer import build_tokenizer
+
+    config = DataConfig(
+        sources=(SourceConfig(path=str(work / "set")),),
+        tokenizer=TokenizerConfig(path=str(work / "tokenizer.json")),
+        sequence_length=ROW,
+        decode_backend=backend,  # type: ignore[arg-type]
+        decode_threads=1,
+        prefetch_steps=1,
+    )
+    loader = build_loader(
+        config, tokenizer=build_tokenizer(config.tokenizer), image_size=SIDE, tokens_per_image=LATENTS,
+        global_batch_size=OUR_ROWS, micro_batch_size=OUR_ROWS, dp_rank=0, dp_size=1, seed=0,
+    )  # fmt: skip
+    try:
+        for step in loader:
+            yield sum(step.counts.images), OUR_ROWS, sum(step.counts.tokens)
+    finally:
+        loader.close()
+
+
+def measure(name: str, work: Path, images: int) -> dict[str, Any]:
+    """One contender in this process: warm up for a batch, then run until enough images came."""
+    import torch
+
+    torch.set_num_threads(1)
+    begin, begin_cpu = time.perf_counter(), time.process_time()
+    batches = plain(work) if name == "plain" else ours(work, "dali" if name == "ours-dali" else "cpu")
+    first_images = next(batches)[0]
+    first, first_cpu = time.perf_counter() - begin, time.process_time() - begin_cpu
+    start, seen, rows, tokens = time.process_time(), 0, 0, 0
+    while seen < images:
+        n, r, t = next(batches)
+        seen, rows, tokens = seen + n, rows + r, tokens + t
+    seconds = time.process_time() - start
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    batches.close()  # type: ignore[attr-defined]
+    return {
+        "images_per_cpu_second": round(seen / seconds, 1),
+        "documents_per_cpu_second": round(seen / seconds, 1),  # a pair has one picture
+        "rows_per_cpu_second": round(rows / seconds, 1),
+        "used_tokens_per_cpu_second": round(tokens / seconds),
+        "fill": round(tokens / rows / ROW, 4),
+        "peak_memory_mib": round(memory),
+        "seconds_to_first_batch": round(first, 2),
+        "cpu_seconds_to_first_batch": round(first_cpu, 2),
+        "images_in_first_batch": first_images,
+    }
+
+
+def main() -> None:
+    """Make the set, run every contender in its own process, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "photos", type=Path, help="folder with JPEGs (or, with --one, the prepared work folder)"
+    )
+    parser.add_argument("--images", type=int, default=600)
+    parser.add_argument("--output", type=Path)
+    parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(args.one, args.photos, args.images)))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        make_set(args.photos, work)
+        results: dict[str, Any] = {}
+        for name in CONTENDERS:
+            command = [sys.executable, __file__, str(work), "--one", name, "--images", str(args.images)]
+            run = subprocess.run(command, capture_output=True, text=True, check=False)
+            last = run.stdout.strip().splitlines()[-1] if run.returncode == 0 else ""
+            results[name] = json.loads(last) if last else {"failed": run.stderr.strip()[-300:]}
+            print(f"{name:10s} {json.dumps(results[name])}", flush=True)
+        commit = subprocess.run(
+            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        )
+        results["setting"] = {
+            "command": " ".join(["python", *sys.argv]),
+            "commit": commit.stdout.strip(),
+            "machine": f"{platform.machine()}, one thread of a shared CPU",
+            "row_tokens": ROW,
+            "image_side": SIDE,
+            "pictures": json.loads((work / "set" / "dataset.json").read_text())["images"],
+        }
+    if args.output:
+        args.output.parent.mkdir(parents=True, exist_ok=True)
+        args.output.write_text(json.dumps(results, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
