@@ -1,0 +1,316 @@
+"""One JSON about one machine: GPU tests, contrastive benchmark, speed and memory of training steps.
+
+Every part is a process of its own with a time budget. A part that cannot run here is in the report with its
+reason. Without a GPU the same parts run at toy sizes, marked "dry": a check of the report itself.
+
+Imports nothing heavy, so that this process holds no memory of the GPU that it reports on.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+import xml.etree.ElementTree as ElementTree
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+TOTAL_SECONDS = 525.0
+"""Everything together stays below nine minutes."""
+STEP_RECIPES = ("released-b16-laion", "paper-l14")
+CONTRASTIVE_SIZES = (32768, 65536, 131072)
+NAIVE_FITS = 65536
+"""Above this many pairs only these contenders of the contrastive benchmark run: the others store N x N logits."""
+LINEAR_MEMORY = ("tiled", "triton", "inf_cl")
+TAIL = 2000
+"""Characters of a failed part's output that the report keeps."""
+
+Result = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Part:
+    """One process of the report.
+
+    seconds    its time budget
+    read       turns the finished process's output (and the file given as `{out}`) into a result
+    """
+
+    name: str
+    command: tuple[str, ...]
+    seconds: float
+    read: Callable[[str, Path], Result]
+    environment: dict[str, str] = field(default_factory=dict)
+    not_run: str = ""  # why it is not even started
+
+
+@dataclass(frozen=True)
+class Finished:
+    """How a process ended; `code` is None if it ran out of time."""
+
+    code: int | None
+    output: str
+    seconds: float
+
+
+def run_process(command: tuple[str, ...], seconds: float, environment: dict[str, str]) -> Finished:
+    """Run a command from the repository's root; at its time limit it ends with all its children."""
+    started = time.perf_counter()
+    process = subprocess.Popen(
+        command, cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        text=True, errors="replace", start_new_session=True,
+    )  # fmt: skip
+    try:
+        output, _ = process.communicate(timeout=seconds)
+        code: int | None = process.returncode
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        code = None
+    return Finished(code, output, time.perf_counter() - started)
+
+
+def run_part(part: Part, left: float) -> Result:
+    """A part's result: "ok", "not run" (nothing failed, `reason`), or "failed" (`reason`, end of its output)."""
+    budget = min(part.seconds, left)
+    shown = " ".join("python" if word == sys.executable else word for word in part.command)
+    base: Result = {"command": shown, "budget_seconds": round(budget)}
+    if part.not_run:
+        return base | {"status": "not run", "reason": part.not_run}
+    if budget < 5:
+        return base | {"status": "failed", "reason": "no time was left for this part"}
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "out"
+        command = tuple(word.replace("{out}", str(out)) for word in part.command)
+        done = run_process(command, budget, part.environment)
+        base["seconds"] = round(done.seconds, 1)
+        if done.code is None:
+            return base | _failure(f"ran out of its {budget:.0f} s", done.output)
+        try:
+            result = part.read(done.output, out)
+        except (OSError, ValueError, KeyError, IndexError, ElementTree.ParseError) as error:
+            reason = f"exit status {done.code}, no result: {type(error).__name__}: {error}"
+            return base | _failure(reason, done.output)
+    if done.code != 0 and result["status"] == "ok":
+        result |= _failure(f"exit status {done.code}", done.output)
+    elif result["status"] == "failed":
+        result = _failure(result.get("reason", ""), done.output) | result
+    return base | result
+
+
+def _failure(reason: str, output: str) -> Result:
+    return {"status": "failed", "reason": reason, "output_tail": output[-TAIL:]}
+
+
+# --- what the parts answer ---
+
+
+def read_json_line(output: str, _: Path) -> Result:
+    """The last line of the output."""
+    result: Result = json.loads(output.strip().splitlines()[-1])
+    return {"status": "ok"} | result
+
+
+def read_contrastive(_: str, out: Path) -> Result:
+    """The benchmark's own report. A contender that does not fit in memory is a result, not a failure."""
+    report: Result = json.loads(out.read_text(encoding="utf-8"))
+    broken = [
+        f"{r['contender']} at {r['n']}: {r['error']}"
+        for r in report["results"]
+        if "error" in r and not re.search("out ?of ?memory|MemoryError", r["error"], re.IGNORECASE)
+    ]
+    if broken:
+        return report | {"status": "failed", "reason": "; ".join(broken)}
+    return report | {"status": "ok"}
+
+
+def read_tests(_: str, out: Path) -> Result:
+    """Counts from pytest's JUnit file, every failure by name, and every skipped test's reason."""
+    cases = list(ElementTree.parse(out).iter("testcase"))
+    failures, skipped = [], {}
+    for case in cases:
+        name = f"{case.get('classname')}::{case.get('name')}"
+        for bad in (*case.findall("failure"), *case.findall("error")):
+            failures.append({"test": name, "message": (bad.get("message") or "")[:500]})
+        for skip in case.findall("skipped"):
+            skipped.setdefault(skip.get("message") or "no reason given", []).append(name)
+    result: Result = {
+        "tests": len(cases),
+        "passed": len(cases) - len(failures) - sum(len(names) for names in skipped.values()),
+        "failed": len(failures),
+        "failures": failures,
+        "skipped": skipped,
+    }
+    if failures:
+        return result | {"status": "failed", "reason": f"{len(failures)} GPU tests failed"}
+    if not result["passed"]:
+        reason = "; ".join(skipped) or "no test is marked gpu"
+        return result | {"status": "not run", "reason": reason}
+    return result | {"status": "ok"}
+
+
+# --- the parts ---
+
+
+def parts(environment: Result, quick: bool) -> Iterator[Part]:
+    """What the report consists of; without a GPU in `environment` a dry run of the same parts."""
+    gpu = bool(environment.get("gpu"))
+    # One thread on a CPU: the dry run shares its machine.
+    variables = {"PYTHONWARNINGS": "ignore", **({} if gpu else {"OMP_NUM_THREADS": "1"})}
+
+    def part(
+        name: str, seconds: float, read: Callable[[str, Path], Result], *words: str, not_run: str = ""
+    ) -> Part:
+        return Part(name, (sys.executable, *words), seconds, read, variables, not_run)
+
+    yield part(
+        "gpu tests", 170, read_tests, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider",
+        "-o", "junit_family=xunit2", "--junitxml", "{out}", "tests",
+    )  # fmt: skip
+    yield part("rates", 40, read_json_line, "-m", "lcl_mcore.benchmarking.environment", "--rates")
+    for recipe in STEP_RECIPES:
+        for precision in ("bf16", "fp8"):
+            options = ("--steps", "5" if quick else "10") if gpu else ("--steps", "1", "--dry")
+            yield part(
+                f"step {recipe} {precision}", 75, read_json_line, "benchmarks/step.py", "--recipe", recipe,
+                "--precision", precision, *options,
+                not_run=why_no_fp8(environment) if precision == "fp8" else "",
+            )  # fmt: skip
+    for n, options in _contrastive_sizes(gpu, quick):
+        yield part(
+            f"contrastive {n}", 75, read_contrastive, "benchmarks/contrastive.py", "--n", str(n), *options,
+            "--timeout", "60", "--out", "{out}",
+        )  # fmt: skip
+
+
+def _contrastive_sizes(gpu: bool, quick: bool) -> Iterator[tuple[int, tuple[str, ...]]]:
+    if not gpu:
+        few = ("--contenders", "tiled") if quick else ()
+        yield 256, ("--dim", "64", "--device", "cpu", "--threads", "1", *few)
+        return
+    for n in CONTRASTIVE_SIZES[:1] if quick else CONTRASTIVE_SIZES:
+        few = ("--contenders", *LINEAR_MEMORY) if n > NAIVE_FITS else ()
+        yield n, ("--dim", "768", "--device", "cuda", "--repeats", "3", *few)
+
+
+def why_no_fp8(environment: Result) -> str:
+    """Why FP8 steps cannot be measured on the machine described, or nothing."""
+    gpu = environment.get("gpu")
+    if not gpu:
+        return "FP8 needs a GPU of compute capability 8.9 or newer, and there is none"
+    if tuple(map(int, gpu["capability"].split("."))) < (8, 9):
+        return f"FP8 needs compute capability 8.9 or newer; {gpu['name']} has {gpu['capability']}"
+    te = environment["optional"]["transformer-engine"]
+    return "" if te["usable"] else f"FP8 layers come from Transformer Engine, not usable here: {te['reason']}"
+
+
+def left_out(gpu: bool, quick: bool) -> list[Result]:
+    """What a complete report has and this one does not, with the reason."""
+    sizes = ", ".join(map(str, CONTRASTIVE_SIZES if not gpu else CONTRASTIVE_SIZES[1:] if quick else ()))
+    missing: list[Result] = []
+    if not gpu:
+        reason = "no CUDA device: the parts run at toy sizes on the CPU, marked dry"
+        missing.append({"part": "every measurement", "reason": reason})
+    if sizes:
+        missing.append({"part": f"contrastive {sizes}", "reason": "--quick" if gpu else "no CUDA device"})
+    if gpu and not quick:
+        reason = "each needs several matrices of N x N fp32 numbers, 69 GB a piece"
+        missing.append(
+            {"part": f"contrastive {CONTRASTIVE_SIZES[-1]}: naive, open_clip, lcl", "reason": reason}
+        )
+    return missing
+
+
+# --- the report ---
+
+
+def commit() -> dict[str, Any]:
+    """The checkout's commit, and whether tracked files differ from it."""
+
+    def git(*words: str) -> str | None:
+        try:
+            run = subprocess.run(
+                ["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=20, check=True
+            )
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return run.stdout.strip()
+
+    head = git("rev-parse", "HEAD")
+    if head is None:
+        return {"commit": None, "dirty": None, "reason": "not a git checkout"}
+    changed = git("status", "--porcelain", "--untracked-files=no") or ""
+    return {"commit": head, "dirty": bool(changed)}
+
+
+def make_report(quick: bool, note: Callable[[str], None]) -> Result:
+    """Run all parts. The report's `status` is "failed" if one of them is."""
+    started = time.perf_counter()
+    asked = Part(
+        "environment", (sys.executable, "-m", "lcl_mcore.benchmarking.environment"), 90, read_json_line
+    )
+    environment = run_part(asked, asked.seconds)
+    gpu = bool(environment.get("gpu"))
+    note(f"{environment['gpu']['name'] if gpu else 'no GPU: dry run at toy sizes'}")
+    report: Result = {
+        "report": "gpu-report",
+        "status": "ok",
+        "dry": not gpu,
+        "quick": quick,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        **commit(),
+        "environment": environment,
+        "left_out": left_out(gpu, quick),
+        "parts": {},
+    }
+    for part in parts(environment, quick):
+        result = run_part(part, TOTAL_SECONDS - (time.perf_counter() - started))
+        report["parts"][part.name] = {"dry": not gpu} | result
+        note(summary(part.name, report["parts"][part.name]))
+        if result["status"] == "not run":
+            report["left_out"].append({"part": part.name, "reason": result["reason"]})
+    report["seconds"] = round(time.perf_counter() - started, 1)
+    if any(p["status"] == "failed" for p in (environment, *report["parts"].values())):
+        report["status"] = "failed"
+    return report
+
+
+def summary(name: str, result: Result) -> str:
+    """One line about a part."""
+    line = f"{name:<32} {result['status']:<8} {result.get('seconds', 0):>6} s  "
+    if result["status"] != "ok":
+        return line + str(result.get("reason", ""))
+    if "step_seconds" in result:
+        peak = result.get("peak_allocated_bytes", result.get("peak_resident_bytes", 0))
+        line += (
+            f"{result['rows']} rows  {result['step_seconds'] * 1e3:.1f} ms  {result['images_per_second']:.0f} img/s"
+            f"  {result['tokens_per_second']:.0f} tok/s  MFU {result['mfu']:.1%}  {peak / 2**30:.1f} GiB"
+        )
+    elif "results" in result:
+        line += "  ".join(
+            f"{r['contender']} {r['seconds'] * 1e3:.1f} ms"
+            + (f" ({r['times_floor']:.2f} x floor)" if "times_floor" in r else "")
+            for r in result["results"]
+            if "seconds" in r
+        )
+    elif "passed" in result:
+        line += f"{result['passed']} passed, {sum(len(v) for v in result['skipped'].values())} skipped"
+    elif "bf16" in result:
+        line += f"bf16 {result['bf16']['flops_per_second'] / 1e12:.4g} TFLOP/s"
+    return line
+
+
+def default_path(report: Result) -> Path:
+    """`benchmarks/results/gpu-report-<gpu or cpu-dry>.json`."""
+    gpu = report["environment"].get("gpu")
+    name = re.sub(r"[^a-z0-9]+", "-", gpu["name"].lower()).strip("-") if gpu else "cpu-dry"
+    return ROOT / "benchmarks" / "results" / f"gpu-report-{name}.json"
