@@ -3,20 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections import defaultdict
 from dataclasses import dataclass
 from pathlib import Path
 
 SKIN = {chr(c) for c in range(0x1F3FB, 0x1F400)}
 HAIR = {chr(c) for c in range(0x1F9B0, 0x1F9B4)}
-IGNORED = SKIN | HAIR | {"\u2640", "\u2642", "\ufe0f", "\u200d"}
-PERSON = {chr(c): "\U0001f9d1" for c in (0x1F468, 0x1F469, 0x1F9D1, 0x1F466, 0x1F467, 0x1F9D2)}
-PERSON |= {chr(c): "\U0001f9d3" for c in (0x1F474, 0x1F475, 0x1F9D3)}
-GENDERED = re.compile(
-    r"\b(men|man|male|women|woman|female|boys?|girls?|person|people|child|adults?|older|old)\b"
-)
-TONES = re.compile(r"\b(medium-light|medium-dark|light|medium|dark) skin tone\b,?")
-LOOKS = re.compile(r"\b(red|curly|white|blond|no) hair\b|\bbald\b|\bbeard\b")
+IGNORED = SKIN | HAIR | {"\ufe0f", "\u200d"}
 FLAG = re.compile("^[\U0001f1e6-\U0001f1ff]{2}$")
 
 
@@ -43,9 +35,8 @@ def named_pictures(folder: Path) -> list[Emoji]:
                 found.setdefault(code, text)
                 break
     captions = {code: _captions(text, emoji.EMOJI_DATA[text]) for code, text in found.items()}
-    concepts = _concepts({code: (found[code], captions[code][0]) for code in found})
     return [
-        Emoji(code, captions[code], concepts[code], any(c in found[code] for c in SKIN | HAIR))
+        Emoji(code, captions[code], _concept(found[code]), any(c in found[code] for c in SKIN | HAIR))
         for code in sorted(found)
     ]
 
@@ -68,34 +59,10 @@ def _captions(text: str, entry: dict[str, object]) -> tuple[str, ...]:
     return tuple(result)
 
 
-def _concepts(named: dict[str, tuple[str, str]]) -> dict[str, str]:
-    """One label per picture; equal for pictures with the same base code points or the same base name."""
-    parent: dict[str, str] = {}
+def _concept(text: str) -> str:
+    """Label of a base concept: the code points without skin tone and hair.
 
-    def root(x: str) -> str:
-        parent.setdefault(x, x)
-        while parent[x] != x:
-            parent[x] = parent[parent[x]]
-            x = parent[x]
-        return x
-
-    for code, (text, name) in named.items():
-        base = "".join(PERSON.get(c, c) for c in text if c not in IGNORED)
-        for other in (f"code {base}", f"name {_base_name(name)}"):
-            parent[root(code)] = root(other)
-    members: dict[str, list[str]] = defaultdict(list)
-    for code in named:
-        members[root(code)].append(code)
-    return {code: min(group, key=lambda c: (len(c), c)) for group in members.values() for code in group}
-
-
-def _base_name(name: str) -> str:
-    """The name without skin tone, hair and gender."""
-    for pattern in (TONES, LOOKS, GENDERED):
-        name = pattern.sub(" ", name)
-    words = [
-        word
-        for word in re.split(r"[^a-z0-9&#*+.'-]+", name)
-        if word not in ("", "and", "with", "skin", "tone")
-    ]
-    return " ".join(words) or "person"
+    Men, women and persons doing a thing are concepts of their own, as Unicode names them; their skin-tone
+    and hair variants are not.
+    """
+    return "-".join(f"{ord(c):04X}" for c in text if c not in IGNORED)

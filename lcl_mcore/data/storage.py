@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import threading
 import time
+from bisect import bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Callable
 from pathlib import Path
@@ -195,29 +196,38 @@ class ByteCache:
         self._limit = limit
         self._held = 0
         self._ranges: OrderedDict[tuple[str, int], bytes] = OrderedDict()
+        self._starts: dict[str, list[int]] = {}
         self._lock = threading.Lock()
 
     def find(self, name: str, start: int, size: int) -> bytes | None:
         """The bytes, if one held range covers them."""
         with self._lock:
-            for (held_name, held_start), data in reversed(self._ranges.items()):
-                if held_name == name and held_start <= start and start + size <= held_start + len(data):
-                    return data[start - held_start : start - held_start + size]
-        return None
+            starts = self._starts.get(name, [])
+            place = bisect_right(starts, start) - 1
+            if place < 0:
+                return None
+            data = self._ranges[name, starts[place]]
+            offset = start - starts[place]
+            return data[offset : offset + size] if offset + size <= len(data) else None
 
     def add(self, name: str, start: int, data: bytes) -> None:
         """Hold a range."""
         with self._lock:
             previous = self._ranges.pop((name, start), b"")
+            if not previous:
+                insort(self._starts.setdefault(name, []), start)
             self._ranges[name, start] = data
             self._held += len(data) - len(previous)
             while self._held > self._limit and len(self._ranges) > 1:
-                self._held -= len(self._ranges.popitem(last=False)[1])
+                (old_name, old_start), old = self._ranges.popitem(last=False)
+                self._starts[old_name].remove(old_start)
+                self._held -= len(old)
 
     def clear(self) -> None:
         """Hold nothing."""
         with self._lock:
             self._ranges.clear()
+            self._starts.clear()
             self._held = 0
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -12,12 +11,13 @@ import torch
 from corpora import LOADER, config, make_dataset, picture, small_tokenizer
 from PIL import Image
 
+from lcl_mcore.data import dali
 from lcl_mcore.data.crop import Window, centre_window, random_window
-from lcl_mcore.data.decode import CpuDecoder, Decoder, Job
+from lcl_mcore.data.decode import CpuDecoder, Decoder, Job, build_decoder
 from lcl_mcore.data.keyed import KeyedRandom
 from lcl_mcore.data.loader import build_loader
 from lcl_mcore.data.pictures import BadPictureError, open_picture, upright_rgb
-from lcl_mcore.errors import DataError
+from lcl_mcore.errors import ConfigError, DataError
 
 
 def saved(image: Image.Image, container: str, **options: object) -> bytes:
@@ -130,10 +130,11 @@ def jobs(count: int, container: str = "JPEG") -> list[Job]:
     return result
 
 
-def decoders() -> list[Callable[[], Decoder]]:
-    from lcl_mcore.data.dali import DaliDecoder
+BACKENDS = ["cpu", "dali"] if dali.installed() else ["cpu"]  # DALI is an optional extra of 700 MB
 
-    return [lambda: CpuDecoder(2), lambda: DaliDecoder(2)]
+
+def make(backend: str) -> Decoder:
+    return dali.DaliDecoder(2) if backend == "dali" else CpuDecoder(2)
 
 
 def exact(job: Job, side: int) -> np.ndarray:
@@ -148,11 +149,11 @@ def exact(job: Job, side: int) -> np.ndarray:
     )
 
 
-@pytest.mark.parametrize("make", decoders(), ids=["cpu", "dali"])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("container", ["JPEG", "PNG", "WEBP"])
-def test_decoders_agree_with_a_plain_decode(make: Callable[[], Decoder], container: str) -> None:
+def test_decoders_agree_with_a_plain_decode(backend: str, container: str) -> None:
     """The documented tolerance: 1 level of 255 on average per picture, whatever the path."""
-    decoder = make()
+    decoder = make(backend)
     work = jobs(24, container)
     pixels, reasons = decoder.decode(work, 64)
     decoder.close()
@@ -161,9 +162,16 @@ def test_decoders_agree_with_a_plain_decode(make: Callable[[], Decoder], contain
         assert np.abs(pixels[i].numpy().astype(int) - exact(job, 64)).mean() < 1.0
 
 
-@pytest.mark.parametrize("make", decoders(), ids=["cpu", "dali"])
-def test_a_picture_does_not_depend_on_its_batch(make: Callable[[], Decoder]) -> None:
-    decoder = make()
+def test_a_missing_dali_is_named_with_its_right_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dali, "installed", lambda: False)
+    with pytest.raises(ConfigError, match="pip install nvidia-dali-cuda130"):
+        build_decoder(config(decode_backend="dali"))
+    assert build_decoder(config(decode_backend="auto")).name == "cpu"
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_picture_does_not_depend_on_its_batch(backend: str) -> None:
+    decoder = make(backend)
     work = jobs(12)
     together, _ = decoder.decode(work, 48)
     for i in (0, 5, 11):
@@ -177,9 +185,9 @@ def test_a_picture_does_not_depend_on_its_batch(make: Callable[[], Decoder]) -> 
     decoder.close()
 
 
-@pytest.mark.parametrize("make", decoders(), ids=["cpu", "dali"])
-def test_a_bad_picture_is_grey_and_its_neighbours_are_not(make: Callable[[], Decoder]) -> None:
-    decoder = make()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bad_picture_is_grey_and_its_neighbours_are_not(backend: str) -> None:
+    decoder = make(backend)
     work = jobs(6)
     broken = work[2].read()[:1500]
     pixels, _ = decoder.decode(work, 48)
