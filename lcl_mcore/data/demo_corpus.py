@@ -1,7 +1,7 @@
 """The demo's corpus: OpenMoji pictures with their names, rendered once, split by concept.
 
 `train/` holds up to `variants` pictures of every training concept, `heldout/` one picture of each of
-the other concepts; skin-tone, hair and gender variants of one concept never lie on both sides.
+the other concepts; skin-tone and hair variants of one concept never lie on both sides.
 """
 
 from __future__ import annotations

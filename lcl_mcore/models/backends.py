@@ -52,7 +52,11 @@ def choose_layers(dtype: torch.dtype, requested: str = "auto") -> tuple[LayerBac
     te = probe.transformer_engine()
     if requested == "te" and not te.usable:
         raise ConfigError(
-            explain("backend = te", te.reason, "Install transformer-engine, or use --backend auto.")
+            explain(
+                "Transformer Engine layers (--backend te or --precision fp8)",
+                te.reason,
+                "Install transformer-engine on a machine with a GPU, or use --precision bf16 --backend auto.",
+            )
         )
     if te.usable and requested != "torch" and dtype != torch.float32:
         why = f"transformer-engine {te.version}"

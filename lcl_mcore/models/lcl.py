@@ -80,11 +80,13 @@ class LclModel(MegatronModule):
         config = language_transformer_config(shape.language, layout)
         super().__init__(config=config)
         self.shape, self.layout, self.tp_group = shape, layout, groups.tp
+        # First of all modules: where the rest is bf16, megatron's distributed optimizer lists fp32 parameters
+        # before the others of their group, and its index of saved state follows the model's order.
+        self.temperature = Temperature(layout.device)
         vision_config = vision_transformer_config(shape.vision, layout)
         self.vision = VisionEncoder(vision_config, shape.vision, backend, groups)
         self.pool = AttentionPool(vision_config, shape, groups)
         self.language = LanguageModel(config, shape.language, backend, groups)
-        self.temperature = Temperature(layout.device)
 
     def encode_images(self, images: Tensor, keys: Tensor, seed: int) -> ImageFeatures:
         """images uint8 [n, 3, H, W], keys int64 [n] -> features of the n images, on every TP rank.
@@ -95,6 +97,8 @@ class LclModel(MegatronModule):
         """
         n = images.shape[0]
         multiple = self.tp_group.size() if self.config.sequence_parallel else 1
+        if self.layout.fp8:  # its matrix products want token counts that are multiples of 16
+            multiple = math.lcm(multiple, 16)
         missing = max(-(-n // multiple), 1) * multiple - n
         if missing:
             images = torch.cat((images, images.new_zeros(missing, *images.shape[1:])))

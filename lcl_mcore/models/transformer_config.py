@@ -22,6 +22,7 @@ class Layout:
     pipeline_parallel: int = 1
     sequence_parallel: bool = False
     dtype: torch.dtype = torch.float32
+    fp8: bool = False
     device: torch.device = torch.device("cpu")  # noqa: RUF009  # immutable
     recompute_vision: bool = False
     recompute_language: bool = False
@@ -54,6 +55,8 @@ def _common(layout: Layout, recompute: bool) -> dict[str, Any]:
         "apply_rope_fusion": False,
         "calculate_per_token_loss": True,  # our losses carry their own global normaliser: DDP must sum
     }
+    if layout.fp8:  # E4M3 forward, E5M2 backward, scales from the tensor at hand: no history to save
+        options |= {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
     if recompute:
         options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return options

@@ -14,6 +14,7 @@ from lcl_mcore.data.loader import StepLoader, build_loader
 from lcl_mcore.data.tokenizer import Tokenizer, build_tokenizer
 from lcl_mcore.models.backends import Choice, choose_layers
 from lcl_mcore.models.init import initialize
+from lcl_mcore.models.layers import LayerBackend
 from lcl_mcore.models.lcl import LclModel, Temperature
 from lcl_mcore.models.transformer_config import Layout
 from lcl_mcore.parallel.groups import Groups
@@ -22,16 +23,27 @@ from lcl_mcore.platform.device import Device
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
 
+def choose_backend(config: RunConfig) -> tuple[LayerBackend, list[Choice]]:
+    """The layer implementation for this precision on this machine, and why.
+
+    Raises:
+        ConfigError: it is not available here.
+    """
+    requested = "te" if config.train.precision == "fp8" else config.train.backend
+    return choose_layers(DTYPES[config.train.precision], requested)
+
+
 def build_model(config: RunConfig, device: Device, groups: Groups) -> tuple[LclModel, list[Choice]]:
     """The model with its initial weights, and which backend serves each part."""
     dtype = DTYPES[config.train.precision]
-    backend, choices = choose_layers(dtype, config.train.backend)
+    backend, choices = choose_backend(config)
     recompute = config.parallel.recompute
     layout = Layout(
         tensor_parallel=config.parallel.tensor,
         pipeline_parallel=config.parallel.pipeline,
         sequence_parallel=config.parallel.sequence,
         dtype=dtype,
+        fp8=config.train.precision == "fp8",
         device=device.device,
         recompute_vision=recompute in ("vision", "full"),
         recompute_language=recompute in ("language", "full"),

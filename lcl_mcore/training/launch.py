@@ -11,13 +11,14 @@ import torch.distributed as dist
 from lcl_mcore.config.run import RunConfig
 from lcl_mcore.parallel.groups import make_groups
 from lcl_mcore.platform.device import init_process_group, pick_device
-from lcl_mcore.training.build import Job
+from lcl_mcore.training.build import Job, choose_backend
 
 
 def start_job(config: RunConfig, folder: Path) -> Job:
     """Join the process group and make the groups; the configuration has been checked before."""
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config.check_processes(world)
+    choose_backend(config)  # refused now, before any process group exists
     _limit_threads()
     device = pick_device(config.train.device)
     init_process_group(device, config.parallel.timeout_seconds)

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import assert_same_run, records
 from launch import torchrun
+from runs import assert_same_run, records
 
 from lcl_mcore.training.checkpoint import complete_checkpoints, verify
 
