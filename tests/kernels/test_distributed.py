@@ -133,7 +133,7 @@ def test_one_process_needs_no_group() -> None:
         expected = torch.autograd.grad(3.0 * truth, (x, y, scale))
         assert loss.item() == pytest.approx(truth.item(), rel=1e-6)
         for ours, theirs in zip(gradients, expected, strict=True):
-            torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+            assert float((ours - theirs).norm() / theirs.norm()) < 3e-6
 
 
 @pytest.mark.parametrize("tp", [1, 2, 3, 8])
