@@ -55,6 +55,12 @@ class RowPlan:
     key: int
     digest: bytes
 
+    @property
+    def attention_pairs(self) -> int:
+        """Causal (query, key) pairs within the row's documents; padding left out."""
+        padding = len(self.tokens) - self.used
+        return sum(n * (n + 1) // 2 for n in self.lengths) - padding * (padding + 1) // 2
+
 
 class Assembler:
     """Turns chunks into rows for one tokenizer, image size and set of rules."""

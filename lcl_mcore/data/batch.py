@@ -74,6 +74,7 @@ class GlobalCounts:
     contexts: tuple[int, ...]
     targets: tuple[int, ...]
     tokens: tuple[int, ...]  # positions that are not padding
+    pairs: tuple[int, ...] = ()  # causal (query, key) pairs of all documents: the LM's attention work
     micro_contexts: tuple[tuple[int, ...], ...] = ()
 
 

@@ -150,6 +150,7 @@ class StepReader:
             sum(len(batch.context_rows) for batch in batches),
             sum(len(batch.target_rows) for batch in batches),
             sum(row.used for row in rows),
+            sum(row.attention_pairs for row in rows),
             failures,
             *(len(batch.context_rows) for batch in batches),
         )
@@ -163,12 +164,14 @@ class StepReader:
             for row in report.digests:
                 digest.update(row)
         self._step, self._hash = self._step + 1, digest.hexdigest()
-        images, contexts, targets, tokens, failures, *micro = zip(*(r.sums for r in reports), strict=True)
+        images, contexts, targets, tokens, pairs, failures, *micro = zip(
+            *(r.sums for r in reports), strict=True
+        )
         lanes = [list(lane) for report in reports for lane in report.lanes]
         mean_images = sum(images) / len(images)
         return StepBatch(
             micro_batches=batches,
-            counts=GlobalCounts(images, contexts, targets, tokens, micro_contexts=tuple(micro)),
+            counts=GlobalCounts(images, contexts, targets, tokens, pairs, tuple(micro)),
             position={**self._identity, "step": self._step, "order_hash": self._hash, "states": lanes},
             order_hash=self._hash,
             statistics={

@@ -238,15 +238,15 @@ class FlopCounter:
         self.peak = peak
 
     def flops(self, batch: StepBatch) -> int:
-        """Forward and backward of the whole global batch.
+        """Forward and backward of the whole global batch, from its counts of all data-parallel ranks.
 
-        All counts are those of all data-parallel ranks but one: attention pairs per token are taken from
-        this rank's own rows (exact with one data-parallel rank, or rows of like documents).
+        Hand-made batches without a count of attention pairs are taken at this rank's pairs per token.
         """
         counts = batch.counts
-        tokens = sum(counts.tokens)
-        own = [n for micro in batch.micro_batches for n in document_lengths(micro)]
-        pairs = round(attention_pairs(own) * tokens / sum(own)) if own else 0
+        tokens, pairs = sum(counts.tokens), sum(counts.pairs)
+        if not counts.pairs:
+            own = [n for micro in batch.micro_batches for n in document_lengths(micro)]
+            pairs = round(attention_pairs(own) * tokens / sum(own)) if own else 0
         contexts = sum(counts.contexts)
         logits = contexts * contexts
         if self.micro_negatives and counts.micro_contexts:

@@ -187,3 +187,22 @@ def test_loader_stops_cleanly_and_repeats_its_error(folders: list[Path]) -> None
     loader.close()
     with pytest.raises(StopIteration):
         next(loader)
+
+
+def test_attention_pairs_are_those_of_the_documents(tmp_path: Path) -> None:
+    """The count that MFU uses: causal pairs within documents, padding left out."""
+    folder = make_dataset(tmp_path / "pairs")
+    loader = build_loader(config(folder), tokenizer=small_tokenizer(), dp_rank=0, dp_size=1, **LOADER)
+    try:
+        for _ in range(3):
+            step = next(loader)
+            expected = 0
+            for batch in step.micro_batches:
+                start = 0
+                for length in batch.lengths:
+                    is_padding = bool((batch.tokens[start : start + length] == small_tokenizer().pad).all())
+                    expected += 0 if is_padding else length * (length + 1) // 2
+                    start += length
+            assert step.counts.pairs == (expected,)
+    finally:
+        loader.close()

@@ -94,6 +94,7 @@ def step_batch(per_rank: list[list[MicroBatch]], rank: int) -> StepBatch:
         counts("context_rows"),
         counts("target_rows"),
         counts("tokens"),
+        (),
         micro_contexts,
     )
     return StepBatch(tuple(per_rank[rank]), global_counts, {}, "")
