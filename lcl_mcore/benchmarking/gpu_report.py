@@ -136,7 +136,8 @@ def read_contrastive(_: str, out: Path) -> Result:
 def read_tests(_: str, out: Path) -> Result:
     """Counts from pytest's JUnit file, every failure by name, and every skipped test's reason."""
     cases = list(ElementTree.parse(out).iter("testcase"))
-    failures, skipped = [], {}
+    failures: list[dict[str, str]] = []
+    skipped: dict[str, list[str]] = {}
     for case in cases:
         name = f"{case.get('classname')}::{case.get('name')}"
         for bad in (*case.findall("failure"), *case.findall("error")):
@@ -170,7 +171,7 @@ def parts(environment: Result, quick: bool) -> Iterator[Part]:
     def part(
         name: str, seconds: float, read: Callable[[str, Path], Result], *words: str, not_run: str = ""
     ) -> Part:
-        return Part(name, (sys.executable, *words), seconds, read, variables, not_run)
+        return Part(name, (sys.executable, *words), seconds if gpu else 2 * seconds, read, variables, not_run)
 
     yield part(
         "gpu tests", 170, read_tests, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider",
@@ -179,10 +180,10 @@ def parts(environment: Result, quick: bool) -> Iterator[Part]:
     yield part("rates", 40, read_json_line, "-m", "lcl_mcore.benchmarking.environment", "--rates")
     for recipe in STEP_RECIPES:
         for precision in ("bf16", "fp8"):
-            options = ("--steps", "5" if quick else "10") if gpu else ("--steps", "1", "--dry")
+            counts = ["--steps", "5" if quick else "10"] if gpu else ["--steps", "1", "--dry"]
             yield part(
                 f"step {recipe} {precision}", 75, read_json_line, "benchmarks/step.py", "--recipe", recipe,
-                "--precision", precision, *options,
+                "--precision", precision, *counts,
                 not_run=why_no_fp8(environment) if precision == "fp8" else "",
             )  # fmt: skip
     for n, options in _contrastive_sizes(gpu, quick):
@@ -194,11 +195,11 @@ def parts(environment: Result, quick: bool) -> Iterator[Part]:
 
 def _contrastive_sizes(gpu: bool, quick: bool) -> Iterator[tuple[int, tuple[str, ...]]]:
     if not gpu:
-        few = ("--contenders", "tiled") if quick else ()
+        few = ["--contenders", "tiled"] if quick else []
         yield 256, ("--dim", "64", "--device", "cpu", "--threads", "1", *few)
         return
     for n in CONTRASTIVE_SIZES[:1] if quick else CONTRASTIVE_SIZES:
-        few = ("--contenders", *LINEAR_MEMORY) if n > NAIVE_FITS else ()
+        few = ["--contenders", *LINEAR_MEMORY] if n > NAIVE_FITS else []
         yield n, ("--dim", "768", "--device", "cuda", "--repeats", "3", *few)
 
 
@@ -290,7 +291,7 @@ def summary(name: str, result: Result) -> str:
     if result["status"] != "ok":
         return line + str(result.get("reason", ""))
     if "step_seconds" in result:
-        peak = result.get("peak_allocated_bytes", result.get("peak_resident_bytes", 0))
+        peak = result["peak_allocated_bytes" if "peak_allocated_bytes" in result else "peak_resident_bytes"]
         line += (
             f"{result['rows']} rows  {result['step_seconds'] * 1e3:.1f} ms  {result['images_per_second']:.0f} img/s"
             f"  {result['tokens_per_second']:.0f} tok/s  MFU {result['mfu']:.1%}  {peak / 2**30:.1f} GiB"

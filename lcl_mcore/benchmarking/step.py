@@ -10,7 +10,7 @@ import statistics
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -40,12 +40,12 @@ class Request:
     """What to measure. `rows` 0: the largest micro-batch that fits (on a CPU: a small one)."""
 
     recipe: str
-    precision: str
+    precision: Literal["fp32", "bf16", "fp8"]
     rows: int = 0
     steps: int = 10
     micro_batches: int = 1
-    recompute: str = "none"
-    backend: str = "auto"
+    recompute: Literal["none", "vision", "language", "full"] = "none"
+    backend: Literal["auto", "torch", "te"] = "auto"
     dry: bool = False
     """Cut width and depth down, for a check of the code without a GPU."""
 
@@ -266,5 +266,8 @@ def _long(request: Request) -> bool:
 
 def pinned(micro: MicroBatch) -> MicroBatch:
     """The micro-batch in page-locked memory."""
-    tensors = {k: v.pin_memory() if isinstance(v, Tensor) else v for k, v in micro.__dict__.items()}
-    return MicroBatch(**tensors)
+    values: dict[str, Any] = {
+        name: value.pin_memory() if isinstance(value, Tensor) else value
+        for name, value in micro.__dict__.items()
+    }
+    return MicroBatch(**values)

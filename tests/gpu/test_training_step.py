@@ -83,7 +83,7 @@ def test_fp32_step_equals_the_cpu(run: Run, micro_batches: str) -> None:
 def test_bf16_step_is_near_the_fp32_reference(run: Run, recompute: str) -> None:
     cpu = run("cpu", "--micro-batches", "1")
     cuda = run("cuda", "--precision", "bf16", "--recompute", recompute)
-    assert_near(cuda, cpu, gradient=0.1, loss=0.02)
+    assert_near(cuda, cpu, gradient=0.12, loss=0.02)
 
 
 def test_recompute_changes_no_gradient(run: Run) -> None:
@@ -97,7 +97,7 @@ def test_recompute_changes_no_gradient(run: Run) -> None:
 def test_transformer_engine_is_near_the_fp32_reference(run: Run) -> None:
     cuda = run("cuda", "--precision", "bf16", "--backend", "te")
     assert cuda["backends"]["layers"] == "transformer-engine"
-    assert_near(cuda, run("cpu", "--micro-batches", "1"), gradient=0.1, loss=0.02)
+    assert_near(cuda, run("cpu", "--micro-batches", "1"), gradient=0.12, loss=0.02)
 
 
 @NEEDS_TE

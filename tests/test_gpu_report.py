@@ -1,0 +1,174 @@
+"""The GPU report on a machine without a GPU: what it reads, how it ends, and that nothing is left out silently."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from lcl_mcore.benchmarking import gpu_report
+from lcl_mcore.benchmarking.gpu_report import (
+    Part,
+    parts,
+    read_contrastive,
+    read_json_line,
+    read_tests,
+    run_part,
+    why_no_fp8,
+)
+
+ROOT = Path(__file__).resolve().parents[1]
+H100 = {
+    "gpu": {"name": "NVIDIA H100 80GB HBM3", "capability": "9.0"},
+    "optional": {"transformer-engine": {"usable": False, "reason": "not installed"}},
+}
+BARE: dict[str, Any] = {"gpu": None}
+FULL_PARTS = {
+    "gpu tests", "rates", "step released-b16-laion bf16", "step released-b16-laion fp8", "step paper-l14 bf16",
+    "step paper-l14 fp8", "contrastive 32768", "contrastive 65536", "contrastive 131072",
+}  # fmt: skip
+
+
+def script(code: str, seconds: float = 30.0) -> Part:
+    return Part("part", (sys.executable, "-c", code), seconds, read_json_line)
+
+
+def test_a_full_report_has_every_part() -> None:
+    listed = list(parts(H100, quick=False))
+    assert {part.name for part in listed} == FULL_PARTS
+    for part in listed:
+        assert part.command[1] == "-m" or (ROOT / part.command[1]).is_file()
+    assert "--dry" not in " ".join(word for part in listed for word in part.command)
+
+
+def test_the_dry_run_has_the_same_kinds_of_parts() -> None:
+    dry = {part.name.rsplit(" ", 1)[0] for part in parts(BARE, quick=True)}
+    assert dry == {name.rsplit(" ", 1)[0] for name in FULL_PARTS}
+
+
+def test_fp8_says_why_not() -> None:
+    assert "there is none" in why_no_fp8(BARE)
+    assert "not installed" in why_no_fp8(H100)
+    old = {"gpu": {"name": "NVIDIA A100", "capability": "8.0"}}
+    assert "A100 has 8.0" in why_no_fp8(old)
+    assert not why_no_fp8(H100 | {"optional": {"transformer-engine": {"usable": True}}})
+
+
+def test_a_crash_is_a_failure_with_its_output() -> None:
+    result = run_part(script("print('before'); raise SystemExit('broken')"), 30)
+    assert result["status"] == "failed"
+    assert "broken" in result["output_tail"]
+
+
+def test_a_result_and_a_bad_exit_status_is_a_failure() -> None:
+    result = run_part(script("print('{}'); raise SystemExit(3)"), 30)
+    assert (result["status"], result["reason"]) == ("failed", "exit status 3")
+
+
+def test_time_runs_out_for_the_part_and_its_children() -> None:
+    child = (
+        f"import subprocess, sys; subprocess.run([{sys.executable!r}, '-c', 'import time; time.sleep(60)'])"
+    )
+    started = time.perf_counter()
+    result = run_part(script(child, seconds=6.0), 500)
+    assert result["status"] == "failed"
+    assert "ran out of its 6 s" in result["reason"]
+    assert time.perf_counter() - started < 30
+
+
+def test_no_time_left_is_a_failure() -> None:
+    result = run_part(script("print('{}')"), 1.0)
+    assert (result["status"], result["reason"]) == ("failed", "no time was left for this part")
+
+
+def test_junit(tmp_path: Path) -> None:
+    path = tmp_path / "junit.xml"
+    path.write_text(
+        '<testsuites><testsuite><testcase classname="a" name="good"/>'
+        '<testcase classname="a" name="off"><skipped message="needs Transformer Engine"/></testcase>'
+        '<testcase classname="a" name="bad"><failure message="1 != 2"/></testcase></testsuite></testsuites>'
+    )
+    result = read_tests("", path)
+    assert (result["tests"], result["passed"], result["failed"]) == (3, 1, 1)
+    assert result["skipped"] == {"needs Transformer Engine": ["a::off"]}
+    assert result["failures"] == [{"test": "a::bad", "message": "1 != 2"}]
+    assert result["status"] == "failed"
+
+
+def test_contenders_without_memory_are_results_and_other_errors_are_not(tmp_path: Path) -> None:
+    path = tmp_path / "contrastive.json"
+    full = {"contender": "naive", "n": 9, "error": "torch.OutOfMemoryError: CUDA out of memory."}
+    path.write_text(json.dumps({"results": [full, {"contender": "triton", "n": 9, "seconds": 1.0}]}))
+    assert read_contrastive("", path)["status"] == "ok"
+    path.write_text(json.dumps({"results": [full, {"contender": "triton", "n": 9, "error": "KeyError: 1"}]}))
+    result = read_contrastive("", path)
+    assert (result["status"], result["reason"]) == ("failed", "triton at 9: KeyError: 1")
+
+
+@pytest.mark.parametrize(("state", "row", "expected"), [(20, 3, 16), (20, 60, 1), (0, 0.1, 64)])
+def test_largest_micro_batch(monkeypatch: pytest.MonkeyPatch, state: int, row: float, expected: int) -> None:
+    """80 units of memory, `state` of them taken by the model and `row` by each row."""
+    from lcl_mcore.benchmarking import step
+    from lcl_mcore.platform.device import Device
+
+    def peak(_: Any, rows: int, *unused: Any) -> float:
+        if state + row * rows > 80:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return state + row * rows
+
+    monkeypatch.setattr(step, "_peak", peak)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80, 80))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
+    device = Device("cuda", torch.device("cpu"), "nccl", "")
+    groups: Any = None
+    tries: list[dict[str, Any]] = []
+    assert step.largest_fit(step.Request("paper-l14", "bf16"), device, groups, tries) == expected
+    assert tries
+
+
+def test_rows_are_full_and_shaped_like_the_recipes() -> None:
+    from lcl_mcore.benchmarking.step import Request, run_config
+    from lcl_mcore.benchmarking.synthetic import SyntheticRows
+
+    for recipe, rows, images, contexts in [("paper-l14", 3, 16, 13), ("released-b16-laion", 4, 4, 2)]:
+        config = run_config(Request(recipe, "bf16"), rows)
+        plans = SyntheticRows(config).plans(0, rows)
+        length = config.data.sequence_length
+        assert all(plan.used >= length - 1 for plan in plans)
+        assert sum(len(plan.images) for plan in plans) == images
+        assert sum(image.has_context for plan in plans for image in plan.images) == contexts
+        assert all(sum(plan.lengths) == length for plan in plans)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run needs a machine without a GPU")
+@pytest.mark.timeout(600)
+def test_dry_run(tmp_path: Path) -> None:
+    """The command as `make gpu-report` starts it; about 40 s on an idle machine."""
+    out = tmp_path / "report.json"
+    command = [sys.executable, "tools/gpu_report.py", "--quick", "--out", str(out)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    report = json.loads(out.read_text())
+    assert report["status"] == "ok"
+    assert report["dry"]
+    assert report["seconds"] < gpu_report.TOTAL_SECONDS
+    assert {"commit", "dirty", "date"} <= report.keys()
+    assert report["environment"]["versions"]["torch"] == torch.__version__
+    named = {name.rsplit(" ", 1)[0] for name in report["parts"]}
+    assert named == {name.rsplit(" ", 1)[0] for name in FULL_PARTS}
+    assert all(part["dry"] for part in report["parts"].values())
+    not_run = {name for name, part in report["parts"].items() if part["status"] == "not run"}
+    assert not_run == {"gpu tests", "step released-b16-laion fp8", "step paper-l14 fp8"}
+    assert not_run <= {item["part"] for item in report["left_out"]}
+    for recipe in gpu_report.STEP_RECIPES:
+        step = report["parts"][f"step {recipe} bf16"]
+        assert step["images_per_second"] > 0
+        assert step["model_flops"] > 0
+        assert step["last_step"]["contrastive"] > 0
