@@ -46,16 +46,15 @@ class SyntheticRows:
         self.assembler = Assembler(config.data, tokenizer, image_tokens=latents, seed=seed)
         self.documents = 0
 
-    def micro_batch(self, first_row: int, rows: int) -> MicroBatch:
-        """Rows `first_row` and following, laid end to end, with noise for pictures."""
-        plans = self.plans(first_row, rows)
+    def plans(self, first: int, count: int) -> list[RowPlan]:
+        """`count` rows from row number `first` on, before they have pixels."""
+        return [self.assembler.row(self._row(row), key=row) for row in range(first, first + count)]
+
+    def with_noise(self, plans: list[RowPlan]) -> MicroBatch:
+        """The rows laid end to end, with noise for pictures."""
         count, side = sum(len(plan.images) for plan in plans), self.config.model.vision.image_size
         pixels = torch.from_numpy(self.random.integers(0, 256, (count, 3, side, side), dtype=np.uint8))
         return micro_batch(plans, pixels, [False] * count)
-
-    def plans(self, first_row: int, rows: int) -> list[RowPlan]:
-        """The rows of a micro-batch before they have pixels."""
-        return [self.assembler.row(self._row(row), key=row) for row in range(first_row, first_row + rows)]
 
     def _row(self, row: int) -> list[Chunk]:
         if self.config.data.packing == "off":
@@ -115,16 +114,14 @@ def synthetic_step(config: RunConfig, seed: int = 0) -> StepBatch:
     """One global batch of one data-parallel rank, in the micro-batches that the configuration asks for."""
     rows = SyntheticRows(config, seed)
     size, total = config.train.micro_batch_size, config.train.global_batch_size
-    micros = tuple(rows.micro_batch(first, size) for first in range(0, total, size))
-    used = 0
-    for micro in micros:
-        padding = (micro.tokens == rows.ids.pad).sum()
-        used += micro.tokens.shape[0] - int(padding)
+    plans = [rows.plans(first, size) for first in range(0, total, size)]
+    micros = tuple(rows.with_noise(part) for part in plans)
     counts = GlobalCounts(
-        images=(sum(m.images.shape[0] for m in micros),),
-        contexts=(sum(m.context_rows.shape[0] for m in micros),),
-        targets=(sum(m.target_rows.shape[0] for m in micros),),
-        tokens=(used,),
-        micro_contexts=tuple((m.context_rows.shape[0],) for m in micros),
+        images=(sum(len(m.images) for m in micros),),
+        contexts=(sum(len(m.context_rows) for m in micros),),
+        targets=(sum(len(m.target_rows) for m in micros),),
+        tokens=(sum(plan.used for part in plans for plan in part),),
+        pairs=(sum(plan.attention_pairs for part in plans for plan in part),),
+        micro_contexts=tuple((len(m.context_rows),) for m in micros),
     )
     return StepBatch(micros, counts, {}, "")
