@@ -15,6 +15,7 @@ import torch
 from lcl_mcore.benchmarking import gpu_report
 from lcl_mcore.benchmarking.gpu_report import (
     Part,
+    gpu_test_files,
     parts,
     read_contrastive,
     read_json_line,
@@ -50,6 +51,10 @@ def test_a_full_report_has_every_part() -> None:
 def test_the_dry_run_has_the_same_kinds_of_parts() -> None:
     dry = {part.name.rsplit(" ", 1)[0] for part in parts(BARE, quick=True)}
     assert dry == {name.rsplit(" ", 1)[0] for name in FULL_PARTS}
+
+
+def test_files_with_gpu_tests_are_found() -> None:
+    assert {"tests/kernels/test_gpu.py", "tests/gpu/test_training_step.py"} <= set(gpu_test_files())
 
 
 def test_fp8_says_why_not() -> None:
