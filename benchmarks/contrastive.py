@@ -210,8 +210,11 @@ def spawn(name: str, n: int, args: argparse.Namespace) -> dict[str, Any]:
     for option in ("dim", "scale", "device", "threads", "repeats"):
         command += [f"--{option}", str(getattr(args, option))]
     load = os.getloadavg()[0]
-    run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=args.timeout)
     result: dict[str, Any] = {"contender": name, "n": n, "load_before": load}
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=args.timeout)
+    except subprocess.TimeoutExpired:
+        return result | {"error": f"not done in {args.timeout} s"}
     if run.returncode != 0:
         lines = run.stderr.strip().splitlines()
         return result | {"error": lines[-1] if lines else f"exit status {run.returncode}"}

@@ -23,6 +23,8 @@ class LossConfig:
     mask_same_document: bool = False
     """Do not use images of one document as each other's negatives."""
     contrastive_impl: Literal["auto", "reference", "tiled", "triton"] = "auto"
+    contrastive_precision: Literal["auto", "fp32", "tf32x3", "fp16"] = "auto"
+    """Operands of the logits; sums are always fp32. auto: fp16 in bf16 and FP8 runs on CUDA, else fp32."""
     contrastive_schedule: Literal["auto", "reduce_scatter", "gather_both"] = "auto"
     generation_impl: Literal["auto", "reference", "chunked"] = "auto"
 

@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Generic, TypeVar
 
+import torch
+
 T = TypeVar("T")
 
 
@@ -24,6 +26,8 @@ class Prefetcher(Generic[T], Iterator[T]):
         self._items: queue.SimpleQueue[T | BaseException] = queue.SimpleQueue()
         self._stopped = threading.Event()
         self._failed: BaseException | None = None
+        # The current CUDA device is a thread's own; a new thread would otherwise use the first one.
+        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
         self._thread = threading.Thread(target=self._work, name=name, daemon=True)
         self._thread.start()
 
@@ -48,6 +52,8 @@ class Prefetcher(Generic[T], Iterator[T]):
             self._thread.join()
 
     def _work(self) -> None:
+        if self._device is not None:
+            torch.cuda.set_device(self._device)
         while True:
             self._credits.acquire()
             if self._stopped.is_set():

@@ -99,16 +99,19 @@ class ReferenceStep:
 
 
 def make_contrastive(
-    config: LossConfig, loss_group: dist.ProcessGroup, tp_group: dist.ProcessGroup
+    config: LossConfig, loss_group: dist.ProcessGroup, tp_group: dist.ProcessGroup, *, half: bool
 ) -> Contrastive:
-    """The implementation that `config` asks for."""
+    """The implementation that `config` asks for; `half` is what "auto" precision means here."""
     weighting = "image" if config.mean == "global" else "rank"
     if config.contrastive_impl == "reference":
         return ReferenceInfoNCE(loss_group, weighting)
+    automatic = "fp16" if half else "fp32"
+    precision = automatic if config.contrastive_precision == "auto" else config.contrastive_precision
     return DistributedInfoNCE(
         loss_group,
         tp_group,
         weighting=weighting,  # type: ignore[arg-type]
         schedule=config.contrastive_schedule,
         impl=config.contrastive_impl,
+        precision=precision,  # type: ignore[arg-type]
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -20,7 +21,8 @@ class Choice:
     reason: str
 
 
-def _te_backend() -> LayerBackend:
+def _te_backend(attention: Choice) -> LayerBackend:
+    """Transformer Engine's layers; its attention where packed rows are known to be served (Hopper on)."""
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,
         TEDotProductAttention,
@@ -28,7 +30,10 @@ def _te_backend() -> LayerBackend:
         TERowParallelLinear,
     )
 
-    return LayerBackend(TEColumnParallelLinear, TERowParallelLinear, TENorm, TEDotProductAttention)
+    core: Any = TEDotProductAttention
+    if attention.backend != "transformer-engine":
+        core = torch_backend(attention.backend).core_attention  # type: ignore[arg-type]
+    return LayerBackend(TEColumnParallelLinear, TERowParallelLinear, TENorm, core)
 
 
 def choose_attention(dtype: torch.dtype) -> Choice:
@@ -60,9 +65,11 @@ def choose_layers(dtype: torch.dtype, requested: str = "auto") -> tuple[LayerBac
         )
     if te.usable and requested != "torch" and dtype != torch.float32:
         why = f"transformer-engine {te.version}"
-        return _te_backend(), [
-            Choice(part, "transformer-engine", why) for part in ("layers", "attention", "norm")
-        ]
+        attention = Choice("attention", "transformer-engine", why)
+        if torch.cuda.get_device_capability() < (9, 0):  # its packed attention needs sm_90 or flash-attn
+            attention = choose_attention(dtype)
+        layers, norm = (Choice(part, "transformer-engine", why) for part in ("layers", "norm"))
+        return _te_backend(attention), [layers, attention, norm]
     reason = "requested" if requested == "torch" else f"transformer-engine: {te.reason}"
     if te.usable and dtype == torch.float32:
         reason = "fp32 runs use megatron-core's own layers"

@@ -7,6 +7,7 @@ Shape legend
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -45,13 +46,18 @@ class Segments(PackedSeqParams):
         return len(set(self.lengths)) == 1
 
 
+def _send(index: Tensor, device: torch.device) -> Tensor:
+    """To the device without waiting for it."""
+    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index
+
+
 def make_segments(
     lengths: tuple[int, ...], device: torch.device, *, keys: Tensor | None = None,
     row_keys: tuple[int, ...] = (), seed: int = 0,
 ) -> Segments:  # fmt: skip
     """Describe segments of the given host-known lengths; no device synchronisation."""
     ends = torch.tensor((0, *lengths), dtype=torch.int64).cumsum(0).to(torch.int32)
-    cumulative = ends.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else ends
+    cumulative = _send(ends, device)
     return Segments(
         qkv_format="thd", cu_seqlens_q=cumulative, cu_seqlens_kv=cumulative,
         max_seqlen_q=max(lengths), max_seqlen_kv=max(lengths),
@@ -79,9 +85,9 @@ def _plan_buckets(segments: Segments, device: torch.device) -> None:
         index = starts[:, None] + torch.minimum(column[None], lengths[:, None] - 1)  # [g, L]
         real = column[None] < lengths[:, None]
         inverse[index[real]] = (torch.arange(index.numel()).view_as(index) + offset)[real]
-        segments.buckets.append((index.flatten().to(device), len(members), longest))
+        segments.buckets.append((_send(index.flatten(), device), len(members), longest))
         offset += index.numel()
-    segments.inverse = inverse.to(device)
+    segments.inverse = _send(inverse, device)
 
 
 def sdpa_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float) -> Tensor:
@@ -116,17 +122,27 @@ def _flash(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, sc
     return flash_attn_varlen_func(q, k, v, ends, ends, longest, longest, softmax_scale=scale, causal=causal)
 
 
+@functools.cache
+def _varlen_parameters() -> frozenset[str]:
+    """Keyword arguments of torch's varlen attention, which changed between releases."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return frozenset(inspect.signature(varlen_attn).parameters)
+
+
 def _torch_varlen(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float) -> Tensor:
     from torch.nn.attention.varlen import varlen_attn
 
     ends, longest = segments.cu_seqlens_q, segments.max_seqlen_q
-    options: dict[str, Any] = {"scale": scale}
-    if "is_causal" in inspect.signature(varlen_attn).parameters:  # torch < 2.12
+    options: dict[str, Any] = {}
+    if "scale" in _varlen_parameters():  # without it, the default d ** -0.5 is what every caller here wants
+        options["scale"] = scale
+    if "is_causal" in _varlen_parameters():
         options["is_causal"] = causal
     elif causal:
         options["window_size"] = (-1, 0)
     out = varlen_attn(q, k, v, ends, ends, longest, longest, **options)
-    assert isinstance(out, Tensor)
+    assert isinstance(out, Tensor)  # a tuple only when auxiliary outputs are asked for
     return out
 
 

@@ -57,6 +57,8 @@ def _common(layout: Layout, recompute: bool) -> dict[str, Any]:
     }
     if layout.fp8:  # E4M3 forward, E5M2 backward, scales from the tensor at hand: no history to save
         options |= {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
+        # Transformer Engine would otherwise go on using the FP8 copies of the first step's weights.
+        options |= {"disable_parameter_transpose_cache": True}
     if recompute:
         options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
     return options

@@ -34,10 +34,8 @@ PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 
 
-def patchify(images: Tensor, patch_size: int) -> Tensor:
-    """uint8 [n, 3, H, W] -> normalised fp32 [n, P, 3 * patch_size ** 2], channels first in a patch."""
-    mean = torch.tensor(PIXEL_MEAN, device=images.device)[:, None, None]
-    std = torch.tensor(PIXEL_STD, device=images.device)[:, None, None]
+def patchify(images: Tensor, mean: Tensor, std: Tensor, patch_size: int) -> Tensor:
+    """uint8 [n, 3, H, W], pixel statistics [3, 1, 1] -> normalised fp32 [n, P, 3 * patch_size ** 2]."""
     pixels = (images.float() / 255.0 - mean) / std
     n, channels, height, width = pixels.shape
     rows, columns = height // patch_size, width // patch_size
@@ -60,6 +58,10 @@ class VisionEncoder(MegatronModule):
             value = nn.Parameter(torch.empty(*size, dtype=config.params_dtype, device=device))
             return mark_sequence_parallel(value, config.sequence_parallel)
 
+        self.pixel_mean: Tensor
+        self.pixel_std: Tensor
+        for name, values in (("pixel_mean", PIXEL_MEAN), ("pixel_std", PIXEL_STD)):
+            self.register_buffer(name, torch.tensor(values)[:, None, None], persistent=False)
         self.patch_embedding = parameter(width, 3 * shape.patch_size**2)
         self.class_token = parameter(width) if shape.class_token else None
         self.position_embedding = parameter(shape.tokens, width)
@@ -90,7 +92,10 @@ class VisionEncoder(MegatronModule):
             share = total // self.tp_group.size()
             images = images.narrow(0, self.tp_group.rank() * share, share)
         x = F.linear(
-            patchify(images, self.shape.patch_size).to(self.patch_embedding.dtype), self.patch_embedding
+            patchify(images, self.pixel_mean, self.pixel_std, self.shape.patch_size).to(
+                self.patch_embedding.dtype
+            ),
+            self.patch_embedding,
         )
         if self.class_token is not None:
             x = torch.cat((self.class_token.expand(x.shape[0], 1, -1), x), dim=1)

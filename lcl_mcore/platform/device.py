@@ -72,6 +72,7 @@ def pick_device(requested: str = "auto") -> Device:
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)
     torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32; bf16 is the fast path
+    torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew for each shape, and the image count varies
     return Device("cuda", device, "nccl", torch.cuda.get_device_name(device))
 
 

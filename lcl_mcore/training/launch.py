@@ -20,6 +20,8 @@ def start_job(config: RunConfig, folder: Path) -> Job:
     config.check_processes(world)
     choose_backend(config)  # refused now, before any process group exists
     _limit_threads()
+    if config.parallel.tensor > 1:  # megatron's overlap of gradient communication counts on launch order
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = pick_device(config.train.device)
     init_process_group(device, config.parallel.timeout_seconds)
     rank = dist.get_rank()

@@ -19,6 +19,10 @@ from lcl_mcore.config.run import OptimConfig, ParallelConfig
 from lcl_mcore.models.lcl import LclModel
 from lcl_mcore.parallel.groups import Groups
 
+# megatron's default grows with the data-parallel size: at 512 ranks the whole of ViT-L/14 + OPT-125M would be one
+# bucket, and nothing would be left to overlap with.
+BUCKET_PARAMETERS = 40_000_000
+
 
 def wrap_data_parallel(model: LclModel, parallel: ParallelConfig, groups: Groups) -> DistributedDataParallel:
     """Gradient buffers in fp32, reduced (summed: the losses carry their own means) while backward runs."""
@@ -28,17 +32,20 @@ def wrap_data_parallel(model: LclModel, parallel: ParallelConfig, groups: Groups
         overlap_param_gather=parallel.overlap_param_gather,
         use_distributed_optimizer=True,
         average_in_collective=False,
+        bucket_size=BUCKET_PARAMETERS,
     )
     return DistributedDataParallel(model.config, config, model, pg_collection=groups.megatron)
 
 
-def _fused_adamw(shard_groups: list[dict[str, Any]], optim: OptimConfig) -> torch.optim.AdamW:
+def _fused_adamw(
+    shard_groups: list[dict[str, Any]], optim: OptimConfig, device: torch.device
+) -> torch.optim.AdamW:
     """torch's fused AdamW over megatron's parameter shards.
 
     The shards are views of the parameters, which AdamW's constructor refuses (it wants leaves) although its
     step takes them: so it is built on a placeholder and handed the groups.
     """
-    placeholder = torch.zeros(1, device=shard_groups[0]["params"][0].device, requires_grad=True)
+    placeholder = torch.zeros(1, device=device, requires_grad=True)
     adam = torch.optim.AdamW(
         [placeholder], lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
     )
@@ -74,10 +81,13 @@ class Optimizer:
         )
         chained = getattr(optimizer, "chained_optimizers", [optimizer])
         self.shards: Any = chained[0]  # dense parameters: the only kind there is
-        self.adam = _fused_adamw(self.shards.optimizer.param_groups, optim)
-        self.shards.optimizer = self.adam
-        self.ddp, self.clip = ddp, optim.clip_grad
         self.device = next(ddp.parameters()).device
+        self.adam = _fused_adamw(self.shards.optimizer.param_groups, optim, self.device)
+        self.shards.optimizer = self.adam
+        # Renamed in megatron-core 0.17; under both names it leaves out what other ranks count already.
+        new, old = "get_grads_for_grad_norm", "get_main_grads_for_grad_norm"
+        self._grads_for_norm = getattr(self.shards, new if hasattr(self.shards, new) else old)
+        self.ddp, self.clip = ddp, optim.clip_grad
         self._allocate_moments()
         self.skipped = torch.zeros((), device=self.device)  # sticky: 1 once anything was not finite
         self.all_ranks: dist.ProcessGroup = self.shards.get_grad_stats_parallel_group()
@@ -99,7 +109,7 @@ class Optimizer:
             [2 + c] on the device: gradient norm before clipping, 1 if the update was skipped, the sums.
         """
         self.shards.prepare_grads()
-        grads = self.shards.get_main_grads_for_grad_norm()
+        grads = self._grads_for_norm()
         square = torch.zeros((), device=self.device)
         if grads:
             square = torch.stack(torch._foreach_norm(grads)).float().square().sum()

@@ -51,7 +51,12 @@ class TrainStep:
         self.config, self.loss = config, config.loss
         self.model, self.ddp, self.optimizer, self.groups = model, ddp, optimizer, groups
         self.device = next(model.parameters()).device
-        self.contrastive = make_contrastive(config.loss, groups.loss, groups.tp)
+        self.contrastive = make_contrastive(
+            config.loss,
+            groups.loss,
+            groups.tp,
+            half=self.device.type == "cuda" and config.train.precision != "fp32",
+        )
         self.dp_rank = groups.dp.rank()
         self.finite = torch.ones((), dtype=torch.bool, device=self.device)
         """Whether what this rank computed in the last step was finite; on the device, read only after a failure."""
