@@ -141,7 +141,7 @@ def demo() -> RunConfig:
         data=DataConfig(tokenizer=TokenizerConfig(kind="file"), sequence_length=256),
         loss=LossConfig(contrastive_weight=1.0),
         optim=OptimConfig(lr=1e-3, warmup_steps=40),
-        train=TrainConfig(steps=1000, micro_batch_size=4, global_batch_size=8),
+        train=TrainConfig(steps=850, micro_batch_size=4, global_batch_size=8),
         checkpoint=CheckpointConfig(every=200),
         log=LogConfig(every=50),
     )
