@@ -6,6 +6,7 @@ Started by torchrun; rank 0 prints a JSON list with one entry per case.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
 import sys
 from pathlib import Path
@@ -82,6 +83,12 @@ def merge(micros: list[MicroBatch]) -> MicroBatch:
     return MicroBatch(**joined, **{name: torch.cat(parts) for name, parts in shifted.items()})
 
 
+def divide(rows: list[MicroBatch], parts: int) -> list[list[MicroBatch]]:
+    """Consecutive parts as equal as possible: 8 rows in 5 parts are 2 + 2 + 1 + 2 + 1."""
+    edges = [-(-len(rows) * i // parts) for i in range(parts + 1)]
+    return [rows[a:b] for a, b in itertools.pairwise(edges)]
+
+
 def step_batch(per_rank: list[list[MicroBatch]], rank: int) -> StepBatch:
     def counts(name: str) -> tuple[int, ...]:
         return tuple(sum(getattr(m, name).shape[0] for m in micros) for micros in per_rank)
@@ -152,8 +159,7 @@ def run_case(shape: ModelConfig, tp: int, sp: bool, micros: int, mean: str, **lo
     dp = groups.dp.size()
     quarters = quarter_batches(shape)
     per_rank = [[m for q in quarters[4 * r // dp : 4 * (r + 1) // dp] for m in q] for r in range(dp)]
-    group_size = len(per_rank[0]) // micros
-    grouped = [[merge(ms[i : i + group_size]) for i in range(0, len(ms), group_size)] for ms in per_rank]
+    grouped = [[merge(part) for part in divide(rows, micros)] for rows in per_rank]
     ddp.train()
     optimizer.zero_grad()
     contrastive, generation = train.accumulate_gradients(0, step_batch(grouped, groups.dp.rank()))
@@ -166,6 +172,9 @@ def run_case(shape: ModelConfig, tp: int, sp: bool, micros: int, mean: str, **lo
         reference = ReferenceLcl(shape)
         reference.load_lcl_state(state)
         theirs = reference.losses(per_rank, mean)
+        if loss.get("negatives") == "micro_batch":  # the mean of what each forward pass sees by itself
+            each = [reference.losses([ms[i] for ms in grouped], mean)[0] for i in range(micros)]
+            theirs = (torch.stack(each).mean(), theirs[1])
         total = config.loss.contrastive_weight * theirs[0] + config.loss.generation_weight * theirs[1]
         total.backward()
         worst, name = worst_gradient(gradients, reference_grads_as_lcl(reference))
@@ -188,19 +197,32 @@ def main() -> None:
     results = []
     for name, shape in SHAPES.items():
         for tp, sp in layouts:
-            for micros in (1, 2):
+            for micros in (m for m in (1, 2, 5) if m <= 8 * tp // world):
                 for mean in ("global", "rank"):
                     case = {"shape": name, "tp": tp, "sp": sp, "world": world, "micros": micros, "mean": mean}
                     results.append(case | run_case(shape, tp, sp, micros, mean))
         tp, sp = layouts[-1]
-        for impl in ({"contrastive_impl": "reference", "generation_impl": "reference"},
-                     {"contrastive_weight": 0.0}, {"generation_weight": 0.0}):  # fmt: skip
-            case = {"shape": name, "tp": tp, "sp": sp, "world": world, "micros": 1, "mean": "global", **impl}
-            results.append(case | run_case(shape, tp, sp, 1, "global", **impl))  # type: ignore[arg-type]
+        extra: tuple[tuple[int, dict[str, Any]], ...] = (
+            (1, {"contrastive_impl": "reference", "generation_impl": "reference"}),
+            (1, {"contrastive_weight": 0.0}),
+            (1, {"generation_weight": 0.0}),
+            (2, {"negatives": "micro_batch"}),
+        )
+        for micros, options in extra:
+            case = {"shape": name, "tp": tp, "sp": sp, "world": world, "micros": micros, "mean": "global"}
+            results.append(case | options | run_case(shape, tp, sp, micros, "global", **options))
     dropping = with_rates(SHAPES["opt"], 0.3, 0.2)
     for tp, sp in layouts:
-        case = {"shape": "dropping", "tp": tp, "sp": sp, "world": world, "micros": 2, "mean": "global"}
-        results.append(case | run_case(dropping, tp, sp, 2, "global"))
+        for micros in (1, 2):
+            case = {
+                "shape": "dropping",
+                "tp": tp,
+                "sp": sp,
+                "world": world,
+                "micros": micros,
+                "mean": "global",
+            }
+            results.append(case | run_case(dropping, tp, sp, micros, "global"))
     if dist.get_rank() == 0:
         print(json.dumps(results))
     dist.destroy_process_group()
