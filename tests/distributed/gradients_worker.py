@@ -9,6 +9,7 @@ import dataclasses
 import itertools
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -138,11 +139,13 @@ def full_state(model: LclModel, groups: Groups) -> dict[str, torch.Tensor]:
     return state
 
 
-def run_case(shape: ModelConfig, tp: int, sp: bool, micros: int, mean: str, **loss: Any) -> dict[str, Any]:
+def run_case(
+    shape: ModelConfig, groups: Groups, sp: bool, micros: int, mean: str, **loss: Any
+) -> dict[str, Any]:
     """One step in one layout; errors relative to the reference on the whole batch."""
     device = pick_device("cpu")
+    tp = groups.tp.size()
     config = config_for(shape, tp, sp, mean=mean, **loss)
-    groups = make_groups(tp, 1, 60, 1)
     model, _ = build_model(config, device, groups)
     with torch.no_grad():  # zeros and ones would hide mistakes
         for name, parameter in model.named_parameters():
@@ -185,44 +188,47 @@ def run_case(shape: ModelConfig, tp: int, sp: bool, micros: int, mean: str, **lo
         }
     elif stochastic:
         result["gradient_sum"] = sum(float(g.abs().sum()) for g in gradients.values())
-    parallel_state.destroy_model_parallel()
     return result
+
+
+def cases(groups: Groups, sp: bool, last: bool) -> Iterator[dict[str, Any]]:
+    """All cases of one layout; those of other implementations and weights in the `last` one only."""
+    most = 8 * groups.tp.size() // dist.get_world_size()  # micro-batches that a rank's rows allow
+    for name, shape in SHAPES.items():
+        for micros, mean in itertools.product((1, 2, 5), ("global", "rank")):
+            if micros <= most:
+                case = {"shape": name, "micros": micros, "mean": mean}
+                yield case | run_case(shape, groups, sp, micros, mean)
+        if last:
+            for micros, options in EXTRA:
+                case = {"shape": name, "micros": micros, "mean": "global", **options}
+                yield case | run_case(shape, groups, sp, micros, "global", **options)
+    for micros in (1, 2):
+        case = {"shape": "dropping", "micros": micros, "mean": "global"}
+        yield case | run_case(with_rates(SHAPES["opt"], 0.3, 0.2), groups, sp, micros, "global")
+
+
+EXTRA: tuple[tuple[int, dict[str, Any]], ...] = (
+    (1, {"contrastive_impl": "reference", "generation_impl": "reference"}),
+    (1, {"contrastive_weight": 0.0}),
+    (1, {"generation_weight": 0.0}),
+    (2, {"negatives": "micro_batch"}),
+)
 
 
 def main() -> None:
     device = pick_device("cpu")
     init_process_group(device, 60)
     world = dist.get_world_size()
-    layouts = [(tp, sp) for tp in (1, 2) for sp in (False, True) if tp <= world and (tp > 1 or not sp)]
     results = []
-    for name, shape in SHAPES.items():
-        for tp, sp in layouts:
-            for micros in (m for m in (1, 2, 5) if m <= 8 * tp // world):
-                for mean in ("global", "rank"):
-                    case = {"shape": name, "tp": tp, "sp": sp, "world": world, "micros": micros, "mean": mean}
-                    results.append(case | run_case(shape, tp, sp, micros, mean))
-        tp, sp = layouts[-1]
-        extra: tuple[tuple[int, dict[str, Any]], ...] = (
-            (1, {"contrastive_impl": "reference", "generation_impl": "reference"}),
-            (1, {"contrastive_weight": 0.0}),
-            (1, {"generation_weight": 0.0}),
-            (2, {"negatives": "micro_batch"}),
-        )
-        for micros, options in extra:
-            case = {"shape": name, "tp": tp, "sp": sp, "world": world, "micros": micros, "mean": "global"}
-            results.append(case | options | run_case(shape, tp, sp, micros, "global", **options))
-    dropping = with_rates(SHAPES["opt"], 0.3, 0.2)
-    for tp, sp in layouts:
-        for micros in (1, 2):
-            case = {
-                "shape": "dropping",
-                "tp": tp,
-                "sp": sp,
-                "world": world,
-                "micros": micros,
-                "mean": "global",
-            }
-            results.append(case | run_case(dropping, tp, sp, micros, "global"))
+    for tp in (1, 2)[:world]:
+        groups = make_groups(tp, 1, 60, 1)  # once per layout: each set of groups costs threads
+        for sp in (False, True)[:tp]:
+            results += [
+                {"tp": tp, "sp": sp, "world": world} | case
+                for case in cases(groups, sp, last=tp == min(world, 2))
+            ]
+        parallel_state.destroy_model_parallel()
     if dist.get_rank() == 0:
         print(json.dumps(results))
     dist.destroy_process_group()
