@@ -40,10 +40,14 @@ def arguments(corpus: Path) -> Callable[..., list[str]]:
     """Command line of a tiny run."""
 
     def make(out: Path, *more: str) -> list[str]:
+        """`more` are flags with their values, and settings of the form section.name=value."""
+        settings = [word for word in more if "=" in word]
+        flags = [word for word in more if "=" not in word]
         return [
-            "tools/pretrain_lcl.py", "--recipe", "demo", "--data", str(corpus / "pairs"), "--tokenizer", str(corpus),
-            "--out", str(out), "--steps", "8", "--micro-batch-size", "2", "--global-batch-size", "4",
-            "--checkpoint-every", "3", "--log-every", "1", "--timeout", "60", "--set", *TINY, *more,
+            "tools/pretrain_lcl.py", "--recipe", "demo", "--data", str(corpus / "pairs"),
+            "--tokenizer", str(corpus), "--out", str(out), "--steps", "8", "--micro-batch-size", "2",
+            "--global-batch-size", "4", "--checkpoint-every", "3", "--log-every", "1", "--timeout", "60",
+            *flags, "--set", *TINY, *settings,
         ]  # fmt: skip
 
     return make

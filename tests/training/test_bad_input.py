@@ -61,7 +61,7 @@ def test_processes_and_batches_must_divide() -> None:
     config = resolve(parse_flags(["--recipe", "demo", "--tp", "2"]))
     with pytest.raises(ConfigError, match=r"3 processes with --tp 2 .* Start a multiple of 2"):
         config.check_processes(3)
-    with pytest.raises(ConfigError, match=r"global_batch_size = 16 with 3 .* Use a multiple of 24"):
+    with pytest.raises(ConfigError, match=r"global_batch_size = 8 with 3 .* Use a multiple of 12"):
         config.check_processes(6)
     assert config.check_processes(4) == 2
 

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from launch import torchrun
+
 from runs import ROOT, assert_same_run, records
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -111,7 +112,7 @@ def test_another_layout_continues_with_the_same_losses(
 ) -> None:
     """Two data-parallel ranks stop at step 3; tensor parallelism with sequence parallelism goes on."""
     out = tmp_path / "resharded"
-    torchrun(2, *arguments(out, "--steps", "8", "--checkpoint-every", "3", "--set", "checkpoint.keep=9"))
+    torchrun(2, *arguments(out, "--steps", "8", "--checkpoint-every", "3", "checkpoint.keep=9"))
     for later in ("step-00000006", "step-00000008"):
         (out / "checkpoints" / later / "manifest.json").unlink()
     done = torchrun(2, *arguments(out, "--tp", "2", "--sequence-parallel", "--resume"))
