@@ -133,8 +133,6 @@ class Checkpointer:
         """
         final = checkpoint_path(self.folder, state.step)
         partial = final.with_name(final.name + PARTIAL)
-        if final.exists():
-            return None
         problem = self._agree(self._attempt(lambda: self._prepare(partial)))
         if problem is None:
             problem = self._agree(self._attempt(lambda: self._write(partial, state)))
@@ -165,6 +163,7 @@ class Checkpointer:
         _write_manifest(partial)
         for item in [*partial.rglob("*"), partial]:  # the data must be on the disk before its final name is
             _sync(item)
+        shutil.rmtree(final, ignore_errors=True)  # a damaged one that this run was resumed past
         partial.rename(final)
         _sync(self.folder)
         for old in complete_checkpoints(self.folder)[: -self.keep]:

@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 from launch import torchrun
-from runs import assert_same_run, records
 
 from lcl_mcore.training.checkpoint import complete_checkpoints, verify
+from runs import assert_same_run, records
 
 pytestmark = pytest.mark.slow
 Arguments = Callable[..., list[str]]
@@ -77,6 +77,7 @@ def test_a_damaged_checkpoint_is_skipped_for_the_previous_one(
     assert done.returncode == 0, done.stderr
     assert f"{newest}: damaged, skipped: weights/{shard.name}: content changed" in done.stdout
     assert "6 steps done" in done.stdout
+    assert verify(newest) == []  # written again
     assert_same_run(finished, out)
 
 
