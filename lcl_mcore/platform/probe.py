@@ -92,11 +92,6 @@ def dali() -> Probe:
 
 
 @functools.cache
-def simplejpeg() -> Probe:
-    return _probe("simplejpeg", "simplejpeg", "decode_jpeg", ("simplejpeg",), cuda=False)
-
-
-@functools.cache
 def megatron_version() -> str:
     return _version(("megatron-core",))
 
