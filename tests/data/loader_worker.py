@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from corpora import LOADER, config, small_tokenizer
 
+from corpora import LOADER, config, small_tokenizer
 from lcl_mcore.data.batch import MicroBatch
 from lcl_mcore.data.loader import build_loader
 from lcl_mcore.errors import DataError

@@ -8,9 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from corpora import LOADER, config, make_dataset, picture, small_tokenizer
 from PIL import Image
 
+from corpora import LOADER, config, make_dataset, picture, small_tokenizer
 from lcl_mcore.data import dali
 from lcl_mcore.data.crop import Window, centre_window, random_window
 from lcl_mcore.data.decode import CpuDecoder, Decoder, Job, build_decoder

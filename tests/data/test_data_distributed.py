@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
 from corpora import make_dataset
 
 WORKER = Path(__file__).with_name("loader_worker.py")

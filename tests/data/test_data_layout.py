@@ -6,8 +6,8 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from corpora import small_tokenizer
 
+from corpora import small_tokenizer
 from lcl_mcore.config.data import SourceConfig
 from lcl_mcore.data.dataset import Members
 from lcl_mcore.data.document import Document, ImageEntry

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from corpora import LOADER, config, make_dataset, small_tokenizer
 
+from corpora import LOADER, config, make_dataset, small_tokenizer
 from lcl_mcore.data.batch import MicroBatch, StepBatch
 from lcl_mcore.data.loader import build_loader
 from lcl_mcore.errors import ConfigError, DataError

@@ -19,9 +19,9 @@ from typing import Any
 
 import pytest
 import webdataset
-from corpora import picture
 from PIL import Image
 
+from corpora import picture
 from lcl_mcore.data.dataset import NativeDataset
 from lcl_mcore.data.prepare.engine import Options, Reader, prepare
 from lcl_mcore.data.prepare.html import HtmlReader

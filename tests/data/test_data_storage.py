@@ -16,8 +16,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from corpora import LOADER, config, make_dataset, small_tokenizer
 
+from corpora import LOADER, config, make_dataset, small_tokenizer
 from lcl_mcore.data.dataset import NativeDataset
 from lcl_mcore.data.loader import build_loader
 from lcl_mcore.data.order import DocumentOrder

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from corpora import WORDS, config, make_dataset, small_tokenizer
 
+from corpora import WORDS, config, make_dataset, small_tokenizer
 from lcl_mcore.config.data import TokenizerConfig
 from lcl_mcore.data.clip_vocabulary import MERGES
 from lcl_mcore.data.corpora import fetch

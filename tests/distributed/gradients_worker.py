@@ -17,12 +17,11 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "models"), str(Path(__file__).pa
 
 import torch
 import torch.distributed as dist
-from batches import SHAPES, Document, micro_batch, with_rates
 from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.distributed.param_and_grad_buffer import shard_buffer
-from reference_model import ReferenceLcl, reference_grads_as_lcl, worst_gradient
 
+from batches import SHAPES, Document, micro_batch, with_rates
 from lcl_mcore.config.data import DataConfig
 from lcl_mcore.config.model import ModelConfig
 from lcl_mcore.config.run import LossConfig, ParallelConfig, RunConfig, TrainConfig
@@ -33,6 +32,7 @@ from lcl_mcore.platform.device import init_process_group, pick_device
 from lcl_mcore.training.build import build_model
 from lcl_mcore.training.optimizer import Optimizer, wrap_data_parallel
 from lcl_mcore.training.step import TrainStep
+from reference_model import ReferenceLcl, reference_grads_as_lcl, worst_gradient
 
 ROW = 64
 # Rows of the global batch, four data-parallel quarters: ragged, without images, dense, without contexts.

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+
 from launch import run_worker
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

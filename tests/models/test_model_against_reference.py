@@ -7,13 +7,13 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
-from batches import SHAPES, Document, micro_batch
 from lcl_kernels import infonce_reference, linear_cross_entropy_reference
-from reference_model import ReferenceLcl, reference_grads_as_lcl, worst_gradient
 from torch import Tensor
 
+from batches import SHAPES, Document, micro_batch
 from lcl_mcore.data.batch import MicroBatch
 from lcl_mcore.models.lcl import LclModel
+from reference_model import ReferenceLcl, reference_grads_as_lcl, worst_gradient
 
 Build = Callable[..., LclModel]
 

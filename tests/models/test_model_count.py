@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from batches import CLIP, OPT, SHAPES, Document, micro_batch
 from lcl_kernels import infonce_reference, linear_cross_entropy_reference
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
+from batches import CLIP, OPT, SHAPES, Document, micro_batch
 from lcl_mcore.config.data import DataConfig
 from lcl_mcore.config.model import ModelConfig, VisionConfig
 from lcl_mcore.config.recipes import RECIPES, load_recipe

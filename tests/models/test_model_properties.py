@@ -8,10 +8,10 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from batches import CLIP, OPT, SHAPES, Document, micro_batch, with_rates
 from lcl_kernels import infonce_reference, linear_cross_entropy_reference
 from torch import Tensor
 
+from batches import CLIP, OPT, SHAPES, Document, micro_batch, with_rates
 from lcl_mcore.config.model import ModelConfig
 from lcl_mcore.data.batch import MicroBatch
 from lcl_mcore.models.lcl import INITIAL_LOG_SCALE, LclModel

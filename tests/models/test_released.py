@@ -18,11 +18,10 @@ from typing import Any
 
 import pytest
 import torch
-from batches import OPT
 from lcl_kernels import infonce_reference, linear_cross_entropy_reference
-from reference_model import ReferenceLcl
 from torch import Tensor, nn
 
+from batches import OPT
 from lcl_mcore.config.files import read_config
 from lcl_mcore.config.model import LanguageConfig, ModelConfig, VisionConfig
 from lcl_mcore.config.recipes import load_recipe
@@ -38,6 +37,7 @@ from lcl_mcore.models.released import (
     to_released,
     write_full_state,
 )
+from reference_model import ReferenceLcl
 
 Build = Callable[..., LclModel]
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from launch import torchrun
 
+from launch import torchrun
 from lcl_mcore.training.checkpoint import complete_checkpoints, verify
 from runs import assert_same_run, records
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+
 from launch import torchrun
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

@@ -11,8 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from launch import torchrun
 
+from launch import torchrun
 from runs import ROOT, assert_same_run, records
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
