@@ -30,7 +30,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=0, help="rows of a micro-batch; 0: the most that fit")
     parser.add_argument("--micro-batches", type=int, default=1, help="of one step; more than 1: two passes")
     parser.add_argument("--steps", type=int, default=10, help="steps that are timed")
-    parser.add_argument("--recompute", choices=("none", "vision", "language", "full"), default="none")
+    parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
     parser.add_argument("--backend", choices=("auto", "torch", "te"), default="auto", help="layers")
     parser.add_argument("--dry", action="store_true", help="cut the model down (always on a CPU)")
     parser.add_argument("--out", type=Path, help="JSON file to write")

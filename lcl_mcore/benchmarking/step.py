@@ -44,7 +44,8 @@ class Request:
     rows: int = 0
     steps: int = 10
     micro_batches: int = 1
-    recompute: Literal["none", "vision", "language", "full"] = "none"
+    recompute: str = "none"
+    """Of both towers, see `config.run.ParallelConfig`."""
     backend: Literal["auto", "torch", "te"] = "auto"
     dry: bool = False
     """Cut width and depth down, for a check of the code without a GPU."""
@@ -67,7 +68,8 @@ def run_config(request: Request, rows: int) -> RunConfig:
         config.train, micro_batch_size=rows, global_batch_size=rows * request.micro_batches,
         precision=request.precision, backend=request.backend,
     )  # fmt: skip
-    parallel = replace(config.parallel, tensor=1, sequence=False, recompute=request.recompute)
+    parallel = replace(config.parallel, tensor=1, sequence=False, recompute_vision=request.recompute,
+                       recompute_language=request.recompute)  # fmt: skip
     return replace(config, train=train, parallel=parallel)
 
 

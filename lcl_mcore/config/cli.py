@@ -43,8 +43,12 @@ class Flags:
     cp: Annotated[int | None, tyro.conf.arg(help="Context-parallel size (only 1 is supported).")] = None
     sequence_parallel: bool = False
     """Split norms and residuals along the tokens over the tensor-parallel ranks."""
-    recompute: Literal["none", "vision", "language", "full"] | None = None
-    """Activations to recompute in backward."""
+    vision_parallel: Literal["auto", "tensor", "data"] | None = None
+    """The ViT over tensor-parallel ranks: matrices split, or whole copies that share the images."""
+    recompute_vision: str | None = None
+    """ViT activations to compute again in backward: none, selective, full or block:N."""
+    recompute_language: str | None = None
+    """The same for the LM."""
     overlap: bool = True
     """Overlap gradient reduction and parameter gathering with computation."""
     timeout: float | None = None
@@ -99,7 +103,9 @@ _PLACES: dict[str, tuple[str, ...]] = {
     "tp": ("parallel", "tensor"),
     "pp": ("parallel", "pipeline"),
     "cp": ("parallel", "context"),
-    "recompute": ("parallel", "recompute"),
+    "vision_parallel": ("parallel", "vision"),
+    "recompute_vision": ("parallel", "recompute_vision"),
+    "recompute_language": ("parallel", "recompute_language"),
     "timeout": ("parallel", "timeout_seconds"),
     "drop_path": ("model", "vision", "drop_path"),
     "dropout": ("model", "language", "dropout"),

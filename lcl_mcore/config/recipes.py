@@ -82,7 +82,8 @@ def large_g14() -> RunConfig:
     """ViT-g/14 + OPT-6.7B: tensor parallelism within a node, activations recomputed."""
     model = ModelConfig(vision=_VIT_G14, language=_OPT_6_7B, pool_heads=32)
     config = _paper("large-g14", model, 200_000, 12_288, 1.2e-4)
-    return replace(config, parallel=ParallelConfig(tensor=8, sequence=True, recompute="full"),
+    return replace(config, parallel=ParallelConfig(tensor=8, sequence=True, recompute_vision="full",
+                                           recompute_language="full"),
                    train=replace(config.train, micro_batch_size=1))  # fmt: skip
 
 

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from typing import Literal
 
 from lcl_mcore.config.base import config_dataclass, require
 from lcl_mcore.config.data import DataConfig
 from lcl_mcore.config.model import ModelConfig
+
+VISION_TENSOR_PARAMETERS = 10**9
+"""From this size on the ViT's matrices are split over tensor-parallel ranks by default."""
 
 
 @config_dataclass
@@ -91,8 +95,15 @@ class ParallelConfig:
     context: int = 1
     sequence: bool = False
     """Split norms and residuals along the tokens over the tensor-parallel ranks."""
-    recompute: Literal["none", "vision", "language", "full"] = "none"
-    """Which towers' activations are recomputed in backward instead of kept."""
+    stage_layers: tuple[int, ...] | None = None
+    """LM layers on each pipeline stage (0 is allowed on the first, which has the ViT); None: balanced by FLOPs."""
+    vision: Literal["auto", "tensor", "data"] = "auto"
+    """The ViT over tensor-parallel ranks. "tensor": each matrix is split, like the LM's; "data": every rank holds
+    the whole ViT and encodes a share of the images; "auto": see `RunConfig.vision_parallel`."""
+    recompute_vision: str = "none"
+    recompute_language: str = "none"
+    """Activations computed again in backward instead of kept. "selective": attention and MLP of each layer;
+    "full": all but each layer's input; "block:N": full for the first N layers (of each pipeline stage)."""
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True
     timeout_seconds: float = 600.0
@@ -110,12 +121,22 @@ class ParallelConfig:
             "context parallelism is not supported: rows have a few thousand tokens",
             "Use --tp, and --sequence-parallel.",
         )
+        split = self.stage_layers
         require(
-            self.pipeline == 1,
-            f"parallel.pipeline = {self.pipeline}",
-            "pipeline parallelism is not supported yet",
-            "Use --pp 1 and a larger --tp, or --recompute full.",
+            split is None
+            or (len(split) == self.pipeline and min(split[1:], default=1) > 0 and split[0] >= 0),
+            f"parallel.stage_layers = {split} with parallel.pipeline = {self.pipeline}",
+            "one number per stage, at least 1 layer on each after the first",
+            "Leave it out to have the layers balanced.",
         )
+        for name in ("recompute_vision", "recompute_language"):
+            value = getattr(self, name)
+            require(
+                re.fullmatch(r"none|selective|full|block:[1-9]\d*", value) is not None,
+                f"parallel.{name} = {value!r}",
+                "one of none, selective, full, block:N",
+                "For example block:4 recomputes the first 4 layers.",
+            )
         require(
             not self.sequence or self.tensor > 1,
             "parallel.sequence = True with parallel.tensor = 1",
@@ -195,23 +216,26 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         tp, model = self.parallel.tensor, self.model
-        for name, heads in (
-            ("model.vision.heads", model.vision.heads),
-            ("model.language.heads", model.language.heads),
-            ("model.pool_heads", model.pool_heads),
+        split_vision = self.vision_parallel == "tensor"
+        for name, heads, split in (
+            ("model.vision.heads", model.vision.heads, split_vision),
+            ("model.language.heads", model.language.heads, True),
+            ("model.pool_heads", model.pool_heads, split_vision),
         ):
             divisors = [d for d in range(1, heads + 1) if heads % d == 0]
             require(
-                heads % tp == 0,
+                heads % tp == 0 or not split,
                 f"{name} = {heads} with parallel.tensor = {tp}",
                 "each tensor-parallel rank gets a whole share of the heads",
-                f"Use --tp from {divisors}.",
+                f"Use --tp from {divisors}"
+                + (", or --vision-parallel data." if "language" not in name else "."),
             )
         padded = model.language.padded_vocab_size
         require(padded % tp == 0, f"padded vocabulary {padded} with parallel.tensor = {tp}",
                 "the vocabulary is split evenly", "Use a --tp that is a power of 2 up to 128.")  # fmt: skip
         for name, width in (("vision", model.vision.mlp_width), ("language", model.language.mlp_width)):
-            require(width % tp == 0, f"model.{name}.mlp_width = {width} with parallel.tensor = {tp}",
+            require(width % tp == 0 or (name == "vision" and not split_vision),
+                    f"model.{name}.mlp_width = {width} with parallel.tensor = {tp}",
                     "the MLP is split evenly", "Use a --tp that divides it.")  # fmt: skip
         length = self.data.sequence_length
         require(
@@ -238,7 +262,54 @@ class RunConfig:
             "FP8 needs a GPU of compute capability 8.9 or newer",
             "Use --precision fp32 or bf16.",
         )
+        for name in ("recompute_vision", "recompute_language"):
+            require(
+                self.train.precision != "fp8" or getattr(self.parallel, name) != "selective",
+                f"parallel.{name} = selective with train.precision = fp8",
+                "Transformer Engine recomputes whole layers",
+                "Use full or block:N.",
+            )
         self.data.require_room_for_images(model.vision.patches)
+        self._check_pipeline()
+
+    def _check_pipeline(self) -> None:
+        stages, layers, split = self.parallel.pipeline, self.model.language.layers, self.parallel.stage_layers
+        require(
+            stages <= layers + 1,
+            f"parallel.pipeline = {stages} with model.language.layers = {layers}",
+            "every stage after the first needs an LM layer of its own",
+            f"Use --pp {layers + 1} or less.",
+        )
+        require(
+            split is None or sum(split) == layers,
+            f"parallel.stage_layers = {split}",
+            f"the stages together hold the LM's {layers} layers",
+            "Leave it out to have the layers balanced.",
+        )
+        require(
+            stages == 1 or self.loss.negatives == "global_batch" or self.loss.contrastive_weight == 0,
+            f"loss.negatives = micro_batch with parallel.pipeline = {stages}",
+            "a pipeline forms the contrastive loss once, over the whole global batch",
+            "Use --negatives global_batch.",
+        )
+
+    @property
+    def vision_parallel(self) -> Literal["tensor", "data"]:
+        """How tensor-parallel ranks share the ViT's work.
+
+        "auto" is "tensor" for an encoder whose layers hold 1e9 parameters or more and whose heads and MLP
+        divide evenly: there the memory of a whole copy counts. A smaller one is cheaper to replicate:
+        it then needs no collective inside its layers, only one gather of its output.
+        """
+        tp, vision = self.parallel.tensor, self.model.vision
+        if self.parallel.vision != "auto":
+            return self.parallel.vision
+        if tp == 1:
+            return "tensor"
+        divides = vision.heads % tp == 0 and self.model.pool_heads % tp == 0 and vision.mlp_width % tp == 0
+        weights = vision.layers * vision.width * (4 * vision.width + 2 * vision.mlp_width)
+        large = weights >= VISION_TENSOR_PARAMETERS
+        return "tensor" if large and divides else "data"
 
     def check_processes(self, world_size: int) -> int:
         """Data-parallel size for a job of `world_size` processes.

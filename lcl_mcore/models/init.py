@@ -10,9 +10,10 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lcl_mcore.config.model import ModelConfig
+from lcl_mcore.models.lcl import LclModel
 from lcl_mcore.models.randomness import key_of
 
 
@@ -75,14 +76,15 @@ _DRAW = {"vision": _draw_vision, "pool": _draw_pool, "language": _draw_language}
 
 
 @torch.no_grad()
-def initialize(model: nn.Module, shape: ModelConfig, seed: int, tp_rank: int, tp_size: int) -> None:
+def initialize(model: LclModel, shape: ModelConfig, seed: int, tp_rank: int, tp_size: int) -> None:
     """Fill every parameter of an `LclModel`. Norms start as identity; layer-scale keeps its value.
 
     Args:
-        model: parameters named as in `LclModel`, shares of a `tp_size`-way layout.
+        model: any stage of a pipeline, with shares of a `tp_size`-way layout.
         seed: the run's seed.
     """
-    for name, parameter in model.named_parameters():
+    for local, parameter in model.named_parameters():
+        name = model.canonical_name(local)
         part, _, rest = name.partition(".")
         if part not in _DRAW or rest.endswith("gain"):
             continue

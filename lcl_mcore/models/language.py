@@ -1,11 +1,16 @@
 """Causal language model over packed rows in which image latents stand at their placeholders.
 
+In a pipeline each stage holds a share of the blocks; the first also the embeddings, the last what the losses
+need. Between stages travels the residual stream, [t / tp under sequence parallelism, 1, D].
+
 Shape legend
     t   positions of all rows of the micro-batch, end to end;  D  width;  V  padded vocabulary
     n   images;  P  latents per image;  m  images with a context;  k  prediction targets
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from lcl_kernels import scatter_image_latents
@@ -26,7 +31,18 @@ from lcl_mcore.config.model import LanguageConfig
 from lcl_mcore.models.layers import LayerBackend, LayerNorm, drop_rows, layer_spec, parameter_device
 from lcl_mcore.models.randomness import key_of
 from lcl_mcore.models.segments import Segments
+from lcl_mcore.models.stages import Stage
 from lcl_mcore.models.transformer_config import no_init, without_sequence_parallel
+
+
+@dataclass(frozen=True)
+class EmbeddingInput:
+    """What the first stage reads: tokens, positions [t], latents [n, P, D], image_starts [n]."""
+
+    tokens: Tensor
+    positions: Tensor
+    latents: Tensor
+    image_starts: Tensor
 
 
 class LanguageModel(MegatronModule):
@@ -34,22 +50,24 @@ class LanguageModel(MegatronModule):
 
     def __init__(
         self, config: TransformerConfig, shape: LanguageConfig, backend: LayerBackend, groups: ProcessGroupCollection,
+        stage: Stage,
     ) -> None:  # fmt: skip
         super().__init__(config=config)
-        self.shape, self.tp_group = shape, groups.tp
+        self.shape, self.tp_group, self.stage = shape, groups.tp, stage
         dense = without_sequence_parallel(config)
         device, dtype = parameter_device(config), config.params_dtype
 
-        self.token_embedding = VocabParallelEmbedding(
-            shape.padded_vocab_size, shape.width, init_method=no_init, config=dense, tp_group=groups.tp
-        )
-        positions = shape.max_positions + shape.position_offset
-        self.position_embedding = nn.Parameter(
-            torch.empty(positions, shape.width, dtype=dtype, device=device)
-        )
+        def parameter(*size: int) -> nn.Parameter:
+            return nn.Parameter(torch.empty(*size, dtype=dtype, device=device))
+
+        if stage.first:
+            self.token_embedding = VocabParallelEmbedding(
+                shape.padded_vocab_size, shape.width, init_method=no_init, config=dense, tp_group=groups.tp
+            )
+            self.position_embedding = parameter(shape.max_positions + shape.position_offset, shape.width)
         specs = [
             layer_spec(config, backend, "language", i, causal=True, dropout=shape.dropout)
-            for i in range(shape.layers)
+            for i in stage.layers
         ]
         self.blocks = TransformerBlock(
             config,
@@ -57,23 +75,35 @@ class LanguageModel(MegatronModule):
             post_layer_norm=False,
             pg_collection=groups,
         )
-        self.norm_final = LayerNorm(dense, shape.width, shape.norm_eps)
-        self.norm_head = LayerNorm(dense, shape.width, shape.norm_eps) if shape.separate_norms else None
-        # Used as x @ W (released `text_projection`; W2 of paper section 3.2).
-        self.context_projection = nn.Parameter(
-            torch.empty(shape.width, shape.width, dtype=dtype, device=device)
-        )
         self.head: nn.Parameter | None = None
-        if not shape.tied_head:
-            rows = shape.padded_vocab_size // groups.tp.size()
-            self.head = nn.Parameter(torch.empty(rows, shape.width, dtype=dtype, device=device))
-            self.head.tensor_model_parallel = True  # type: ignore[attr-defined]
-            self.head.partition_dim = 0  # type: ignore[attr-defined]
-            self.head.partition_stride = 1  # type: ignore[attr-defined]
+        if stage.last:
+            self.norm_final = LayerNorm(dense, shape.width, shape.norm_eps)
+            self.norm_head = LayerNorm(dense, shape.width, shape.norm_eps) if shape.separate_norms else None
+            # Used as x @ W (released `text_projection`; W2 of paper section 3.2).
+            self.context_projection = parameter(shape.width, shape.width)
+            if not (shape.tied_head and stage.first):
+                self.head = parameter(shape.padded_vocab_size // groups.tp.size(), shape.width)
+                self.head.tensor_model_parallel = True  # type: ignore[attr-defined]
+                self.head.partition_dim = 0  # type: ignore[attr-defined]
+                self.head.partition_stride = 1  # type: ignore[attr-defined]
+        if shape.tied_head and stage.count > 1:
+            self._share_embedding()
+
+    def _share_embedding(self) -> None:
+        """Mark the copies of the tied matrix on the first and last stage for megatron.
+
+        Their gradients are summed over the two stages; a bucket of its own gives both copies the same
+        shards; the norm counts one of them.
+        """
+        if self.stage.first:
+            self.token_embedding.weight.shared_embedding = True
+        elif self.head is not None:
+            self.head.shared_embedding = True  # type: ignore[attr-defined]
+            self.head.shared = True  # type: ignore[attr-defined]
 
     @property
     def head_weight(self) -> Tensor:
-        """This rank's rows of the output matrix, [V / tp, D]."""
+        """This rank's rows of the output matrix, [V / tp, D]; on the last stage."""
         return self.token_embedding.weight if self.head is None else self.head
 
     @property
@@ -83,31 +113,41 @@ class LanguageModel(MegatronModule):
             self.shape.padded_vocab_size, self.tp_group.rank(), self.tp_group.size()
         )
 
-    def forward(
-        self, tokens: Tensor, positions: Tensor, latents: Tensor, image_starts: Tensor, segments: Segments
-    ) -> Tensor:
-        """tokens, positions [t], latents [n, P, D], image_starts [n] -> hidden [t, D] on every TP rank.
+    def forward(self, x: EmbeddingInput | Tensor, segments: Segments) -> Tensor:
+        """Run this stage's part.
 
-        The output is not normalised: each loss has its own norm (see `contexts` and `targets`).
+        Args:
+            x: embedding input on the first stage, else the stream that the stage before returned.
+
+        Returns:
+            Last stage: hidden [t, D] on every TP rank, not normalised, as each loss has its own norm (see
+            `contexts` and `targets`). Other stages: the stream for the next.
         """
-        x = self.token_embedding(tokens)  # [t, D]
-        x = scatter_image_latents(x, latents.to(x.dtype), image_starts)
-        x = x + self.position_embedding[positions + self.shape.position_offset]
-        x = x[:, None]
-        if self.config.sequence_parallel:
-            x = scatter_to_sequence_parallel_region(x, group=self.tp_group)
-        if self.training and self.shape.dropout > 0.0:
-            local = x.shape[0]
-            start = self.tp_group.rank() * local if self.config.sequence_parallel else 0
-            seed = key_of(segments.seed, "embedding")
-            x = drop_rows(x, segments, seed, self.shape.dropout, (start, start + local))
-        x = self.blocks(x, attention_mask=None, packed_seq_params=segments)
+        stream = self._embed(x, segments) if isinstance(x, EmbeddingInput) else x
+        stream = self.blocks(stream, attention_mask=None, packed_seq_params=segments)
+        if not self.stage.last:
+            return stream
         if self.config.sequence_parallel:
             # What follows is computed on every TP rank alike, so the gradient is split, not summed.
-            x = gather_from_sequence_parallel_region(
-                x, tensor_parallel_output_grad=False, group=self.tp_group
+            stream = gather_from_sequence_parallel_region(
+                stream, tensor_parallel_output_grad=False, group=self.tp_group
             )
-        return x[:, 0]
+        return stream[:, 0]
+
+    def _embed(self, x: EmbeddingInput, segments: Segments) -> Tensor:
+        """Tokens, image latents in their places, and positions."""
+        stream = self.token_embedding(x.tokens)  # [t, D]
+        stream = scatter_image_latents(stream, x.latents.to(stream.dtype), x.image_starts)
+        stream = stream + self.position_embedding[x.positions + self.shape.position_offset]
+        stream = stream[:, None]
+        if self.config.sequence_parallel:
+            stream = scatter_to_sequence_parallel_region(stream, group=self.tp_group)
+        if self.training and self.shape.dropout > 0.0:
+            local = stream.shape[0]
+            start = self.tp_group.rank() * local if self.config.sequence_parallel else 0
+            seed = key_of(segments.seed, "embedding")
+            stream = drop_rows(stream, segments, seed, self.shape.dropout, (start, start + local))
+        return stream
 
     def contexts(self, hidden: Tensor, rows: Tensor) -> Tensor:
         """The LM's view of what precedes each image: hidden [t, D], rows [m] -> [m, D]."""
@@ -121,10 +161,18 @@ class LanguageModel(MegatronModule):
     def sharded_state_dict(
         self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
     ) -> dict:
-        """megatron's sharded state; only the untied head needs telling that it is split over TP."""
+        """megatron's sharded state; only the output matrix needs telling what it is.
+
+        The copy of a tied matrix on the last stage is saved as another replica of the embedding.
+        """
         state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
         if self.head is not None:
-            state[f"{prefix}head"] = make_tp_sharded_tensor_for_checkpoint(
-                self.head, f"{prefix}head", tp_axis=0, prepend_offsets=sharded_offsets, tp_group=self.tp_group
-            )
+            key = f"{prefix}token_embedding.weight" if self.shape.tied_head else f"{prefix}head"
+            tensor = make_tp_sharded_tensor_for_checkpoint(
+                self.head, key, tp_axis=0, prepend_offsets=sharded_offsets, allow_shape_mismatch=True,
+                tp_group=self.tp_group,
+            )  # fmt: skip
+            if self.shape.tied_head:
+                tensor.replica_id = (1, *tensor.replica_id[1:])
+            state[f"{prefix}head"] = tensor
         return state

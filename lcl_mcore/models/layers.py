@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from lcl_mcore.models.randomness import key_of, row_keep_mask, uniform
 from lcl_mcore.models.segments import AttentionBackend, SegmentAttention, Segments
@@ -102,7 +104,21 @@ class LclTransformerLayer(TransformerLayer):
 
     The description arrives with each call, so activation recompute, which calls again later, sees the
     same one.
+
+    Under selective recompute the MLP, too, computes its wide activations again instead of keeping them.
+    megatron's own switch for this returns the bias from an autograd function, which makes that parameter
+    lose its gradient.
     """
+
+    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        if config.recompute_granularity == "selective":
+            self.mlp.forward = partial(self._recomputed, self.mlp.forward)
+
+    def _recomputed(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        if not (self.training and torch.is_grad_enabled()):
+            return forward(*args, **kwargs)
+        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         segments: Segments = kwargs["packed_seq_params"]

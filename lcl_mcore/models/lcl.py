@@ -11,16 +11,20 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from megatron.core.dist_checkpointing import ShardedTensor
+from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from lcl_mcore.config.model import ModelConfig
 from lcl_mcore.data.batch import MicroBatch
-from lcl_mcore.models.language import LanguageModel
+from lcl_mcore.models.language import EmbeddingInput, LanguageModel
 from lcl_mcore.models.layers import LayerBackend
 from lcl_mcore.models.randomness import key_of
 from lcl_mcore.models.segments import make_segments
+from lcl_mcore.models.stages import stage_of
 from lcl_mcore.models.transformer_config import (
     Layout,
     language_transformer_config,
@@ -68,50 +72,102 @@ class Temperature(nn.Module):
 
 
 class LclModel(MegatronModule):
-    """All of LCL on one pipeline stage.
+    """LCL, or the part of it that stands on one pipeline stage.
 
-    The trainer calls the parts in turn (`encode_images`, `read`, `image_side`, `context_side`), so that it
-    can start the gathers of the contrastive loss between them.
+    The ViT, the pool and the embeddings are on the first stage, the temperature and what the losses need on
+    the last, the LM's blocks on all. The trainer calls the parts in turn (`encode_images`, `read`,
+    `image_side`, `context_side`), so that it can start the gathers of the contrastive loss between them.
+
+    Args:
+        groups: tensor- and pipeline-parallel groups of the LM.
+        vision_groups: those of the ViT and the pool; with `layout.vision_data` its tp group is this rank alone.
     """
 
+    model_type = ModelType.encoder_or_decoder  # what megatron's schedule asks for
+
     def __init__(
-        self, shape: ModelConfig, layout: Layout, backend: LayerBackend, groups: ProcessGroupCollection
-    ) -> None:
+        self, shape: ModelConfig, layout: Layout, backend: LayerBackend, groups: ProcessGroupCollection,
+        vision_groups: ProcessGroupCollection | None = None,
+    ) -> None:  # fmt: skip
         config = language_transformer_config(shape.language, layout)
         super().__init__(config=config)
         self.shape, self.layout, self.tp_group = shape, layout, groups.tp
-        # First of all modules: where the rest is bf16, megatron's distributed optimizer lists fp32 parameters
-        # before the others of their group, and its index of saved state follows the model's order.
-        self.temperature = Temperature(layout.device)
-        vision_config = vision_transformer_config(shape.vision, layout)
-        self.vision = VisionEncoder(vision_config, shape.vision, backend, groups)
-        self.pool = AttentionPool(vision_config, shape, groups)
-        self.language = LanguageModel(config, shape.language, backend, groups)
+        stages = layout.stage_layers or (shape.language.layers,)
+        self.stage = stage_of(stages, groups.pp.rank() if len(stages) > 1 else 0)
+        if self.stage.last:
+            # First of all modules: where the rest is bf16, megatron's distributed optimizer lists fp32
+            # parameters before the others of their group, and its index of saved state follows the model's order.
+            self.temperature = Temperature(layout.device)
+        if self.stage.first:
+            vision_config = vision_transformer_config(shape.vision, layout)
+            self.vision = VisionEncoder(vision_config, shape.vision, backend, vision_groups or groups)
+            self.pool = AttentionPool(vision_config, shape, vision_groups or groups)
+            if layout.vision_data:
+                for parameter in self.vision_parameters():
+                    parameter.tensor_model_parallel = False  # type: ignore[attr-defined]  # each rank has all of it
+        self.language = LanguageModel(config, shape.language, backend, groups, self.stage)
+        self.received: Tensor | None = None
+
+    def vision_parameters(self) -> list[nn.Parameter]:
+        """Parameters of the ViT and the pool; none on later stages."""
+        return [*self.vision.parameters(), *self.pool.parameters()] if self.stage.first else []
+
+    def canonical_name(self, name: str) -> str:
+        """The name that a parameter of this stage has in the model on one stage."""
+        prefix = "language.blocks.layers."
+        if name.startswith(prefix):
+            index, _, rest = name.removeprefix(prefix).partition(".")
+            return f"{prefix}{int(index) + self.stage.layers.start}.{rest}"
+        if name == "language.head" and self.shape.language.tied_head:
+            return "language.token_embedding.weight"
+        return name
 
     def encode_images(self, images: Tensor, keys: Tensor, seed: int) -> ImageFeatures:
         """images uint8 [n, 3, H, W], keys int64 [n] -> features of the n images, on every TP rank.
 
-        The encoder always sees at least one image, and whole shares under sequence parallelism, so that
-        every rank takes part in every collective and every parameter gets a gradient; what was added is
-        cut off again and receives none.
+        The encoder always sees at least one image, and whole shares where the TP ranks split the images, so
+        that every rank takes part in every collective and every parameter gets a gradient; what was added
+        is cut off again and receives none.
         """
         n = images.shape[0]
-        multiple = self.tp_group.size() if self.config.sequence_parallel else 1
+        shares = self.tp_group.size() if self.config.sequence_parallel or self.layout.vision_data else 1
+        multiple = shares
         if self.layout.fp8:  # its matrix products want token counts that are multiples of 16
-            multiple = math.lcm(multiple, 16)
+            multiple = shares * 16 if self.layout.vision_data else math.lcm(shares, 16)
         missing = max(-(-n // multiple), 1) * multiple - n
         if missing:
             images = torch.cat((images, images.new_zeros(missing, *images.shape[1:])))
             keys = torch.cat((keys, keys.new_zeros(missing)))
-        vectors, latents = self.pool(self.vision(images, keys, key_of(seed, "vision")))
-        return ImageFeatures(vectors[:n], latents[:n])
+        if self.layout.vision_data:
+            start, share = self.tp_group.rank() * (len(keys) // shares), len(keys) // shares
+            images, keys = images.narrow(0, start, share), keys.narrow(0, start, share)
+        features = self.pool(self.vision(images, keys, key_of(seed, "vision")))  # [n, 1 + P, D]
+        if (
+            self.layout.vision_data
+        ):  # the LM reads them on every rank alike: the gradient is split, not summed
+            features = gather_from_sequence_parallel_region(
+                features, tensor_parallel_output_grad=False, group=self.tp_group
+            )
+        return ImageFeatures(features[:n, 0], features[:n, 1:])
 
-    def read(self, batch: MicroBatch, latents: Tensor, row_keys: tuple[int, ...], seed: int) -> Tensor:
-        """Run the LM over a micro-batch whose image placeholders hold `latents` [n, P, D] -> hidden [t, D]."""
+    def read(
+        self, batch: MicroBatch, x: Tensor, row_keys: tuple[int, ...], seed: int, *, received: bool = False
+    ) -> Tensor:
+        """Run this stage's part of the LM over a micro-batch.
+
+        Args:
+            x: latents [n, P, D] for the image placeholders; with `received`, what the stage before returned.
+
+        Returns:
+            Hidden [t, D] on the last stage, else what the next stage takes.
+        """
         segments = make_segments(
             batch.lengths, batch.tokens.device, row_keys=row_keys, seed=key_of(seed, "language")
         )
-        return self.language(batch.tokens, batch.positions, latents, batch.image_starts, segments)
+        if received:
+            return self.language(x, segments)
+        start = EmbeddingInput(batch.tokens, batch.positions, x, batch.image_starts)
+        return self.language(start, segments)
 
     def image_side(self, batch: MicroBatch, vectors: Tensor) -> Tensor:
         """Unit vectors of the images that have a context: vectors [n, D] -> [m, D] fp32."""
@@ -126,3 +182,35 @@ class LclModel(MegatronModule):
         row_keys = tuple(range(len(batch.row_keys)))
         features = self.encode_images(batch.images, batch.image_keys, seed)
         return features, self.read(batch, features.latents, row_keys, seed)
+
+    def sharded_state_dict(
+        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
+    ) -> dict:
+        """megatron's sharded state; the whole ViT of each TP rank is saved as replicas of one."""
+        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
+        if self.layout.vision_data:
+            for name, tensor in state.items():
+                if name.startswith((f"{prefix}vision.", f"{prefix}pool.")) and isinstance(
+                    tensor, ShardedTensor
+                ):
+                    pipeline, _, data = tensor.replica_id
+                    tensor.replica_id = (pipeline, self.tp_group.rank(), data)
+        return state
+
+    # --- what megatron's schedule and its gradient finalizer ask of a stage ---
+
+    def set_input_tensor(self, tensors: list[Tensor | None]) -> None:
+        """Take what the stage before sent: [stream], or [None] on the first stage."""
+        self.received = tensors[0]
+
+    @property
+    def pre_process(self) -> bool:
+        return self.stage.first
+
+    @property
+    def share_embeddings_and_output_weights(self) -> bool:
+        return self.shape.language.tied_head
+
+    def shared_embedding_or_output_weight(self) -> Tensor | None:
+        """This stage's copy of the tied matrix."""
+        return self.language.token_embedding.weight if self.stage.first else self.language.head

@@ -16,11 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lcl_mcore.config.base import require, to_dict
 from lcl_mcore.config.model import LanguageConfig, ModelConfig, VisionConfig
 from lcl_mcore.errors import CheckpointError, explain
+from lcl_mcore.models.lcl import LclModel
 
 FILE = "model.safetensors"
 _FORMAT = "lcl_mcore full state 1"
@@ -250,17 +251,18 @@ def shape_of_released(state: Mapping[str, Tensor]) -> ModelConfig:
 
 
 @torch.no_grad()
-def load_full_state(model: nn.Module, state: Mapping[str, Tensor], tp_rank: int, tp_size: int) -> None:
-    """Copy this tensor-parallel rank's share of a full state into an `LclModel`.
+def load_full_state(model: LclModel, state: Mapping[str, Tensor], tp_rank: int, tp_size: int) -> None:
+    """Copy this rank's share of a full state into an `LclModel`, whole or one stage of a pipeline.
 
     Padding rows of the vocabulary become zero. Call it before the optimizer copies its master weights.
 
     Raises:
         CheckpointError: names or shapes differ; the model is then unchanged.
     """
-    parameters = dict(model.named_parameters())
+    parameters = {model.canonical_name(name): p for name, p in model.named_parameters()}
     problems = [f"missing: {name}" for name in parameters if name not in state]
-    problems += [f"unexpected: {name}" for name in sorted(set(state) - set(parameters))]
+    if model.stage.count == 1:  # a stage of a pipeline leaves the rest to the others
+        problems += [f"unexpected: {name}" for name in sorted(set(state) - set(parameters))]
     shares = {}
     for name, parameter in parameters.items():
         if name not in state:

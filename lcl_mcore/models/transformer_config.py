@@ -19,13 +19,17 @@ class Layout:
     """What the towers need to know about parallelism, precision and recompute."""
 
     tensor_parallel: int = 1
-    pipeline_parallel: int = 1
+    stage_layers: tuple[int, ...] = ()
+    """LM layers on each pipeline stage; empty without a pipeline."""
     sequence_parallel: bool = False
+    vision_data: bool = False
+    """Every tensor-parallel rank holds the whole ViT and encodes a share of the images."""
     dtype: torch.dtype = torch.float32
     fp8: bool = False
     device: torch.device = torch.device("cpu")  # noqa: RUF009  # immutable
-    recompute_vision: bool = False
-    recompute_language: bool = False
+    recompute_vision: str = "none"
+    recompute_language: str = "none"
+    """"none", "selective", "full" or "block:N", see `config.run.ParallelConfig`."""
 
 
 def no_init(weight: Tensor) -> Tensor:
@@ -33,10 +37,22 @@ def no_init(weight: Tensor) -> Tensor:
     return weight
 
 
-def _common(layout: Layout, recompute: bool) -> dict[str, Any]:
+def _recompute(choice: str) -> dict[str, Any]:
+    """megatron's options for activations that are computed again in backward."""
+    if choice == "none":
+        return {}
+    if choice == "selective":  # and the MLP, see `models.layers.LclTransformerLayer`
+        return {"recompute_granularity": "selective", "recompute_modules": ["core_attn"]}
+    if choice == "full":
+        return {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    layers = int(choice.removeprefix("block:"))
+    return {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": layers}
+
+
+def _common(layout: Layout, tensor_parallel: int, recompute: str) -> dict[str, Any]:
     options: dict[str, Any] = {
-        "tensor_model_parallel_size": layout.tensor_parallel,
-        "sequence_parallel": layout.sequence_parallel and layout.tensor_parallel > 1,
+        "tensor_model_parallel_size": tensor_parallel,
+        "sequence_parallel": layout.sequence_parallel and tensor_parallel > 1,
         "params_dtype": layout.dtype,
         "pipeline_dtype": layout.dtype,
         "bf16": layout.dtype == torch.bfloat16,
@@ -59,13 +75,12 @@ def _common(layout: Layout, recompute: bool) -> dict[str, Any]:
         options |= {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
         # Transformer Engine would otherwise go on using the FP8 copies of the first step's weights.
         options |= {"disable_parameter_transpose_cache": True}
-    if recompute:
-        options |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
-    return options
+    return options | _recompute(recompute)
 
 
 def vision_transformer_config(shape: VisionConfig, layout: Layout) -> TransformerConfig:
     """The ViT tower; it never spans pipeline stages."""
+    tensor_parallel = 1 if layout.vision_data else layout.tensor_parallel
     return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.width,
@@ -73,12 +88,20 @@ def vision_transformer_config(shape: VisionConfig, layout: Layout) -> Transforme
         ffn_hidden_size=shape.mlp_width,
         activation_func=F.gelu,
         layernorm_epsilon=shape.norm_eps,
-        **_common(layout, layout.recompute_vision),
+        **_common(layout, tensor_parallel, layout.recompute_vision),
     )
 
 
 def language_transformer_config(shape: LanguageConfig, layout: Layout) -> TransformerConfig:
-    """The LM tower."""
+    """The LM tower, cut into pipeline stages."""
+    stages: dict[str, Any] = {}
+    if len(layout.stage_layers) > 1:
+        places = [["decoder"] * layers for layers in layout.stage_layers]
+        places[0].insert(0, "embedding")
+        places[-1].append("loss")
+        # Rows have one length, so stages need not tell each other shapes; and no wait after each transfer.
+        stages = {"pipeline_model_parallel_size": len(places), "pipeline_model_parallel_layout": places,
+                  "batch_p2p_sync": False}  # fmt: skip
     return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.width,
@@ -86,8 +109,8 @@ def language_transformer_config(shape: LanguageConfig, layout: Layout) -> Transf
         ffn_hidden_size=shape.mlp_width,
         activation_func=F.relu if shape.activation == "relu" else F.gelu,
         layernorm_epsilon=shape.norm_eps,
-        pipeline_model_parallel_size=layout.pipeline_parallel,
-        **_common(layout, layout.recompute_language),
+        **stages,
+        **_common(layout, layout.tensor_parallel, layout.recompute_language),
     )
 
 

@@ -136,8 +136,8 @@ class AttentionPool(MegatronModule):
             skip_bias_add=False, tp_group=groups.tp,
         )  # fmt: skip
 
-    def forward(self, latents: Tensor) -> tuple[Tensor, Tensor]:
-        """Encoder output [n_local * P, 1, h] -> pooled [n, D], projected latents [n, P, D], on every TP rank."""
+    def forward(self, latents: Tensor) -> Tensor:
+        """Encoder output [n_local * P, 1, h] -> [n, 1 + P, D] on every TP rank: pooled, projected latents."""
         d, p = self.head_channels, self.patches
         query, _ = self.linear_q(self.norm_q(self.query))  # [1, 1, D / tp]
         key, _ = self.linear_k(self.norm_k(latents))  # [n * P, 1, D / tp]
@@ -150,4 +150,4 @@ class AttentionPool(MegatronModule):
         )  # [n, a, 1, d]
         together = torch.cat((pooled.transpose(1, 2).reshape(n, 1, a * d), value.view(n, p, a * d)), dim=1)
         out, _ = self.linear_out(together)  # one all-reduce for pool and projector
-        return out[:, 0], out[:, 1:]
+        return out

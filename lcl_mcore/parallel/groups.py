@@ -5,6 +5,7 @@ Rank order is megatron's: tensor-parallel ranks are neighbours, then data-parall
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -21,6 +22,9 @@ class Groups:
 
     megatron      everything megatron-core's modules ask for (tp, pp, dp, ...)
     tp, pp, dp    tensor-, pipeline- and data-parallel groups on the compute backend
+    vision        megatron's groups for a ViT that every tensor-parallel rank holds whole: tp is this rank alone
+    pipeline_ends the first and the last stage of this rank's pipeline, for the vectors of the contrastive loss;
+                  None on the stages between, and without a pipeline
     loss          the data-parallel ranks again, for the contrastive loss alone: its collectives never
                   queue behind the gradient reduction
     host_counts   the data-parallel ranks over gloo: counts of the next batch, from the loader's thread
@@ -32,19 +36,29 @@ class Groups:
     tp: dist.ProcessGroup
     pp: dist.ProcessGroup
     dp: dist.ProcessGroup
+    vision: ProcessGroupCollection
+    pipeline_ends: dist.ProcessGroup | None
     loss: dist.ProcessGroup
     host_counts: dist.ProcessGroup
     host_model: dist.ProcessGroup
     host_control: dist.ProcessGroup
 
 
-def _make(members: list[list[int]], backend: str | None, timeout: timedelta, name: str) -> dist.ProcessGroup:
-    """One group per list; every rank takes part in making all of them, in the same order."""
+def _make(
+    members: list[list[int]], backend: str | None, timeout: timedelta, name: str
+) -> dist.ProcessGroup | None:
+    """One group per list; every rank takes part in making all of them, in the same order. This rank's, if any."""
     mine = None
     for ranks in members:
         group = dist.new_group(ranks, backend=backend, timeout=timeout, group_desc=name)
         if dist.get_rank() in ranks:
             mine = group
+    return mine
+
+
+def _own(members: list[list[int]], backend: str | None, timeout: timedelta, name: str) -> dist.ProcessGroup:
+    """`_make` for lists in which every rank appears."""
+    mine = _make(members, backend, timeout, name)
     assert mine is not None
     return mine
 
@@ -72,16 +86,25 @@ def make_groups(tp: int, pp: int, timeout_seconds: float, seed: int) -> Groups:
     dp = world // (tp * pp)
     data = [[p * dp * tp + d * tp + t for d in range(dp)] for p in range(pp) for t in range(tp)]
     model = [[p * dp * tp + d * tp + t for p in range(pp) for t in range(tp)] for d in range(dp)]
+    ends = [[t, t + (pp - 1) * dp * tp] for t in range(dp * tp)] if pp > 1 else []
     collection = ProcessGroupCollection.use_mpu_process_groups()
+    vision = copy.copy(collection)
+    if tp > 1:
+        own = [dist.get_rank()]
+        vision.tp = dist.new_group(
+            own, timeout=timeout, group_desc="vision-tp", use_local_synchronization=True
+        )
     return Groups(
         megatron=collection,
         tp=collection.tp,
         pp=collection.pp,
         dp=collection.dp,
-        loss=_make(data, None, timeout, "contrastive-loss"),
-        host_counts=_make(data, "gloo", timeout, "host-counts"),
-        host_model=_make(model, "gloo", timeout, "host-model"),
-        host_control=_make([list(range(world))], "gloo", timeout, "host-control"),
+        vision=vision,
+        pipeline_ends=_make(ends, None, timeout, "pipeline-ends"),
+        loss=_own(data, None, timeout, "contrastive-loss"),
+        host_counts=_own(data, "gloo", timeout, "host-counts"),
+        host_model=_own(model, "gloo", timeout, "host-model"),
+        host_control=_own([list(range(world))], "gloo", timeout, "host-control"),
     )
 
 

@@ -16,6 +16,7 @@ from lcl_mcore.models.backends import Choice, choose_layers
 from lcl_mcore.models.init import initialize
 from lcl_mcore.models.layers import LayerBackend
 from lcl_mcore.models.lcl import LclModel, Temperature
+from lcl_mcore.models.stages import split_stages
 from lcl_mcore.models.transformer_config import Layout
 from lcl_mcore.parallel.groups import Groups
 from lcl_mcore.platform.device import Device
@@ -37,18 +38,21 @@ def build_model(config: RunConfig, device: Device, groups: Groups) -> tuple[LclM
     """The model with its initial weights, and which backend serves each part."""
     dtype = DTYPES[config.train.precision]
     backend, choices = choose_backend(config)
-    recompute = config.parallel.recompute
+    parallel = config.parallel
+    vision_data = config.vision_parallel == "data" and parallel.tensor > 1
     layout = Layout(
-        tensor_parallel=config.parallel.tensor,
-        pipeline_parallel=config.parallel.pipeline,
-        sequence_parallel=config.parallel.sequence,
+        tensor_parallel=parallel.tensor,
+        stage_layers=split_stages(config) if parallel.pipeline > 1 else (),
+        sequence_parallel=parallel.sequence,
+        vision_data=vision_data,
         dtype=dtype,
         fp8=config.train.precision == "fp8",
         device=device.device,
-        recompute_vision=recompute in ("vision", "full"),
-        recompute_language=recompute in ("language", "full"),
+        recompute_vision=parallel.recompute_vision,
+        recompute_language=parallel.recompute_language,
     )
-    model = LclModel(config.model, layout, backend, groups.megatron)
+    vision_groups = groups.vision if vision_data else groups.megatron
+    model = LclModel(config.model, layout, backend, groups.megatron, vision_groups)
     initialize(model, config.model, config.train.seed, groups.tp.rank(), groups.tp.size())
     model.to(device.device)
     if dtype != torch.float32:

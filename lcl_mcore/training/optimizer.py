@@ -14,6 +14,7 @@ import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from lcl_mcore.config.run import OptimConfig, ParallelConfig
 from lcl_mcore.models.lcl import LclModel
@@ -89,6 +90,9 @@ class Optimizer:
         self._grads_for_norm = getattr(self.shards, new if hasattr(self.shards, new) else old)
         self.ddp, self.clip = ddp, optim.clip_grad
         self._allocate_moments()
+        model: LclModel = ddp.module
+        self.tp_group = groups.tp
+        self.vision_copies = self._shards_of(model.vision_parameters()) if model.layout.vision_data else []
         self.skipped = torch.zeros((), device=self.device)  # sticky: 1 once anything was not finite
         self.all_ranks: dist.ProcessGroup = self.shards.get_grad_stats_parallel_group()
 
@@ -109,6 +113,7 @@ class Optimizer:
             [2 + c] on the device: gradient norm before clipping, 1 if the update was skipped, the sums.
         """
         self.shards.prepare_grads()
+        self.sum_vision_copies()
         grads = self._grads_for_norm()
         square = torch.zeros((), device=self.device)
         if grads:
@@ -125,6 +130,24 @@ class Optimizer:
             group["lr"] = lr
         self.shards.step_with_ready_grads()
         return torch.cat((norm[None], self.skipped[None], sums[1:]))
+
+    def sum_vision_copies(self) -> None:
+        """Add up the gradients of a ViT that every TP rank holds whole and fed with its share of the images.
+
+        All those ranks have the same shards, so only the shards travel.
+        """
+        grads = [main.grad for main in self.vision_copies if main.grad is not None]
+        if grads:
+            flat = _flatten_dense_tensors(grads)
+            dist.all_reduce(flat, group=self.tp_group)
+            for grad, total in zip(grads, _unflatten_dense_tensors(flat, grads), strict=True):
+                grad.copy_(total)
+
+    def _shards_of(self, parameters: list[torch.nn.Parameter]) -> list[Tensor]:
+        """This rank's shards of the parameters, as far as it has any, in the parameters' order."""
+        places = self.shards.model_param_group_index_map
+        groups = self.adam.param_groups
+        return [groups[places[p][0]]["params"][places[p][1]] for p in parameters if p in places]
 
     # --- state, in the shapes of the model's parameters: the same for every data-parallel size ---
 

@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import json
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,12 +44,47 @@ QUARTERS: list[list[list[Document]]] = [
 ]
 
 
-def config_for(shape: ModelConfig, tp: int, sp: bool, **loss: Any) -> RunConfig:
+# By number of processes. `stage_layers` says how many LM layers the first stage has, see `fit`.
+LAYOUTS: dict[int, list[ParallelConfig]] = {
+    1: [ParallelConfig()],
+    2: [
+        ParallelConfig(),
+        ParallelConfig(pipeline=2, stage_layers=(0, 2), recompute_language="selective"),
+        ParallelConfig(tensor=2, vision="tensor"),
+        ParallelConfig(tensor=2, vision="tensor", sequence=True, recompute_vision="block:1"),
+        ParallelConfig(tensor=2, vision="data"),
+        ParallelConfig(tensor=2, vision="data", sequence=True, recompute_vision="selective"),
+    ],
+    4: [
+        ParallelConfig(),
+        ParallelConfig(
+            pipeline=2, stage_layers=(1, 1), recompute_vision="full", recompute_language="block:1"
+        ),
+        ParallelConfig(pipeline=4, stage_layers=(1, 1, 1, 1)),
+        ParallelConfig(tensor=2, pipeline=2, stage_layers=(1, 1), vision="data"),
+        ParallelConfig(tensor=2, pipeline=2, stage_layers=(1, 1), vision="tensor", sequence=True),
+        ParallelConfig(tensor=2, vision="data", sequence=True),
+        ParallelConfig(tensor=2, vision="tensor", sequence=True),
+    ],
+}
+
+
+def fit(shape: ModelConfig, parallel: ParallelConfig) -> tuple[ModelConfig, ParallelConfig]:
+    """Give a pipeline of four stages four layers, and put what the first stage leaves on the others."""
+    if parallel.stage_layers is None:
+        return shape, parallel
+    if parallel.pipeline == 4:
+        return dataclasses.replace(shape, language=dataclasses.replace(shape.language, layers=4)), parallel
+    first = parallel.stage_layers[0]
+    return shape, dataclasses.replace(parallel, stage_layers=(first, shape.language.layers - first))
+
+
+def config_for(shape: ModelConfig, parallel: ParallelConfig, **loss: Any) -> RunConfig:
     return RunConfig(
         model=shape,
         data=DataConfig(sequence_length=ROW),
         loss=LossConfig(**loss),
-        parallel=ParallelConfig(tensor=tp, sequence=sp, timeout_seconds=60),
+        parallel=dataclasses.replace(parallel, timeout_seconds=60),
         train=TrainConfig(micro_batch_size=1, global_batch_size=8, seed=3),
     )
 
@@ -108,54 +143,62 @@ def step_batch(per_rank: list[list[MicroBatch]], rank: int) -> StepBatch:
     return StepBatch(tuple(per_rank[rank]), global_counts, {}, "")
 
 
-def full_gradients(model: LclModel, ddp: Any, groups: Groups) -> dict[str, torch.Tensor]:
-    """Undo both shardings: gather the reduced shards over dp, then the parameters' shares over tp."""
-    for buffer in ddp.buffers:
-        for bucket in buffer.buckets:
-            own = shard_buffer(bucket.grad_data, groups.dp.size())[groups.dp.rank()].clone()
-            dist.all_gather_into_tensor(bucket.grad_data, own, group=groups.dp)
+def whole(
+    model: LclModel, groups: Groups, tensor_of: Callable[[Any], torch.Tensor]
+) -> dict[str, torch.Tensor]:
+    """Undo the split over tp and pp: a tensor of every parameter under its name in the whole model."""
     result = {}
     for name, parameter in model.named_parameters():
-        parts = [torch.empty_like(parameter.main_grad) for _ in range(groups.tp.size())]
-        dist.all_gather(parts, parameter.main_grad.contiguous(), group=groups.tp)
+        own = tensor_of(parameter).contiguous()
+        parts = [torch.empty_like(own) for _ in range(groups.tp.size())]
+        dist.all_gather(parts, own, group=groups.tp)
         if getattr(parameter, "tensor_model_parallel", False):
-            result[name] = torch.cat(parts, parameter.partition_dim)
+            result[model.canonical_name(name)] = torch.cat(parts, parameter.partition_dim)
         else:
             spread = max(float((part - parts[0]).abs().max()) for part in parts)
             assert spread <= 1e-6 * max(float(parts[0].abs().max()), 1e-3), (
                 f"{name} differs over tp: {spread}"
             )
-            result[name] = parts[0]
+            result[model.canonical_name(name)] = parts[0].clone()
+    stages: list[Any] = [None] * groups.pp.size()
+    dist.all_gather_object(stages, result, group=groups.pp)
+    for stage in stages:
+        for name in stage.keys() & result.keys():  # a tied matrix has a copy on both ends
+            torch.testing.assert_close(stage[name], result[name], rtol=1e-6, atol=1e-9)
+        result |= stage
     return result
 
 
-def full_state(model: LclModel, groups: Groups) -> dict[str, torch.Tensor]:
-    state = {}
-    for name, parameter in model.named_parameters():
-        parts = [torch.empty_like(parameter) for _ in range(groups.tp.size())]
-        dist.all_gather(parts, parameter.detach().contiguous(), group=groups.tp)
-        split = getattr(parameter, "tensor_model_parallel", False)
-        state[name] = torch.cat(parts, parameter.partition_dim) if split else parts[0].clone()
-    return state
+def full_gradients(
+    model: LclModel, ddp: Any, optimizer: Optimizer, groups: Groups
+) -> dict[str, torch.Tensor]:
+    """Gather the reduced shards over dp, then undo the other splits."""
+    for buffer in ddp.buffers:
+        for bucket in buffer.buckets:
+            own = shard_buffer(bucket.grad_data, groups.dp.size())[groups.dp.rank()].clone()
+            dist.all_gather_into_tensor(bucket.grad_data, own, group=groups.dp)
+    return whole(model, groups, lambda parameter: parameter.main_grad)
 
 
 def run_case(
-    shape: ModelConfig, groups: Groups, sp: bool, micros: int, mean: str, **loss: Any
+    shape: ModelConfig, groups: Groups, parallel: ParallelConfig, micros: int, mean: str, **loss: Any
 ) -> dict[str, Any]:
     """One step in one layout; errors relative to the reference on the whole batch."""
     device = pick_device("cpu")
     tp = groups.tp.size()
-    config = config_for(shape, tp, sp, mean=mean, **loss)
+    shape, parallel = fit(shape, parallel)
+    config = config_for(shape, parallel, mean=mean, **loss)
     model, _ = build_model(config, device, groups)
     with torch.no_grad():  # zeros and ones would hide mistakes
-        for name, parameter in model.named_parameters():
+        for local, parameter in model.named_parameters():
+            name = model.canonical_name(local)
             if "norm" in name or name.endswith("bias"):
                 generator = torch.Generator().manual_seed(len(name))
-                whole = torch.randn(parameter.shape[0] * tp, generator=generator)
+                noise = torch.randn(parameter.shape[0] * tp, generator=generator)
                 split = getattr(parameter, "tensor_model_parallel", False)
-                share = whole.chunk(tp)[groups.tp.rank()] if split else whole[: parameter.shape[0]]
+                share = noise.chunk(tp)[groups.tp.rank()] if split else noise[: parameter.shape[0]]
                 parameter += 0.1 * share
-    state = full_state(model, groups)
+    state = whole(model, groups, lambda parameter: parameter.detach())
     ddp = wrap_data_parallel(model, config.parallel, groups)
     optimizer = Optimizer(ddp, config.optim, torch.float32, groups)
     train = TrainStep(config, model, ddp, optimizer, groups)
@@ -167,8 +210,12 @@ def run_case(
     optimizer.zero_grad()
     contrastive, generation = train.accumulate_gradients(0, step_batch(grouped, groups.dp.rank()))
     finalize_model_grads([ddp], pg_collection=groups.megatron)
+    optimizer.shards.prepare_grads()
+    optimizer.sum_vision_copies()
+    for losses in (contrastive, generation):  # known on the last stage alone, zero on the others
+        dist.all_reduce(losses, group=groups.pp)
     dist.all_reduce(generation, group=groups.dp)
-    gradients = full_gradients(model, ddp, groups)
+    gradients = full_gradients(model, ddp, optimizer, groups)
     result: dict[str, Any] = {"contrastive": contrastive.item(), "generation": generation.item()}
     stochastic = shape.vision.drop_path > 0 or shape.language.dropout > 0
     if dist.get_rank() == 0 and not stochastic:
@@ -191,21 +238,21 @@ def run_case(
     return result
 
 
-def cases(groups: Groups, sp: bool, last: bool) -> Iterator[dict[str, Any]]:
+def cases(groups: Groups, parallel: ParallelConfig, last: bool) -> Iterator[dict[str, Any]]:
     """All cases of one layout; those of other implementations and weights in the `last` one only."""
-    most = 8 * groups.tp.size() // dist.get_world_size()  # micro-batches that a rank's rows allow
+    most = 8 * parallel.tensor * parallel.pipeline // dist.get_world_size()  # micro-batches of a rank's rows
     for name, shape in SHAPES.items():
         for micros, mean in itertools.product((1, 2, 5), ("global", "rank")):
-            if micros <= most:
+            if micros <= most and (micros < 5 or parallel.pipeline == 1):  # a pipeline's have equal sizes
                 case = {"shape": name, "micros": micros, "mean": mean}
-                yield case | run_case(shape, groups, sp, micros, mean)
-        if last:
-            for micros, options in EXTRA:
+                yield case | run_case(shape, groups, parallel, micros, mean)
+        for micros, options in EXTRA if last or parallel.pipeline > 1 else ():
+            if parallel.pipeline == 1 or "negatives" not in options:
                 case = {"shape": name, "micros": micros, "mean": "global", **options}
-                yield case | run_case(shape, groups, sp, micros, "global", **options)
+                yield case | run_case(shape, groups, parallel, micros, "global", **options)
     for micros in (1, 2):
         case = {"shape": "dropping", "micros": micros, "mean": "global"}
-        yield case | run_case(with_rates(SHAPES["opt"], 0.3, 0.2), groups, sp, micros, "global")
+        yield case | run_case(with_rates(SHAPES["opt"], 0.3, 0.2), groups, parallel, micros, "global")
 
 
 EXTRA: tuple[tuple[int, dict[str, Any]], ...] = (
@@ -220,14 +267,12 @@ def main() -> None:
     device = pick_device("cpu")
     init_process_group(device, 60)
     world = dist.get_world_size()
-    results = []
-    for tp in (1, 2)[:world]:
-        groups = make_groups(tp, 1, 60, 1)  # once per layout: each set of groups costs threads
-        for sp in (False, True)[:tp]:
-            results += [
-                {"tp": tp, "sp": sp, "world": world} | case
-                for case in cases(groups, sp, last=tp == min(world, 2))
-            ]
+    results, layouts = [], LAYOUTS[world]
+    for (tp, pp), group in itertools.groupby(layouts, key=lambda item: (item.tensor, item.pipeline)):
+        groups = make_groups(tp, pp, 60, 1)  # once per mesh: each set of groups costs threads
+        for parallel in group:
+            place = {"tp": tp, "pp": pp, "sp": parallel.sequence, "vision": parallel.vision, "world": world}
+            results += [place | case for case in cases(groups, parallel, last=parallel is layouts[-1])]
         parallel_state.destroy_model_parallel()
     if dist.get_rank() == 0:
         print(json.dumps(results))

@@ -51,7 +51,7 @@ def config_for(args: argparse.Namespace) -> RunConfig:
         recipe="gpu-test",
         model=shape,
         data=DataConfig(sequence_length=256),
-        parallel=ParallelConfig(recompute=args.recompute),
+        parallel=ParallelConfig(recompute_vision=args.recompute, recompute_language=args.recompute),
         train=TrainConfig(
             micro_batch_size=4, global_batch_size=4 * args.micro_batches, precision=args.precision,
             backend=args.backend, seed=3,

@@ -37,6 +37,7 @@ from lcl_mcore.models.released import (
     to_released,
     write_full_state,
 )
+from lcl_mcore.models.stages import stage_of
 from reference_model import ReferenceLcl
 
 Build = Callable[..., LclModel]
@@ -193,6 +194,12 @@ def test_both_directions_are_exact(build: Build) -> None:
 class Share(nn.Module):
     """The parameters that one of `tp` ranks would hold, under the same names and with the same marks."""
 
+    stage = stage_of((2,), 0)
+
+    @staticmethod
+    def canonical_name(name: str) -> str:
+        return name
+
     def __init__(self, model: nn.Module, tp: int) -> None:
         super().__init__()
         self.shares = {}
@@ -336,7 +343,7 @@ def test_the_tool_writes_weights_and_a_configuration(tmp_path: Path) -> None:
     ]
     refused = subprocess.run([*command, "3"], capture_output=True, text=True, timeout=120, check=False)
     assert refused.returncode == 2
-    assert "model.vision.heads = 2 with parallel.tensor = 3" in refused.stderr
+    assert "model.language.heads = 2 with parallel.tensor = 3" in refused.stderr
     assert not (tmp_path / "out").exists()
     done = subprocess.run([*command, "2"], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr

@@ -45,4 +45,4 @@ def test_the_command_line_is_a_decision() -> None:
 
     from lcl_mcore.config.cli import Flags
 
-    assert len(dataclasses.fields(Flags)) == 35
+    assert len(dataclasses.fields(Flags)) == 37
