@@ -27,6 +27,12 @@ class NonFiniteError(LclError):
     exit_code = 3
 
 
+class PeerError(LclError):
+    """Another rank is gone, hangs, or ended with an error of its own; this one cannot go on alone."""
+
+    exit_code = 4
+
+
 def explain(value: object, rule: str, remedy: str) -> str:
     """Join the three parts every message has: what was given, what must hold, what to do."""
     return f"{value}: {rule}. {remedy}"

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from lcl_mcore.config.cli import parse_flags, resolve
 from lcl_mcore.config.files import check_folder, write_config
+from lcl_mcore.config.restart import is_restart
 from lcl_mcore.entry import run_main
 
 
@@ -22,7 +23,8 @@ def main() -> int:
     config = resolve(flags)
     config.check_processes(int(os.environ.get("WORLD_SIZE", "1")))
     folder = flags.out or Path("runs") / config.recipe
-    check_folder(folder, flags.resume)
+    resume = flags.resume or is_restart(folder)  # torchrun repeats the same command after a failure
+    check_folder(folder, resume)
 
     # Imported only now, so that a mistake above is answered at once.
     from lcl_mcore.training.launch import start_job
@@ -31,7 +33,7 @@ def main() -> int:
     job = start_job(config, folder)
     if job.rank == 0:
         write_config(config, folder)
-    return Trainer(config, job, resume=flags.resume, init_from=flags.init_from).run()
+    return Trainer(config, job, resume=resume, init_from=flags.init_from).run()
 
 
 if __name__ == "__main__":

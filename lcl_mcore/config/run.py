@@ -7,6 +7,7 @@ from typing import Literal
 
 from lcl_mcore.config.base import config_dataclass, require
 from lcl_mcore.config.data import DataConfig
+from lcl_mcore.config.faults import FaultConfig
 from lcl_mcore.config.model import ModelConfig
 
 VISION_TENSOR_PARAMETERS = 10**9
@@ -213,6 +214,7 @@ class RunConfig:
     train: TrainConfig = TrainConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
+    faults: FaultConfig = FaultConfig()
 
     def __post_init__(self) -> None:
         tp, model = self.parallel.tensor, self.model

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -42,6 +43,11 @@ class StepLoader(Iterator[StepBatch]):
         """The next step of this rank; waits only when it is not ready yet."""
         return next(self._prefetcher)
 
+    @property
+    def read_seconds(self) -> float:
+        """Time that this rank spent reading and decoding so far; 0 where another rank reads for it."""
+        return self._source.read_seconds
+
     def close(self) -> None:
         """Stop the thread and give back files. All ranks must have taken the same number of steps."""
         self._prefetcher.close()
@@ -75,6 +81,7 @@ class StepReader:
         model_group: dist.ProcessGroup | None,
         position: dict[str, Any] | None,
     ) -> None:
+        self.read_seconds = 0.0
         self._mix = mix
         self._seed = seed
         self._micro_batch_size = micro_batch_size
@@ -120,10 +127,12 @@ class StepReader:
 
     def _step_or_error(self) -> StepBatch | DataError:
         micro_batches: tuple[MicroBatch, ...] = ()
+        started = time.perf_counter()
         try:
             micro_batches, report = self._read()
         except DataError as error:
             report = error
+        self.read_seconds += time.perf_counter() - started
         try:
             reports = gather_reports(report, self._counts_group)
         except DataError as error:
@@ -187,6 +196,7 @@ class StepReceiver:
 
     def __init__(self, group: dist.ProcessGroup) -> None:
         self._group = group
+        self.read_seconds = 0.0
 
     def next_step(self) -> StepBatch:
         """The step that the reading rank sent; its error, if it sent one."""

@@ -8,6 +8,8 @@ from datetime import timedelta
 
 import torch
 
+from lcl_mcore.platform.rendezvous import join_store
+
 
 @dataclass(frozen=True)
 class Device:
@@ -76,18 +78,25 @@ def pick_device(requested: str = "auto") -> Device:
     return Device("cuda", device, "nccl", torch.cuda.get_device_name(device))
 
 
-def init_process_group(device: Device, timeout_seconds: float) -> None:
-    """Join the job that torchrun (or SLURM through torchrun) described; a single process if none did."""
+def init_process_group(device: Device, timeout_seconds: float) -> torch.distributed.Store:
+    """Join the job that torchrun (or SLURM through torchrun) described; a single process if none did.
+
+    Returns:
+        The store that this job's processes share; nothing of an earlier attempt is in it.
+    """
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0")
-        store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True)
-        torch.distributed.init_process_group(
-            device.backend, store=store, rank=0, world_size=1, timeout=timedelta(seconds=timeout_seconds)
-        )
-        return
+        store: torch.distributed.Store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True)
+        rank, world = 0, 1
+    else:
+        store, rank, world = join_store(timeout_seconds)
     torch.distributed.init_process_group(
         device.backend,
+        store=store,
+        rank=rank,
+        world_size=world,
         timeout=timedelta(seconds=timeout_seconds),
         device_id=device.device if device.is_cuda else None,
     )
+    return store

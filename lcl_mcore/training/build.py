@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from lcl_mcore.config.run import RunConfig
 from lcl_mcore.data.loader import StepLoader, build_loader
@@ -96,3 +97,4 @@ class Job:
     world: int
     folder: Path
     note: Callable[[str], None]
+    store: dist.Store  # of this attempt of the job alone

@@ -12,6 +12,7 @@ from lcl_mcore.config.run import RunConfig
 from lcl_mcore.parallel.groups import make_groups
 from lcl_mcore.platform.device import init_process_group, pick_device
 from lcl_mcore.training.build import Job, choose_backend
+from lcl_mcore.training.collectives import record_collectives
 
 
 def start_job(config: RunConfig, folder: Path) -> Job:
@@ -23,7 +24,8 @@ def start_job(config: RunConfig, folder: Path) -> Job:
     if config.parallel.tensor > 1:  # megatron's overlap of gradient communication counts on launch order
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = pick_device(config.train.device)
-    init_process_group(device, config.parallel.timeout_seconds)
+    record_collectives()
+    store = init_process_group(device, config.parallel.timeout_seconds)
     rank = dist.get_rank()
     groups = make_groups(
         config.parallel.tensor, config.parallel.pipeline, config.parallel.timeout_seconds, config.train.seed
@@ -33,7 +35,7 @@ def start_job(config: RunConfig, folder: Path) -> Job:
         if rank == 0:
             print(text, flush=True)
 
-    return Job(device, groups, rank, dist.get_world_size(), folder, note)
+    return Job(device, groups, rank, dist.get_world_size(), folder, note, store)
 
 
 def _limit_threads() -> None:

@@ -115,10 +115,13 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return records
 
 
-def _keep_steps(path: Path, done: int) -> None:
-    kept = [record for record in read_metrics(path) if record["step"] <= done]
+def _keep_steps(path: Path, done: int) -> float:
+    """Drop the lines of steps after `done`; the seconds that those steps took, data waits left out."""
+    records = read_metrics(path)
+    kept = [record for record in records if record["step"] <= done]
     if path.is_file():
         path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+    return float(sum(r["step_seconds"] - r.get("data_seconds", 0.0) for r in records if r["step"] > done))
 
 
 class RunLog:
@@ -129,16 +132,24 @@ class RunLog:
     ) -> None:
         """`done` steps are in the checkpoint; lines of later ones, lost with a crash, are dropped."""
         self.enabled, self.every, self.steps = enabled, every, steps
+        self.folder, self.tensorboard = folder, tensorboard
         self.file: TextIO | None = None
         self.board: Any = None
-        if not enabled:
-            return
-        _keep_steps(folder / "metrics.jsonl", done)
-        self.file = open(folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
-        if tensorboard:
+        self.lost_seconds = self.rewind(done)
+        """Time in steps that an earlier attempt logged and no checkpoint holds."""
+
+    def rewind(self, done: int) -> float:
+        """Go on after `done` steps: lines of later ones are dropped; returns the seconds those steps took."""
+        if not self.enabled:
+            return 0.0
+        self.close()
+        lost = _keep_steps(self.folder / "metrics.jsonl", done)
+        self.file = open(self.folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        if self.tensorboard:
             from torch.utils.tensorboard import SummaryWriter
 
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done + 1)
+        return lost
 
     def note(self, text: str) -> None:
         """A line for the person watching."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +21,13 @@ from lcl_mcore.training.build import DTYPES, Job, build_data, build_model
 from lcl_mcore.training.checkpoint import Checkpointer, TrainState, checkpoint_path
 from lcl_mcore.training.metrics import DeferredStats, RunLog, Speed, StepStats, Stopwatch
 from lcl_mcore.training.optimizer import Optimizer, wrap_data_parallel
+from lcl_mcore.training.own_time import Comparison
+from lcl_mcore.training.recovery import Recovery, batch_number, newest_before, share_ranges
 from lcl_mcore.training.schedule import learning_rate
 from lcl_mcore.training.signals import StopRequest
 from lcl_mcore.training.step import TrainStep
+from lcl_mcore.training.uptime import Uptime, read_events
+from lcl_mcore.training.watchdog import Watchdog, explained
 
 MAX_FAILED_SAVES = 2
 
@@ -46,17 +50,30 @@ class Pending:
     step: int
     lr: float
     batch: StepBatch
+    before: Progress
     images: int
     seconds: float
     data_seconds: float
 
 
+class StepFaultError(Exception):
+    """A step whose batches must not count: `first` to `last` are left out, and training goes on elsewhere."""
+
+    def __init__(self, kind: str, pending: Pending, stats: StepStats, first: int, last: int) -> None:
+        super().__init__(kind)
+        self.kind, self.pending, self.stats, self.first, self.last = kind, pending, stats, first, last
+
+
 class Trainer:
     """Trains one run on this rank from its folder's newest checkpoint, or from the start."""
 
+    @explained
     def __init__(self, config: RunConfig, job: Job, *, resume: bool, init_from: Path | None = None) -> None:
         self.config, self.job = config, job
         self.stop = StopRequest()
+        self.watchdog = Watchdog(
+            job.store, job.rank, job.world, config.parallel.timeout_seconds, config.faults.straggler_ratio
+        )
         self.model, self.choices = build_model(config, job.device, job.groups)
         if init_from is not None:
             self._start_from(init_from)
@@ -72,6 +89,9 @@ class Trainer:
             config.checkpoint.keep,
         )
         self.progress = self._restore() if resume else Progress()
+        control = job.groups.host_control
+        logged = share_ranges(read_events(job.folder) if resume else [], control)
+        self.recovery = Recovery(config.faults, self.progress.position, logged)
         self.loader, tokenizer = build_data(config, job.device, job.groups, self.progress.position)
         if tokenizer.vocab_size > config.model.language.vocab_size:
             raise ConfigError(explain(
@@ -87,7 +107,13 @@ class Trainer:
             config.train.steps,
             self.progress.step,
         )
+        parallel = config.parallel
+        layout = f"tp{parallel.tensor} pp{parallel.pipeline} dp{job.groups.dp.size()}"
+        self.uptime = Uptime(job.folder, job.rank == 0, self.progress.step, job.world, layout)
+        self.uptime.lost(self.log.lost_seconds)
         self.stats, self.speed = DeferredStats(job.device.device), Speed()
+        self.watch = Stopwatch()
+        self.slow: Comparison | None = None
         self.waiting: dict[int, Pending] = {}
         self.failed_saves = 0
 
@@ -108,62 +134,104 @@ class Trainer:
         self.job.note(f"resume: {path}, {state.step} steps done")
         return Progress(state.step, state.images_seen, state.tokens_seen, state.position, state.order_hash)
 
+    @explained
     def run(self) -> int:
         """Train to the last step or a stop request; returns the process's exit code."""
         self._announce()
         gc.disable()  # collected at steps of our choosing, so that no rank stalls the others at random
         try:
             self._loop()
+            self.uptime.end()
+            self.log.note(self.uptime.total().describe())
         finally:
             gc.enable()
             self.loader.close()
             self.log.close()
+        self.watchdog.close()
         return 0
 
     def _loop(self) -> None:
-        total, watch = self.config.train.steps, Stopwatch()
-        while self.progress.step < total:
-            step = self.progress.step
-            waited = Stopwatch()
+        self.watch.lap()
+        while self.progress.step < self.config.train.steps:
+            try:
+                if self._advance():
+                    self.log.note(
+                        f"stopped by request after step {self.progress.step}; continue with --resume"
+                    )
+                    return
+            except StepFaultError as fault:
+                self._recover(fault)
+
+    def _advance(self) -> bool:
+        """One step, and a checkpoint when one is due; returns whether some rank asked to stop."""
+        total, before = self.config.train.steps, self.progress
+        step = before.step
+        waited = Stopwatch()
+        batch = self._next_batch()
+        data_seconds = waited.lap()
+        self.uptime.begin()
+        self.watchdog.mark("step", step)
+        lr = learning_rate(step, self.config.optim, total)
+        self.watchdog.own.enter()
+        values = self.train_step.run(step, batch, lr, bool(self.stop))
+        self.progress = Progress(
+            step + 1,
+            before.images + sum(batch.counts.images),
+            before.tokens + sum(batch.counts.tokens),
+            batch.position,
+            batch.order_hash,
+        )
+        stats = self.stats.push(step, values)
+        self.watchdog.own.leave(self.loader.read_seconds)
+        self.waiting[step] = Pending(
+            step, lr, batch, before, self.progress.images, self.watch.lap(), data_seconds
+        )
+        stopping = stats is not None and self._handle(stats)
+        every = self.config.checkpoint.every
+        if stopping or self.progress.step == total or (every and self.progress.step % every == 0):
+            for late in self.stats.drain():
+                stopping = self._handle(late) or stopping
+            self.progress = replace(self.progress, position=self.recovery.position(batch.position))
+            self.watchdog.mark("save", step)
+            self._save(final=stopping or self.progress.step == total)
+            self.uptime.stall(self.watch.lap())
+        if step % 50 == 0:
+            gc.collect()
+        return stopping
+
+    def _next_batch(self) -> StepBatch:
+        """The next batch that is to be trained on."""
+        while True:
+            self.watchdog.mark("data", self.progress.step)
             batch = next(self.loader)
-            data_seconds = waited.lap()
-            lr = learning_rate(step, self.config.optim, total)
-            values = self.train_step.run(step, batch, lr, bool(self.stop))
-            self.progress = Progress(
-                step + 1,
-                self.progress.images + sum(batch.counts.images),
-                self.progress.tokens + sum(batch.counts.tokens),
-                batch.position,
-                batch.order_hash,
-            )
-            stats = self.stats.push(step, values)
-            self.waiting[step] = Pending(step, lr, batch, self.progress.images, watch.lap(), data_seconds)
-            stopping = stats is not None and self._handle(stats)
-            every = self.config.checkpoint.every
-            if stopping or self.progress.step == total or (every and self.progress.step % every == 0):
-                for late in self.stats.drain():
-                    stopping = self._handle(late) or stopping
-                self._save(final=stopping or self.progress.step == total)
-                watch.lap()
-            if stopping:
-                self.log.note(f"stopped by request after step {self.progress.step}; continue with --resume")
-                return
-            if step % 50 == 0:
-                gc.collect()
+            if not self.recovery.leaves_out(batch_number(batch)):
+                return batch
+            self.log.note(f"batch {batch_number(batch)} left out (order hash {batch.order_hash})")
 
     def _handle(self, stats: StepStats) -> bool:
-        """Log a finished step; returns whether some rank asked to stop."""
+        """Log a finished step; returns whether some rank asked to stop.
+
+        Raises:
+            StepFaultError: the step does not count, and the run may go on without its batch.
+            NonFiniteError: it does not count, and the run ends.
+        """
         pending = self.waiting.pop(stats.step)
+        number = batch_number(pending.batch)
         if stats.skipped:
-            self._raise_nonfinite(stats)
+            if self.config.faults.nonfinite == "stop":
+                self._raise_nonfinite(stats)
+            raise StepFaultError("nonfinite", pending, stats, number, number)
+        self.recovery.bad_in_a_row = 0
         self.speed.add(pending.seconds, pending.data_seconds)
+        self.uptime.step(pending.seconds, pending.data_seconds)
         counts, seconds = pending.batch.counts, self.speed.step_seconds
         images, tokens = sum(counts.images), sum(counts.tokens)
         rows = self.config.train.global_batch_size * self.config.data.sequence_length
-        loss = self.config.loss
+        weights = self.config.loss
+        loss = weights.contrastive_weight * stats.contrastive + weights.generation_weight * stats.generation
         self.log.step({
             "step": stats.step + 1,
-            "loss": loss.contrastive_weight * stats.contrastive + loss.generation_weight * stats.generation,
+            "loss": loss,
             "contrastive": stats.contrastive,
             "generation": stats.generation,
             "grad_norm": stats.grad_norm,
@@ -174,26 +242,114 @@ class Trainer:
             "contexts": sum(counts.contexts),
             "targets": sum(counts.targets),
             "step_seconds": pending.seconds,
+            "data_seconds": pending.data_seconds,
             "images_per_second": images / seconds,
             "tokens_per_second": tokens / seconds,
             "padding": 1.0 - tokens / rows,
             "data_wait": self.speed.data_seconds / seconds,
             "mfu": self.flops.mfu(pending.batch, seconds),
             "eta_seconds": (self.config.train.steps - stats.step - 1) * seconds,
+            "ettr": self.uptime.total().ettr,
             "order_hash": pending.batch.order_hash,
+            **self._slowest(),
             **{f"data_{name}": value for name, value in pending.batch.statistics.items()},
         })  # fmt: skip
+        if self.config.faults.spike != "off" and self.recovery.spikes.add(number, loss):
+            first = self.recovery.spikes.above[0] - self.config.faults.spike_margin
+            raise StepFaultError("spike", pending, stats, max(first, 0), number)
         return stats.stop_requests > 0
+
+    def _slowest(self) -> dict[str, float]:
+        """The slowest rank of the newest comparison, for the metrics; a straggler is also told and noted once."""
+        found = self.watchdog.comparison
+        if found is None:
+            return {}
+        before, self.slow = self.slow, found
+        named = None if before is None else (before.slowest, before.kind)
+        if found.kind and (found.slowest, found.kind) != named:
+            work = "works" if found.kind == "own" else "reads its data for"
+            self.log.note(
+                f"straggler  rank {found.slowest} {work} {found.seconds:.3f} s a step, the others {found.median:.3f} s "
+                f"({found.ratio:.1f} times; over {found.steps} steps)"
+            )
+            self.uptime.event("straggler", **vars(found))
+        return {"slowest_rank": found.slowest, "slowest_seconds": found.seconds, "slowest_ratio": found.ratio}
+
+    def _recover(self, fault: StepFaultError) -> None:
+        """Leave the fault's batches out for good, here or from an earlier checkpoint on; all ranks together."""
+        policy, recovery = self.config.faults, self.recovery
+        late, queued = self.stats.drain(), dict(self.waiting)
+        newest = max([fault.pending, *self.waiting.values()], key=lambda pending: pending.step)
+        self.waiting.clear()
+        last = batch_number(newest.batch) if fault.kind == "nonfinite" else fault.last
+        recovery.bad_in_a_row += fault.kind == "nonfinite"
+        if recovery.bad_in_a_row >= policy.nonfinite_limit:
+            self._raise_nonfinite(fault.stats)
+        what = f"loss spike at batches {recovery.spikes.above}"
+        if fault.kind == "nonfinite":
+            what = f"gradient norm {fault.stats.grad_norm} (ranks {self._nonfinite_ranks() or 'unknown'})"
+        self.log.note(
+            f"step {fault.stats.step + 1}: {what}; batches {fault.first} to {last} are left out "
+            f"(order hash {fault.pending.batch.order_hash})"
+        )
+        recovery.leave_out(fault.first, last)
+        self.uptime.event("leave-out", batches=[fault.first, last], step=fault.stats.step + 1, why=what)
+        if fault.kind == "nonfinite":
+            self.optimizer.skipped.zero_()  # parameters and moments are as before the step
+        if fault.kind == "spike" or policy.nonfinite == "rollback":
+            if self._go_back(fault.first):
+                return
+            self.log.note("WARNING no checkpoint is older than these batches: going on without going back")
+        if fault.kind == "nonfinite":
+            position, order = newest.batch.position, newest.batch.order_hash
+            self.progress = replace(fault.pending.before, position=position, order_hash=order)
+            return
+        recovery.spikes.above.clear()
+        self.waiting = queued
+        for stats in late:
+            try:
+                self._handle(stats)
+            except StepFaultError as another:
+                self._recover(another)
+
+    def _go_back(self, batch: int) -> bool:
+        """Continue from the newest checkpoint that has not seen `batch`; False if there is none."""
+        if not self.recovery.may_go_back(batch):
+            raise NonFiniteError(explain(
+                f"batch {batch}", f"the run went back {self.config.faults.rollback_limit} times from here without "
+                "getting past it", "Look at the data and the learning rate; --resume starts at the last checkpoint."
+            ))  # fmt: skip
+        self.watchdog.mark("restore", self.progress.step)
+        path = newest_before(self.checkpointer.folder, batch, self.job.groups.host_control)
+        if path is None:
+            return False
+        if self.ddp.ddp_config.overlap_param_gather:
+            self.ddp.start_param_sync(force_sync=True)
+        state = self.checkpointer.load(path)
+        self.loader.close()
+        self.recovery.restore(state.position)
+        self.loader, _ = build_data(self.config, self.job.device, self.job.groups, state.position)
+        self.progress = Progress(
+            state.step, state.images_seen, state.tokens_seen, state.position, state.order_hash
+        )
+        self.uptime.lost(self.log.rewind(state.step))
+        self.uptime.event("rollback", step=state.step, checkpoint=path.name)
+        self.log.note(f"went back to {path}, {state.step} steps done")
+        return True
+
+    def _nonfinite_ranks(self) -> list[int]:
+        """Ranks whose own outputs were not finite; all ranks ask together."""
+        own = torch.tensor([float(self.train_step.finite)])
+        everyone = [torch.zeros_like(own) for _ in range(self.job.world)]
+        dist.all_gather(everyone, own, group=self.job.groups.host_control)
+        return [rank for rank, finite in enumerate(everyone) if finite.item() == 0.0]
 
     def _raise_nonfinite(self, stats: StepStats) -> None:
         """Name step and ranks; the device already refused this and every later update.
 
         On CUDA the flag is read a step later, so a rank is named when its outputs still are not finite.
         """
-        losses = torch.tensor([float(self.train_step.finite)])
-        everyone = [torch.zeros_like(losses) for _ in range(self.job.world)]
-        dist.all_gather(everyone, losses, group=self.job.groups.host_control)
-        ranks = [rank for rank, finite in enumerate(everyone) if finite.item() == 0.0]
+        ranks = self._nonfinite_ranks()
         where = (
             f"what rank {', '.join(map(str, ranks))} computed"
             if ranks
