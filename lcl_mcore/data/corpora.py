@@ -19,6 +19,7 @@ def fetch(package: str, folder: Path) -> Path:
     """Unpack one package below `folder` and return its tree; does nothing if it is there."""
     if package not in PACKAGES:
         raise DataError(explain(package, f"is not one of {', '.join(PACKAGES)}", "Choose one of these."))
+    folder = folder.resolve()  # the commands below run in a folder of their own
     target = folder / package
     if target.is_dir():
         return target
