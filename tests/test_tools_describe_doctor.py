@@ -16,7 +16,7 @@ import pytest
 
 from lcl_mcore.config.recipes import RECIPES, load_recipe
 from lcl_mcore.models.count import parameter_counts
-from lcl_mcore.platform import doctor
+from lcl_mcore.platform import doctor, preflight
 
 TOOLS = Path(__file__).parent.parent / "tools"
 
@@ -140,17 +140,54 @@ def test_doctor_survives_a_broken_dependency(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.mark.distributed
-def test_doctor_sums_over_the_processes_of_torchrun() -> None:
+def test_doctor_checks_links_clocks_and_the_run_folder_over_the_processes_of_torchrun(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [*command, str(TOOLS / "doctor.py"), "--json"],
+        [*command, str(TOOLS / "doctor.py"), "--json", "--folder", str(tmp_path / "run"), "--megabytes", "4"],
         capture_output=True, text=True, timeout=200, check=False, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    ranks = json.loads(done.stdout)["ranks"]
+    found = json.loads(done.stdout)["preflight"]
+    ranks = found["ranks"]
     assert [(r["rank"], r["total"]) for r in ranks] == [(0, 3.0), (1, 3.0)]
     assert all(r["small_ms"] > 0 and r["large_ms"] > 0 for r in ranks)
+    for rank in ranks:  # 2 (n - 1) / n = 1: bytes over seconds
+        assert rank["bus_gb_per_s"] == pytest.approx(4e6 / (1e6 * rank["large_ms"]))
+    assert found["clock_seconds"] < 1
+    assert len(found["storage"]) == 1  # one node
+    assert found["storage"][0]["write_mb_per_s"] > 0
+    assert found["storage"][0]["read_mb_per_s"] > 0
+    assert list((tmp_path / "run").iterdir()) == []  # nothing is left behind
+
+
+def test_preflight_names_the_nodes_that_differ() -> None:
+    same = {"torch": "2.13.0", "nccl": "2.28"}
+    nodes = ["n1", "n1", "n2", "n3"]
+    assert preflight.compare_facts(nodes, [same] * 4) == []
+    assert preflight.compare_facts(nodes, [same, same, {**same, "nccl": "2.27"}, {"torch": "2.13.0"}]) == [
+        "nccl is 2.27 on n2, 2.28 elsewhere", "nccl is none on n3, 2.28 elsewhere",
+    ]  # fmt: skip
+
+
+def test_preflight_tells_shared_storage_from_two_folders(tmp_path: Path) -> None:
+    payload = b"x" * 1000
+    written = preflight._guard(lambda: preflight._write(tmp_path / "a" / "0", payload))
+    assert written["problem"] == ""
+    assert preflight._read(tmp_path / "a" / "0", payload, "n1").keys() == {"read"}
+    assert "other bytes than n1 wrote" in preflight._read(tmp_path / "a" / "0", b"y" * 1000, "n1")["problem"]
+    (tmp_path / "file").write_text("no folder")
+    broken = preflight._guard(lambda: preflight._write(tmp_path / "file" / "0", payload))
+    assert "must be writable storage of all nodes" in broken["problem"]
+
+
+def test_preflight_says_when_the_nodes_do_not_share_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    times = iter([0.0, 5.0, 11.0, 12.0])
+    monkeypatch.setattr(preflight.time, "monotonic", lambda: next(times))
+    monkeypatch.setattr(preflight.time, "sleep", lambda seconds: None)
+    assert "do not share this folder" in preflight._read(tmp_path / "gone", b"x", "n2")["problem"]
 
 
 def test_the_documented_sizes_are_those_of_the_recipes() -> None:

@@ -2,7 +2,7 @@
 """Say what this machine offers, which backend every part would use, and why not a faster one.
 
 python tools/doctor.py
-torchrun --nproc-per-node 2 tools/doctor.py      # tries an all-reduce as well
+torchrun --nproc-per-node 2 tools/doctor.py --folder runs/x  # also links, clocks, equal software, storage
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from pathlib import Path
 
 from lcl_mcore.entry import run_main
 from lcl_mcore.platform.doctor import examine, format_report
@@ -21,9 +22,16 @@ def main() -> int:
     parser.add_argument(
         "--precision", choices=("fp32", "bf16", "fp8"), help="default: bf16 with a GPU, else fp32"
     )
+    parser.add_argument("--folder", type=Path, help="under torchrun: try this run folder from every node")
+    parser.add_argument(
+        "--megabytes", type=float, help="of the trial all-reduce and file (default: 16, with GPUs 512)"
+    )
+    parser.add_argument(
+        "--min-bandwidth", type=float, default=0.0, help="GB/s of bus bandwidth that all-reduce must reach"
+    )
     parser.add_argument("--json", action="store_true", help="machine-readable")
     args = parser.parse_args()
-    report = examine(args.precision)
+    report = examine(args.precision, args.folder, args.megabytes, args.min_bandwidth)
     if os.environ.get("RANK", "0") == "0" or not report.healthy:
         print(json.dumps(report.to_dict(), indent=1) if args.json else format_report(report))
     return 0 if report.healthy else 1

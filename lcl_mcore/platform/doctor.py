@@ -12,16 +12,15 @@ import importlib.metadata
 import os
 import platform
 import shutil
-import socket
-import statistics
 import subprocess
-import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from lcl_mcore.platform.preflight import Preflight, format_preflight, run_preflight
 
 PACKAGE = "lcl-mcore"
 IMPORTS = ("torch", "megatron.core", "lcl_kernels")
@@ -51,17 +50,6 @@ class Line:
     reason: str = ""
 
 
-@dataclass(frozen=True)
-class RankResult:
-    """What one rank saw of the trial all-reduce: the sum, and milliseconds for a number and for 16 MB."""
-
-    rank: int
-    host: str
-    total: float
-    small_ms: float
-    large_ms: float
-
-
 @dataclass
 class Report:
     """Everything the doctor found."""
@@ -71,7 +59,7 @@ class Report:
     optional: list[Line] = field(default_factory=list)
     parts: list[Line] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
-    ranks: list[RankResult] = field(default_factory=list)
+    preflight: Preflight | None = None
     errors: list[str] = field(default_factory=list)
 
     @property
@@ -225,48 +213,6 @@ def choose_parts(precision: str) -> list[Line]:
     return lines
 
 
-def try_all_reduce(timeout_seconds: float = 60.0) -> list[RankResult]:
-    """Sum rank + 1 over all processes that torchrun started, in a group of its own; every rank's view.
-
-    Collective. Leaves the process group initialised.
-    """
-    import torch
-    import torch.distributed as dist
-
-    from lcl_mcore.platform.device import init_process_group, pick_device
-
-    device = pick_device()
-    init_process_group(device, timeout_seconds)
-    world, rank = dist.get_world_size(), dist.get_rank()
-    group = dist.new_group(list(range(world)), group_desc="doctor")
-    number = torch.tensor([rank + 1.0], device=device.device)
-    dist.all_reduce(number, group=group)
-    small = _milliseconds(torch.zeros(1, device=device.device), group, device.synchronize)
-    large = _milliseconds(torch.zeros(4 << 20, device=device.device), group, device.synchronize)
-    host = socket.gethostname().encode()[:64].ljust(64)
-    mine = torch.tensor([number.item(), small, large, *host], dtype=torch.float64, device=device.device)
-    everyone = [torch.empty_like(mine) for _ in range(world)]
-    dist.all_gather(everyone, mine, group=group)
-    results = []
-    for index, values in enumerate(row.tolist() for row in everyone):
-        name = bytes(int(value) for value in values[3:]).decode(errors="replace").strip()
-        results.append(RankResult(index, name, values[0], values[1], values[2]))
-    return results
-
-
-def _milliseconds(tensor: Any, group: Any, synchronize: Any, repeats: int = 5) -> float:
-    import torch.distributed as dist
-
-    times = []
-    for _ in range(repeats + 1):
-        synchronize()
-        started = time.perf_counter()
-        dist.all_reduce(tensor, group=group)
-        synchronize()
-        times.append(1e3 * (time.perf_counter() - started))
-    return statistics.median(times[1:])
-
-
 @contextmanager
 def _quiet() -> Iterator[None]:
     """megatron-core warns on import about every package it does without; the report says it better."""
@@ -275,8 +221,16 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def examine(precision: str | None = None) -> Report:
-    """Look at everything; under torchrun also try an all-reduce (then collective over its processes)."""
+def examine(
+    precision: str | None = None,
+    folder: Path | None = None,
+    megabytes: float | None = None,
+    min_bandwidth: float = 0.0,
+) -> Report:
+    """Look at everything; under torchrun also at links, clocks, equal software and the run `folder`.
+
+    Collective over torchrun's processes; see `run_preflight` for the arguments.
+    """
     report = Report()
     with _quiet():
         report.required = check_required()
@@ -296,13 +250,12 @@ def examine(precision: str | None = None) -> Report:
         report.errors += [f"{line.name}: {line.reason}" for line in report.parts if not line.ok]
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
             try:
-                report.ranks = try_all_reduce()
+                report.preflight = run_preflight(folder, megabytes, min_bandwidth)
             except RuntimeError as error:  # what torch raises for every failure of a process group
                 report.errors.append(f"all-reduce failed on rank {os.environ['RANK']}: {error}")
-    world = len(report.ranks)
-    wrong = [r.rank for r in report.ranks if r.total != world * (world + 1) / 2]
-    if wrong:
-        report.errors.append(f"all-reduce gave wrong sums on ranks {wrong}")
+            else:
+                report.errors += report.preflight.errors
+                report.warnings += report.preflight.warnings
     return report
 
 
@@ -314,13 +267,8 @@ def format_report(report: Report) -> str:
         rows = [_format(line, title != "this run would use") for line in lines]
         if rows:
             blocks.append("\n".join([title, *rows]))
-    if report.ranks:
-        rows = [
-            f"  rank {r.rank:<4}{r.host:<20} sum {r.total:g}  1 number {r.small_ms:.3f} ms  "
-            f"16 MB {r.large_ms:.2f} ms"
-            for r in report.ranks
-        ]
-        blocks.append("\n".join([f"all-reduce over {len(report.ranks)} processes", *rows]))
+    if report.preflight is not None:
+        blocks.append("\n".join(format_preflight(report.preflight)))
     blocks += [f"WARNING {text}" for text in report.warnings]
     broken = [f"{line.name}: {line.found}. {line.reason}" for line in report.required if not line.ok]
     blocks += [f"ERROR {text}" for text in broken + report.errors]
