@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.metadata
+import importlib.util
 from dataclasses import dataclass
 
 import torch
@@ -91,10 +92,26 @@ def dali() -> Probe:
                   ("nvidia-dali-cuda130", "nvidia-dali-cuda120"), cuda=False)  # fmt: skip
 
 
+def installed(name: str, module: str, distribution: str) -> Probe:
+    """Whether a package is there, without importing it: these take seconds to import and are seldom used."""
+    found = importlib.util.find_spec(module) is not None
+    return Probe(name, found, _version((distribution,)), "ok" if found else f"{module} is not installed")
+
+
+def export_packages() -> tuple[Probe, ...]:
+    """What tools/export_encoder.py checks its files with, and what scores captions."""
+    return (
+        installed("timm", "timm", "timm"),
+        installed("open_clip", "open_clip", "open_clip_torch"),
+        installed("transformers", "transformers", "transformers"),
+        installed("pycocoevalcap", "pycocoevalcap", "pycocoevalcap"),
+    )
+
+
 @functools.cache
 def megatron_version() -> str:
     return _version(("megatron-core",))
 
 
 def all_probes() -> tuple[Probe, ...]:
-    return (transformer_engine(), flash_attn(), torch_varlen(), apex(), triton(), dali())
+    return (transformer_engine(), flash_attn(), torch_varlen(), apex(), triton(), dali(), *export_packages())

@@ -16,7 +16,7 @@ from lcl_mcore.config.run import RunConfig
 from lcl_mcore.data.batch import StepBatch
 from lcl_mcore.errors import CheckpointError, ConfigError, NonFiniteError, explain
 from lcl_mcore.models.count import FlopCounter
-from lcl_mcore.models.released import load_full_state, read_full_state
+from lcl_mcore.models.exchange import start_from
 from lcl_mcore.training.build import DTYPES, Job, build_data, build_model
 from lcl_mcore.training.checkpoint import Checkpointer, TrainState, checkpoint_path
 from lcl_mcore.training.metrics import DeferredStats, RunLog, Speed, StepStats, Stopwatch
@@ -118,10 +118,9 @@ class Trainer:
         self.failed_saves = 0
 
     def _start_from(self, path: Path) -> None:
-        """Replace the initial weights by those of a full-state file (`tools/import_released.py`)."""
-        groups = self.job.groups
-        load_full_state(self.model, read_full_state(path), groups.tp.rank(), groups.tp.size())
-        self.job.note(f"initial weights: {path}")
+        """Replace the initial weights by those of a file: ours, or an encoder of timm, open_clip or transformers."""
+        tp = self.job.groups.tp
+        self.job.note(f"initial weights: {start_from(self.model, path, tp.rank(), tp.size())}")
 
     def _restore(self) -> Progress:
         path, notes = self.checkpointer.find()
