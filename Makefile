@@ -8,12 +8,13 @@ TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/nu
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
-.PHONY: help demo test check lint doctor gpu-report clean-demo
+.PHONY: help demo test check lint doctor gpu-report slurm-test clean-demo
 help:
 	@echo "make demo    install, build the demo corpus, pre-train on 2 processes, evaluate (minutes)"
 	@echo "make test    install, lint, type-check, run every test"
 	@echo "make check   the fast part of the tests"
 	@echo "make gpu-report  everything that needs a GPU, measured into one JSON (dry run without one)"
+	@echo "make slurm-test  the launch templates on a real SLURM of two nodes, started here (Debian 12; minutes)"
 	@echo "make doctor  what was found on this machine and what will be used"
 
 # Stamps are written last: an interrupted install is done again.
@@ -42,6 +43,9 @@ doctor: $(STAMP)
 
 gpu-report: $(DEV_STAMP)
 	@$(BIN)/python tools/gpu_report.py
+
+slurm-test: $(DEV_STAMP)
+	@$(BIN)/python tests/slurm/campaign.py
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .
