@@ -183,6 +183,8 @@ class Pipelined(Gradients):
         def as_is(loss: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
             return loss, torch.zeros((), dtype=torch.int, device=loss.device), {}
 
+        # Gradients are reduced with the last micro-batch. A pass without any would enter `no_sync` and not leave it.
+        self.model.config.no_sync_func = None if forward_only else self.ddp.no_sync
         forward_backward_pipelining_without_interleaving(
             forward_step_func=step,
             data_iterator=iter(enumerate(micros)),
