@@ -159,6 +159,9 @@ class TrainConfig:
     """Rows per optimizer step over all data-parallel ranks."""
     seed: int = 0
     precision: Literal["fp32", "bf16", "fp8"] = "fp32"
+    fp8_recipe: Literal["current", "delayed", "block"] = "current"
+    """Transformer Engine's scaling: from the tensor at hand, from the steps before, or per block of 128 (Hopper on).
+    The history of "delayed" is not in checkpoints: a resumed run builds it anew."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     backend: Literal["auto", "torch", "te"] = "auto"
     """Transformer layers: Transformer Engine's, or megatron-core's own with torch kernels."""

@@ -25,7 +25,8 @@ class Layout:
     vision_data: bool = False
     """Every tensor-parallel rank holds the whole ViT and encodes a share of the images."""
     dtype: torch.dtype = torch.float32
-    fp8: bool = False
+    fp8: str | None = None
+    """Scaling recipe ("current", "delayed" or "block"), None for no FP8."""
     device: torch.device = torch.device("cpu")  # noqa: RUF009  # immutable
     recompute_vision: str = "none"
     recompute_language: str = "none"
@@ -71,8 +72,11 @@ def _common(layout: Layout, tensor_parallel: int, recompute: str) -> dict[str, A
         "apply_rope_fusion": False,
         "calculate_per_token_loss": True,  # our losses carry their own global normaliser: DDP must sum
     }
-    if layout.fp8:  # E4M3 forward, E5M2 backward, scales from the tensor at hand: no history to save
-        options |= {"fp8": "hybrid", "fp8_recipe": "tensorwise"}
+    if layout.fp8:  # E4M3 forward, E5M2 backward
+        names = {"current": "tensorwise", "delayed": "delayed", "block": "blockwise"}
+        options |= {"fp8": "hybrid", "fp8_recipe": names[layout.fp8]}
+        if layout.fp8 == "delayed":
+            options |= {"fp8_amax_history_len": 1024, "fp8_amax_compute_algo": "max"}
         # Transformer Engine would otherwise go on using the FP8 copies of the first step's weights.
         options |= {"disable_parameter_transpose_cache": True}
     return options | _recompute(recompute)

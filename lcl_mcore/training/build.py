@@ -47,7 +47,7 @@ def build_model(config: RunConfig, device: Device, groups: Groups) -> tuple[LclM
         sequence_parallel=parallel.sequence,
         vision_data=vision_data,
         dtype=dtype,
-        fp8=config.train.precision == "fp8",
+        fp8=config.train.fp8_recipe if config.train.precision == "fp8" else None,
         device=device.device,
         recompute_vision=parallel.recompute_vision,
         recompute_language=parallel.recompute_language,
