@@ -45,7 +45,7 @@ STOPPED=$LOGS/stopped-by-request
 mkdir -p "$LOGS"
 rm -f "$STOPPED"
 
-first=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | head -n 1)
+read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 # The address SLURM itself uses: a name may not resolve inside a container or on the network of the job.
 address=$(scontrol show node --oneliner "$first" | sed -n 's/.* NodeAddr=\([^ ]*\) .*/\1/p')
 export LCL_ROOT=$ROOT LCL_LOGS=$LOGS LCL_STOPPED=$STOPPED
@@ -140,7 +140,8 @@ if ((${SLURM_RESTART_COUNT:-0} >= ${LCL_MAX_REQUEUES:-100})); then
     exit "$((code ? code : 1))"
 fi
 say "$why: queued again"
+trap 'exit 0' TERM
 scontrol requeue "$SLURM_JOB_ID"
 # SLURM ends this script now; a script that returned first would count as the job's end.
 sleep 60 &
-wait $! || true
+wait $!

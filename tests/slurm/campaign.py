@@ -190,6 +190,8 @@ def main() -> int:
     except (RuntimeError, subprocess.SubprocessError) as error:
         print(f"error: no SLURM to test with: {error}", file=sys.stderr)
         return 2
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leaving stops the daemons
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     folder, started = Path(tempfile.mkdtemp(prefix="lcl-slurm-")), time.monotonic()
     make_dataset(folder / "pairs")
     small_tokenizer().save(folder / "tokenizer.json")
