@@ -4,8 +4,10 @@
     python benchmarks/data.py corpora --output benchmarks/results/data-cpu.json
 
 The photographs of the folder become one set of pairs. Every contender runs in a process of its own on
-one thread: `plain` decodes with Pillow, takes a random resized crop, makes normalised floats, and puts
-one document in a row, as open_clip and the released LCL code do; `ours` and `ours-dali` are this loader.
+one thread, all of them in turn for several rounds; the median of a figure's rounds counts. `plain` decodes
+with Pillow, takes a random resized crop, makes normalised floats, and puts one document in a row, as open_clip
+and the released LCL code do; `ours` and `dali` are this loader, packing rows, with its two decoders;
+`ours-unpacked` and `dali-unpacked` put one document in a row as `plain` does, which makes sequences comparable.
 Rates are per second of CPU time, so that other load on the machine matters little.
 """
 
@@ -14,9 +16,11 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 import platform
 import random
 import resource
+import statistics
 import subprocess
 import sys
 import tarfile
@@ -27,9 +31,19 @@ from pathlib import Path
 from typing import Any
 
 ROW, SIDE, LATENTS = 2048, 224, 196
-OUR_ROWS, PLAIN_ROWS = 8, 80  # about 80 documents either way
+PACKED_ROWS, PLAIN_ROWS = 8, 80  # about 80 documents either way
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-CONTENDERS = ("plain", "ours", "ours-dali")
+CONTENDERS = ("plain", "ours", "ours-unpacked", "dali", "dali-unpacked")
+# what is compared, which of our variants it is taken from, and whether more is better
+FIGURES = {
+    "images_per_cpu_second": ("", True),
+    "sequences_per_cpu_second": ("-unpacked", True),
+    "full_sequences_per_cpu_second": ("", True),
+    "fill": ("", True),
+    "peak_memory_mib": ("", False),
+    "cpu_seconds_to_first_batch": ("", False),
+    "seconds_to_first_batch": ("", False),
+}
 
 
 def make_set(photos: Path, work: Path) -> None:
@@ -90,7 +104,7 @@ def plain(work: Path) -> Iterator[tuple[int, int, int]]:
             images, rows, used = [], [], 0
 
 
-def ours(work: Path, backend: str) -> Iterator[tuple[int, int, int]]:
+def ours(work: Path, backend: str, *, packed: bool) -> Iterator[tuple[int, int, int]]:
     """This loader: images, rows and used tokens of each step."""
     from lcl_mcore.config.data import DataConfig, SourceConfig, TokenizerConfig
     from lcl_mcore.data.loader import build_loader
@@ -103,14 +117,16 @@ def ours(work: Path, backend: str) -> Iterator[tuple[int, int, int]]:
         decode_backend=backend,  # type: ignore[arg-type]
         decode_threads=1,
         prefetch_steps=1,
+        packing="best_fit" if packed else "off",
     )
+    rows = PACKED_ROWS if packed else PLAIN_ROWS
     loader = build_loader(
         config, tokenizer=build_tokenizer(config.tokenizer), image_size=SIDE, tokens_per_image=LATENTS,
-        global_batch_size=OUR_ROWS, micro_batch_size=OUR_ROWS, dp_rank=0, dp_size=1, seed=0,
+        global_batch_size=rows, micro_batch_size=rows, dp_rank=0, dp_size=1, seed=0,
     )  # fmt: skip
     try:
         for step in loader:
-            yield sum(step.counts.images), OUR_ROWS, sum(step.counts.tokens)
+            yield sum(step.counts.images), rows, sum(step.counts.tokens)
     finally:
         loader.close()
 
@@ -121,7 +137,11 @@ def measure(name: str, work: Path, images: int) -> dict[str, Any]:
 
     torch.set_num_threads(1)
     begin, begin_cpu = time.perf_counter(), time.process_time()
-    batches = plain(work) if name == "plain" else ours(work, "dali" if name == "ours-dali" else "cpu")
+    batches = (
+        plain(work)
+        if name == "plain"
+        else ours(work, "dali" if "dali" in name else "cpu", packed="unpacked" not in name)
+    )
     first_images = next(batches)[0]
     first, first_cpu = time.perf_counter() - begin, time.process_time() - begin_cpu
     start, seen, rows, tokens = time.process_time(), 0, 0, 0
@@ -132,16 +152,49 @@ def measure(name: str, work: Path, images: int) -> dict[str, Any]:
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     batches.close()  # type: ignore[attr-defined]
     return {
-        "images_per_cpu_second": round(seen / seconds, 1),
-        "documents_per_cpu_second": round(seen / seconds, 1),  # a pair has one picture
-        "rows_per_cpu_second": round(rows / seconds, 1),
-        "used_tokens_per_cpu_second": round(tokens / seconds),
-        "fill": round(tokens / rows / ROW, 4),
-        "peak_memory_mib": round(memory),
-        "seconds_to_first_batch": round(first, 2),
-        "cpu_seconds_to_first_batch": round(first_cpu, 2),
+        "images_per_cpu_second": seen / seconds,
+        "sequences_per_cpu_second": rows / seconds,
+        "full_sequences_per_cpu_second": tokens / ROW / seconds,
+        "fill": tokens / rows / ROW,
+        "peak_memory_mib": memory,
+        "seconds_to_first_batch": first,
+        "cpu_seconds_to_first_batch": first_cpu,
         "images_in_first_batch": first_images,
     }
+
+
+def median_of(rounds: list[dict[str, float]]) -> dict[str, float]:
+    """Figure by figure."""
+    return {name: round(statistics.median(run[name] for run in rounds), 4) for name in rounds[0]}
+
+
+def comparison(results: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Each figure of the plain pipeline and of both our decoders, and whether ours is ahead."""
+    table = {}
+    for figure, (variant, more_is_better) in FIGURES.items():
+        values = {"plain": results["plain"][figure]}
+        values |= {name: results[name + variant][figure] for name in ("ours", "dali")}
+        sign = 1 if more_is_better else -1
+        ahead = {f"{name}_ahead": sign * values[name] > sign * values["plain"] for name in ("ours", "dali")}
+        table[figure] = values | ahead
+    return table
+
+
+def run_once(name: str, work: Path, images: int) -> dict[str, float]:
+    """One contender in a new process."""
+    command = [sys.executable, __file__, str(work), "--one", name, "--images", str(images)]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    if run.returncode:
+        sys.exit(f"{name}: {run.stderr.strip()[-2000:]}")
+    result: dict[str, float] = json.loads(run.stdout.strip().splitlines()[-1])
+    return result
+
+
+def processor() -> str:
+    """The name that the kernel gives it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def main() -> None:
@@ -150,7 +203,8 @@ def main() -> None:
     parser.add_argument(
         "photos", type=Path, help="folder with JPEGs (or, with --one, the prepared work folder)"
     )
-    parser.add_argument("--images", type=int, default=600)
+    parser.add_argument("--images", type=int, default=400, help="per contender and round")
+    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path)
     parser.add_argument("--one", choices=CONTENDERS, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -160,24 +214,33 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         make_set(args.photos, work)
-        results: dict[str, Any] = {}
-        for name in CONTENDERS:
-            command = [sys.executable, __file__, str(work), "--one", name, "--images", str(args.images)]
-            run = subprocess.run(command, capture_output=True, text=True, check=False)
-            last = run.stdout.strip().splitlines()[-1] if run.returncode == 0 else ""
-            results[name] = json.loads(last) if last else {"failed": run.stderr.strip()[-300:]}
-            print(f"{name:10s} {json.dumps(results[name])}", flush=True)
-        commit = subprocess.run(
-            ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+        rounds = [
+            {name: run_once(name, work, args.images) for name in CONTENDERS} for _ in range(args.rounds)
+        ]
+        results: dict[str, Any] = {name: median_of([r[name] for r in rounds]) for name in CONTENDERS}
+        pictures = json.loads((work / "set" / "dataset.json").read_text())["images"]
+    table = comparison(results)
+    print(f"{'':32s}{'plain':>10s}{'ours':>10s}{'dali':>10s}")
+    for figure, row in table.items():
+        marks = "".join(
+            f"{row[name]:>9.3g}{'+' if row[f'{name}_ahead'] else '-'}" for name in ("ours", "dali")
         )
-        results["setting"] = {
-            "command": " ".join(["python", *sys.argv]),
-            "commit": commit.stdout.strip(),
-            "machine": f"{platform.machine()}, one thread of a shared CPU",
-            "row_tokens": ROW,
-            "image_side": SIDE,
-            "pictures": json.loads((work / "set" / "dataset.json").read_text())["images"],
-        }
+        print(f"{figure:32s}{row['plain']:>10.3g}{marks}")
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
+    ).stdout.strip()
+    results["comparison"] = table
+    results["setting"] = {
+        "command": " ".join(["python", *sys.argv]),
+        "commit": commit,
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{processor()}, one thread of a CPU shared with other work",
+        "load_average": [round(value, 1) for value in os.getloadavg()],
+        "rounds": args.rounds,
+        "row_tokens": ROW,
+        "image_side": SIDE,
+        "pictures": pictures,
+    }
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)
         args.output.write_text(json.dumps(results, indent=1) + "\n")

@@ -11,6 +11,7 @@ from typing import Protocol
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
@@ -20,7 +21,7 @@ from lcl_mcore.data.dataset import PictureDamagedError
 from lcl_mcore.data.pictures import ORIENTATION, BadPictureError, open_picture, upright_rgb
 
 GREY = 128
-SPARE = 2  # resolution kept for the resize when a JPEG is decoded at a reduced scale
+SPARE = 3  # resolution kept for the resize when a JPEG is decoded at a reduced scale
 
 
 @dataclass(frozen=True)
@@ -95,17 +96,42 @@ def decode_one(content: bytes, job: Job, side: int) -> Tensor:
     pixels = _fast_jpeg(content, job, side) if picture.format == "JPEG" and turned == 1 else None
     if pixels is None:
         pixels = np.asarray(upright_rgb(picture))
-    scale = 8 / round(8 * pixels.shape[1] / job.width)  # JPEG scales are n/8; sizes are rounded up
-    left, top = round(job.window.left / scale), round(job.window.top / scale)
-    width, height = max(1, round(job.window.width / scale)), max(1, round(job.window.height / scale))
-    window = torch.from_numpy(np.array(pixels[top : top + height, left : left + width]))
-    # For uint8 with interleaved colours torch has a vectorised kernel; it agrees with Pillow's.
-    planes = window.permute(2, 0, 1)[None]
+    if pixels.shape[:2] != (job.height, job.width):
+        return _resize_part(pixels, job, side)
+    window = job.window
+    rows, columns = (
+        slice(window.top, window.top + window.height),
+        slice(window.left, window.left + window.width),
+    )
+    return resize(torch.from_numpy(np.array(pixels[rows, columns])), side)
+
+
+def resize(pixels: Tensor, side: int) -> Tensor:
+    """uint8 [h, w, 3] to [3, side, side], bicubic with antialiasing.
+
+    For uint8 with interleaved colours torch has a vectorised kernel; it agrees with Pillow's.
+    """
+    planes = pixels.permute(2, 0, 1)[None]
     return functional.interpolate(planes, size=(side, side), mode="bicubic", antialias=True)[0]
 
 
+def _resize_part(pixels: NDArray[np.uint8], job: Job, side: int) -> Tensor:
+    """The same from a picture decoded at a reduced scale.
+
+    The window's edges then lie between pixels, which Pillow's resize can do; rounding them to whole
+    pixels would move the picture by several levels of brightness.
+    """
+    scale = round(8 * pixels.shape[1] / job.width) / 8  # JPEG scales are n/8; sizes are rounded up
+    left, top = job.window.left * scale, job.window.top * scale
+    right = min(left + job.window.width * scale, pixels.shape[1])
+    bottom = min(top + job.window.height * scale, pixels.shape[0])
+    picture = Image.fromarray(pixels)
+    resized = picture.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
+
+
 def _fast_jpeg(content: bytes, job: Job, side: int) -> NDArray[np.uint8] | None:
-    """libjpeg-turbo without detours, at a reduced scale if twice the wanted resolution remains.
+    """libjpeg-turbo without detours, at a reduced scale if `SPARE` times the wanted resolution remains.
 
     None if the optional package is missing, or the file is in any way unusual: Pillow then decides.
     """

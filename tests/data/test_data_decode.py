@@ -130,11 +130,12 @@ def jobs(count: int, container: str = "JPEG") -> list[Job]:
     return result
 
 
-BACKENDS = ["cpu", "dali"] if dali.installed() else ["cpu"]  # DALI is an optional extra of 700 MB
+# DALI is an optional extra of 700 MB; `dali-resize` is the pipeline of a GPU, on the CPU's operators
+BACKENDS = ["cpu", "dali", "dali-resize"] if dali.installed() else ["cpu"]
 
 
 def make(backend: str) -> Decoder:
-    return dali.DaliDecoder(2) if backend == "dali" else CpuDecoder(2)
+    return CpuDecoder(2) if backend == "cpu" else dali.DaliDecoder(2, resize_inside=backend == "dali-resize")
 
 
 def exact(job: Job, side: int) -> np.ndarray:
@@ -160,6 +161,24 @@ def test_decoders_agree_with_a_plain_decode(backend: str, container: str) -> Non
     assert reasons == [""] * 24
     for i, job in enumerate(work):
         assert np.abs(pixels[i].numpy().astype(int) - exact(job, 64)).mean() < 1.0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("side", [96, 112, 224])
+def test_decoders_agree_on_a_real_photograph(backend: str, side: int) -> None:
+    """Fine detail, decoded whole (224) and at half its resolution (96: this path once moved windows)."""
+    matplotlib = pytest.importorskip("matplotlib", reason="part of the demo extra, which the tests install")
+    content = (Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg").read_bytes()
+    size = Image.open(io.BytesIO(content)).size
+    assert size == (512, 600)
+    windows = [random_window(*size, (0.9, 1.0), (0.75, 4 / 3), KeyedRandom("photo", n)) for n in range(12)]
+    work = [Job(lambda: content, *size, window) for window in windows]
+    decoder = make(backend)
+    pixels, reasons = decoder.decode(work, side)
+    decoder.close()
+    assert reasons == [""] * 12
+    worst = max(np.abs(pixels[i].numpy().astype(int) - exact(job, side)).mean() for i, job in enumerate(work))
+    assert worst < 0.7
 
 
 def test_a_missing_dali_is_named_with_its_right_package(monkeypatch: pytest.MonkeyPatch) -> None:
