@@ -14,6 +14,8 @@ from pathlib import Path
 
 import pytest
 
+from lcl_mcore.config.cli import parse_flags, resolve
+
 ROOT = Path(__file__).resolve().parents[2]
 SLURM = ROOT / "examples" / "slurm"
 HEADERS = {"1-node.sbatch": 1, "8-nodes.sbatch": 8, "64-nodes.sbatch": 64}
@@ -68,6 +70,23 @@ def test_container_recipe_pins_and_takes_nothing_from_impostors() -> None:
     ):  # fmt: skip
         assert re.search(pin, code), pin
     assert not re.search(r"install[^\n]*\s(apex|nvidia-dali)(==|\s|$)", code)
+
+
+def test_the_guide_names_what_there_is() -> None:
+    """Its commands are accepted at their size, its variables are the script's, its links lead somewhere."""
+    guide = ROOT / "docs" / "cluster.md"
+    text = guide.read_text(encoding="utf-8")
+    commands = re.findall(r"^sbatch (examples/slurm/\S+)\s+(.*)$", text, re.MULTILINE)
+    assert len(commands) == 2
+    for file, flags in commands:
+        processes = 8 * HEADERS[Path(file).name]
+        assert resolve(parse_flags(flags.split())).check_processes(processes) == processes
+    script = (SLURM / "train.sh").read_text(encoding="utf-8")
+    internal = {"LCL_ENDPOINT", "LCL_LOGS", "LCL_STOPPED"}
+    assert set(re.findall(r"LCL_[A-Z_]+", text)) == set(re.findall(r"LCL_[A-Z_]+", script)) - internal
+    for link in re.findall(r"\]\((\.\./[^)]+)\)", text):
+        assert (guide.parent / link).exists(), link
+    assert re.search(r"^slurm-test:", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE)
 
 
 SRUN = """#!/bin/bash
