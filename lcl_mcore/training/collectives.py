@@ -8,8 +8,10 @@ from typing import Any
 
 from torch._C import _distributed_c10d as c10d
 
+from lcl_mcore.errors import CheckpointError, DataError
+
 ENTRIES = 512
-_SIGNS = ("gloo", "NCCL", "TCPStore", "Connection closed by peer", "Connection reset", "Broken pipe",
+_SIGNS = ("gloo/transport", "ProcessGroupGloo", "NCCL error", "NCCL communicator", "TCPStore", "Connection closed by peer", "Connection reset", "Broken pipe",
           "Timed out waiting", "Socket Timeout")  # fmt: skip
 
 
@@ -20,8 +22,8 @@ def record_collectives() -> None:
 
 def is_communication_error(error: BaseException) -> bool:
     """Whether an error says that another rank did not answer, rather than that this one did something wrong."""
-    if not isinstance(error, (RuntimeError, OSError)):
-        return False
+    if not isinstance(error, (RuntimeError, OSError, CheckpointError, DataError)):
+        return False  # the last two may repeat what a collective said
     return any(sign in str(error) for sign in _SIGNS)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import time
 from collections.abc import Iterable
@@ -78,8 +79,16 @@ class Signs:
         return self.store.get("verdict").decode() if self.store.check(["verdict"]) else ""
 
 
-def find_missing(signs: Signs, own: Beat, interval: float) -> str:
-    """Who is gone, stopped, silent, ended or behind, in words; waits about a second when /proc does not tell.
+@dataclass(frozen=True)
+class Missing:
+    """What is wrong with other ranks, in words, and those of them that are there but do nothing."""
+
+    text: str
+    idle: tuple[Beat, ...] = ()
+
+
+def find_missing(signs: Signs, own: Beat, interval: float) -> Missing:
+    """Who is gone, stopped, silent, ended or behind; waits about a second when /proc does not tell.
 
     `own` is this rank's place, and `interval` the seconds between two signs of life of a healthy rank.
     """
@@ -88,21 +97,30 @@ def find_missing(signs: Signs, own: Beat, interval: float) -> str:
     found = [f"rank {rank} never gave a sign of life" for rank in others if rank not in before]
     found += [text for beat in before.values() if (text := _seen_from_here(beat, own.machine))]
     if found:
-        return "; ".join(found)
+        stopped = tuple(b for b in before.values() if b.machine == own.machine and _stopped(b.pid))
+        return Missing("; ".join(found), stopped)
     time.sleep(2 * interval + 0.2)
     now = signs.read(others)
-    silent = [
-        f"no sign of life from {beat.name()}, last seen {beat.where()}"
-        for rank, beat in now.items()
-        if beat.count == before[rank].count
-    ]
+    silent = tuple(beat for rank, beat in now.items() if beat.count == before[rank].count)
     if silent:
-        return "; ".join(silent)
+        text = "; ".join(f"no sign of life from {beat.name()}, last seen {beat.where()}" for beat in silent)
+        return Missing(text, silent)
     behind = [beat for beat in now.values() if beat.marks < own.marks]
     if behind:
         least = min(beat.marks for beat in behind)
-        return "; ".join(f"{b.name()} is behind, {b.where()}" for b in behind if b.marks == least)
-    return "all ranks are alive and none is behind"
+        return Missing("; ".join(f"{b.name()} is behind, {b.where()}" for b in behind if b.marks == least))
+    return Missing("all ranks are alive and none is behind")
+
+
+def end_idle(missing: Missing, here: str) -> None:
+    """Kill the ranks of this machine that cannot react to torchrun's SIGTERM: it would wait 30 s for them."""
+    for beat in missing.idle:
+        if beat.machine == here and process_state(beat.pid):
+            os.kill(beat.pid, signal.SIGKILL)
+
+
+def _stopped(pid: int) -> bool:
+    return process_state(pid) in ("T", "t")
 
 
 def _seen_from_here(beat: Beat, here: str) -> str:
@@ -113,9 +131,8 @@ def _seen_from_here(beat: Beat, here: str) -> str:
         return f"{beat.name()} has already left the job"
     if beat.machine != here:
         return ""
-    state = process_state(beat.pid)
-    if not state:
+    if not process_state(beat.pid):
         return f"{beat.name()} is gone: it was killed, or crashed without a message; last seen {beat.where()}"
-    if state in "Tt":
+    if _stopped(beat.pid):
         return f"{beat.name()} is stopped by a signal; last seen {beat.where()}"
     return ""

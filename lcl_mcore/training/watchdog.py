@@ -24,7 +24,7 @@ import torch.distributed as dist
 from lcl_mcore.errors import LclError, PeerError
 from lcl_mcore.training.collectives import is_communication_error, under_way
 from lcl_mcore.training.own_time import STEPS_BETWEEN_REPORTS, Comparison, OwnTime, compare
-from lcl_mcore.training.peers import ENDED, Beat, Signs, find_missing, machine, process_state
+from lcl_mcore.training.peers import ENDED, Beat, Signs, end_idle, find_missing, machine, process_state
 
 INTERVAL = 0.5
 GRACE = 2.0
@@ -154,7 +154,8 @@ class Watchdog:
         place = self._beat().where()
         missing = find_missing(self.signs, self._beat(), INTERVAL)
         inside = f" (collective: {'; '.join(pending)})" if pending else ""
-        return f"{missing}. Noticed by rank {self.rank} {place}: {what}{inside}"
+        end_idle(missing, self.identity[0])
+        return f"{missing.text}. Noticed by rank {self.rank} {place}: {what}{inside}"
 
     # --- the thread ---
 

@@ -1,0 +1,125 @@
+"""The training script with faults that happen for real at chosen places.
+
+    faults_worker.py PLAN.json --recipe ... (the flags of tools/pretrain_lcl.py)
+
+PLAN.json is a list of faults, each with "kind" and some of
+    attempt  of torchrun's restarts, default 0      rank     who is struck
+    step     1-based, as in the log                 phase    "data", "step" or "save"
+    delay    seconds after the phase began          signal   SIGKILL, SIGSTOP, SIGTERM, SIGUSR2
+kind "signal" sends the signal to the rank itself; "sleep" makes every step of the rank longer by `delay`; "read"
+makes reading step `step` last `delay` longer; "nan" spoils the rank's images in batch `batch`; "jump" trains batch
+`batch` with a learning rate 100,000 times too high.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lcl_mcore.config.cli import parse_flags, resolve
+from lcl_mcore.config.files import check_folder, write_config
+from lcl_mcore.config.restart import is_restart
+from lcl_mcore.data.loader import StepReader
+from lcl_mcore.entry import run_main
+from lcl_mcore.training.recovery import batch_number
+from lcl_mcore.training.trainer import Trainer
+from lcl_mcore.training.watchdog import Watchdog
+
+
+def plan_for(path: Path, rank: int) -> list[dict[str, Any]]:
+    attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    return [
+        f
+        for f in json.loads(path.read_text())
+        if f.get("attempt", 0) == attempt and f.get("rank", rank) == rank
+    ]
+
+
+def strike_by_signal(faults: list[dict[str, Any]]) -> None:
+    """Signals sent by a timer thread when a phase of a step has begun; says when, for the reports."""
+    mark = Watchdog.mark
+
+    def marked(self: Watchdog, phase: str, step: int) -> None:
+        mark(self, phase, step)
+        for fault in faults:
+            if fault["kind"] == "signal" and (phase, step + 1) == (fault["phase"], fault["step"]):
+                number = getattr(signal, fault["signal"])
+
+                def strike(number: int = number, phase: str = phase, step: int = step + 1) -> None:
+                    print(f"STRIKE {time.time():.3f} {number} {phase} {step}", flush=True)
+                    os.kill(os.getpid(), number)
+
+                threading.Timer(fault.get("delay", 0.0), strike).start()
+
+    Watchdog.mark = marked  # type: ignore[method-assign]
+
+
+def slow_reading(faults: list[dict[str, Any]]) -> None:
+    read = StepReader._read
+
+    def slow(self: StepReader) -> Any:
+        for fault in faults:
+            if fault["kind"] == "read" and self._step + 1 == fault["step"]:
+                time.sleep(fault["delay"])
+        return read(self)
+
+    StepReader._read = slow  # type: ignore[method-assign]
+
+
+def spoil(trainer: Trainer, faults: list[dict[str, Any]]) -> None:
+    """Sleep, NaN and a jump of the learning rate, by the number of the batch."""
+    run, encode = trainer.train_step.run, trainer.model.encode_images
+    current = {"batch": -1}
+
+    def spoiled_run(step: int, batch: Any, lr: float, stop: bool) -> torch.Tensor:
+        current["batch"] = batch_number(batch)
+        for fault in faults:
+            if fault["kind"] == "sleep":
+                time.sleep(fault["delay"])
+            if fault["kind"] == "jump" and fault["batch"] == current["batch"]:
+                lr *= 1e5
+        return run(step, batch, lr, stop)
+
+    def spoiled_encode(*args: Any, **kwargs: Any) -> Any:
+        features = encode(*args, **kwargs)
+        if any(f["kind"] == "nan" and f["batch"] == current["batch"] for f in faults):
+            features = type(features)(**{k: v * float("nan") for k, v in vars(features).items()})
+        return features
+
+    trainer.train_step.run = spoiled_run  # type: ignore[method-assign]
+    trainer.model.encode_images = spoiled_encode  # type: ignore[method-assign]
+
+
+def main() -> int:
+    plan, *arguments = sys.argv[1:]
+    flags = parse_flags(arguments)
+    config = resolve(flags)
+    assert flags.out is not None
+    resume = flags.resume or is_restart(flags.out)
+    check_folder(flags.out, resume)
+
+    from lcl_mcore.training.launch import start_job
+
+    job = start_job(config, flags.out)
+    if job.rank == 0:
+        write_config(config, flags.out)
+    faults = plan_for(Path(plan), job.rank)
+    strike_by_signal(faults)
+    slow_reading(faults)
+    trainer = Trainer(config, job, resume=resume)
+    spoil(trainer, faults)
+    dist.barrier(group=job.groups.host_control)
+    return trainer.run()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,103 @@
+"""Several runs after each other in one job: what the policies for bad numbers do, and what they must equal.
+
+    policies_worker.py FOLDER --recipe ... (flags of a run of 18 steps on 2 ranks)
+
+Prints one line of JSON on rank 0: per run the notes, and whether bad steps left all tensors bitwise unchanged.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from faults_worker import spoil
+from lcl_mcore.config.cli import parse_flags, resolve
+from lcl_mcore.config.faults import FaultConfig
+from lcl_mcore.entry import run_main
+from lcl_mcore.errors import NonFiniteError
+from lcl_mcore.training.trainer import StepFaultError, Trainer
+from lcl_mcore.training.uptime import read_events
+
+QUICK = {"spike_warmup": 3, "spike_steps": 2, "spike_margin": 2, "spike_deviations": 4.0}
+NAN = [{"kind": "nan", "rank": 1, "batch": batch} for batch in (4, 9)]
+JUMP = [{"kind": "jump", "batch": 12}]
+RUNS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
+    "skip": ({"nonfinite": "skip"}, NAN),
+    "rollback": ({"nonfinite": "rollback"}, NAN),
+    "left_out": ({"skip_batches": [[4, 4], [9, 9]]}, []),
+    "spike": ({"spike": "rollback", **QUICK}, JUMP),
+    "never_there": ({"spike": "rollback", **QUICK}, []),
+    "limit": (
+        {"nonfinite": "skip", "nonfinite_limit": 2},
+        [{"kind": "nan", "rank": 1, "batch": b} for b in (2, 3)],
+    ),
+}
+
+
+def tensors(trainer: Trainer) -> list[torch.Tensor]:
+    if trainer.ddp.ddp_config.overlap_param_gather:
+        trainer.ddp.start_param_sync(force_sync=True)
+    moments = [value for state in trainer.optimizer.adam.state.values() for value in state.values()]
+    return [t.detach().clone() for t in (*trainer.model.parameters(), *moments)]
+
+
+def watch_bad_steps(trainer: Trainer, unchanged: list[bool]) -> None:
+    """Compare all tensors before and after every refused step, at the moment it is recovered from."""
+    before: list[torch.Tensor] = []
+    run, recover = trainer.train_step.run, trainer._recover
+
+    def stepped(*args: Any) -> torch.Tensor:
+        before[:] = tensors(trainer)
+        return run(*args)
+
+    def recovered(fault: StepFaultError) -> None:
+        if fault.kind == "nonfinite":
+            unchanged.append(all(torch.equal(a, b) for a, b in zip(before, tensors(trainer), strict=True)))
+        recover(fault)
+
+    trainer.train_step.run = stepped  # type: ignore[method-assign]
+    trainer._recover = recovered  # type: ignore[method-assign]
+
+
+def main() -> int:
+    folder, *arguments = sys.argv[1:]
+    base = resolve(parse_flags(arguments))
+
+    from lcl_mcore.training.launch import start_job
+
+    job = start_job(base, Path(folder))
+    report: dict[str, Any] = {}
+    for name, (settings, faults) in RUNS.items():
+        if name == "never_there":  # the undisturbed twin of the run with the spike
+            gone = [e["batches"] for e in read_events(Path(folder) / "spike") if e["event"] == "leave-out"]
+            settings = {**settings, "skip_batches": gone}
+        notes: list[str] = []
+        config = dataclasses.replace(base, faults=FaultConfig(**settings))
+        own = dataclasses.replace(job, folder=Path(folder) / name, note=notes.append)
+        own.folder.mkdir(parents=True, exist_ok=True)
+        trainer = Trainer(config, own, resume=False)
+        trainer.log.note = notes.append  # type: ignore[method-assign]
+        spoil(trainer, [f for f in faults if f.get("rank", job.rank) == job.rank])
+        unchanged: list[bool] = []
+        watch_bad_steps(trainer, unchanged)
+        try:
+            trainer.run()
+        except NonFiniteError as error:
+            notes.append(f"error: {error}")
+        flags = torch.tensor([len(unchanged), sum(unchanged)])
+        everyone = [torch.zeros_like(flags) for _ in range(job.world)]
+        dist.all_gather(everyone, flags, group=job.groups.host_control)
+        report[name] = {"notes": notes, "unchanged": [item.tolist() for item in everyone]}
+    if job.rank == 0:
+        print(json.dumps(report), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

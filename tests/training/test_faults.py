@@ -1,0 +1,204 @@
+"""Faults that happen for real: signals and kills at any moment, a rank that hangs, one that is slow, a lost node."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import torchrun
+from lcl_mcore.training.checkpoint import complete_checkpoints, read_state
+from lcl_mcore.training.uptime import read_events
+from runs import ROOT, assert_same_run, records
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+Arguments = Callable[..., list[str]]
+WORKER = "tests/training/faults_worker.py"
+STEPS = "20"
+
+
+def launch(
+    count: int,
+    plan: list[dict[str, Any]],
+    folder: Path,
+    arguments: list[str],
+    *elastic: str,
+    timeout: float = 270,
+) -> subprocess.CompletedProcess[str]:
+    """The training script under torchrun, struck by the faults of the plan."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / "plan.json"
+    path.write_text(json.dumps(plan))
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
+               *elastic, WORKER, str(path), *arguments[1:]]  # fmt: skip
+    return subprocess.run(
+        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
+        timeout=timeout, check=False,
+    )  # fmt: skip
+
+
+def random_kills(seed: int, count: int, steps: int, ranks: int) -> list[dict[str, Any]]:
+    """One SIGKILL per attempt, at rising steps, in any phase and at any moment of it."""
+    draw = random.Random(seed)
+    struck = sorted(draw.sample(range(2, steps), count))
+    return [
+        {"kind": "signal", "signal": "SIGKILL", "attempt": attempt, "step": step, "rank": draw.randrange(ranks),
+         "phase": draw.choice(("data", "step", "step")), "delay": draw.choice((0.0, 0.01, 0.05, 0.3))}
+        for attempt, step in enumerate(struck)
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def undisturbed(arguments: Arguments, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty steps on two ranks, dropout and drop-path on."""
+    out = tmp_path_factory.mktemp("faults") / "undisturbed"
+    torchrun(2, *arguments(out, "--steps", STEPS))
+    assert len(records(out)) == 20
+    return out
+
+
+@pytest.mark.timeout(290)
+def test_five_kills_with_restarts_by_torchrun(
+    arguments: Arguments, undisturbed: Path, tmp_path: Path
+) -> None:
+    """Plain torchrun --max-restarts: nobody passes --resume or sets a variable. One kill falls into a save."""
+    plan = random_kills(seed=5, count=4, steps=18, ranks=2)
+    plan.append({"kind": "signal", "signal": "SIGKILL", "attempt": 4, "rank": 1, "step": 18, "phase": "save",
+                 "delay": 0.05})  # fmt: skip
+    out = tmp_path / "run"
+    done = launch(2, plan, tmp_path, arguments(out, "--steps", STEPS), "--max-restarts", "5")
+    assert done.returncode == 0, done.stderr[-4000:]
+    starts = [e for e in read_events(out) if e["event"] == "start"]
+    assert done.stdout.count("STRIKE") == 5
+    assert len(starts) == 6
+    for kill, start in zip(
+        plan, starts[1:], strict=True
+    ):  # no step is lost beyond the last complete checkpoint
+        assert start["step"] >= 3 * ((kill["step"] - 1) // 3) - 3 * (kill["phase"] == "save"), (kill, start)
+    assert len(re.findall(r"error: rank \d: rank \d \(.*\) is gone: it was killed", done.stderr)) >= 4
+    assert_same_run(undisturbed, out)
+    end = read_events(out)[-1]
+    assert end["event"] == "end"
+    assert "in 6 attempts" in done.stdout
+    assert 0 < records(out)[20]["ettr"] < 1
+
+
+@pytest.mark.timeout(290)
+def test_stop_signals_in_every_phase(arguments: Arguments, undisturbed: Path, tmp_path: Path) -> None:
+    """To one rank while it waits for data, while it saves, while it trains: nothing is lost, exit code 0."""
+    out = tmp_path / "run"
+    for number, (name, phase, step, rank) in enumerate((
+        ("SIGTERM", "data", 4, 1), ("SIGUSR2", "save", 9, 0), ("SIGTERM", "step", 13, 1),
+    )):  # fmt: skip
+        strike = {"kind": "signal", "signal": name, "rank": rank, "step": step, "phase": phase, "delay": 0.1}
+        # The data of the step come late, so that the ranks wait; reading is a step or two ahead.
+        late = {"kind": "read", "rank": rank, "step": 4, "delay": 2.0}
+        resume = ["--resume"] if number else []
+        done = launch(
+            2, [strike, late][: 2 - (number > 0)], tmp_path, arguments(out, "--steps", STEPS, *resume)
+        )
+        assert done.returncode == 0, done.stderr[-4000:]
+        assert "stopped by request" in done.stdout
+        saved = read_state(complete_checkpoints(out / "checkpoints")[-1])
+        assert saved.step == len(records(out))  # every logged step is in the checkpoint
+        assert step <= saved.step <= step + 2
+    left, right = records(undisturbed), records(out)
+    for step, record in right.items():
+        for field in ("loss", "grad_norm", "order_hash", "images_seen"):
+            assert record[field] == left[step][field], step
+
+
+@pytest.mark.timeout(290)
+def test_a_straggler_and_then_a_hang(arguments: Arguments, tmp_path: Path) -> None:
+    """Rank 2 sleeps 0.2 s in every step: named within 50. Rank 1 is stopped in step 42: named when the timeout is up
+    and killed, and torchrun's restart trains to the end."""
+    out = tmp_path / "run"
+    plan = [
+        {"kind": "sleep", "rank": 2, "delay": 0.2},
+        {"kind": "signal", "signal": "SIGSTOP", "rank": 1, "step": 42, "phase": "step"},
+    ]
+    flags = arguments(
+        out, "--steps", "44", "--checkpoint-every", "0", "--timeout", "15", "--global-batch-size", "6"
+    )
+    done = launch(3, plan, tmp_path, flags, "--max-restarts", "1")
+    assert done.returncode == 0, done.stderr[-4000:]
+    named = [e for e in read_events(out) if e["event"] == "straggler"]
+    assert named[0]["slowest"] == 2
+    assert named[0]["kind"] == "own"
+    assert named[0]["seconds"] >= 0.2
+    assert named[0]["steps"] <= 42
+    assert "straggler  rank 2 works 0." in done.stdout
+    hung = re.findall(r"error: (?:rank [02]: )?rank 1 \(.*?\) is stopped by a signal; last seen in step \d+, phase "
+                      r"(?:step|data).*?\(collective: .*? in group .*?\)", done.stderr)  # fmt: skip
+    assert len(hung) >= 1, done.stderr[-4000:]
+    struck = re.search(r"STRIKE ([\d.]+) ", done.stdout)
+    assert struck is not None
+    restarted = [e for e in read_events(out) if e["event"] == "start"][1]["time"] - float(struck[1])
+    assert (
+        11 < restarted < 12 + 30
+    )  # not before the timeout; torchrun alone would wait 30 s more for the stopped rank
+    assert len(records(out)) == 44
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+@pytest.mark.timeout(290)
+def test_a_node_that_does_not_come_back(arguments: Arguments, undisturbed: Path, tmp_path: Path) -> None:
+    """Two launchers stand for two nodes; one is killed for good. The other goes on: same batches, same learning."""
+    out, port = tmp_path / "run", free_port()
+    flags = arguments(out, "--steps", STEPS)
+    plan = tmp_path / "plan.json"
+    plan.write_text(json.dumps([{"kind": "read", "step": 8, "delay": 5.0}]))  # time for the kill
+    logs = [open(tmp_path / f"node{node}.log", "w") for node in (0, 1)]  # noqa: SIM115
+    nodes = []
+    for node in (0, 1):
+        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1",
+                   "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-id", "lost-node", "--rdzv-endpoint",
+                   f"127.0.0.1:{port}", "--rdzv-conf", f"is_host={int(node == 0)},last_call_timeout=4,"
+                   "keep_alive_interval=1,keep_alive_max_attempt=3", WORKER, str(plan), *flags[1:]]  # fmt: skip
+        nodes.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+                                      stdout=logs[node], stderr=subprocess.STDOUT, start_new_session=True))  # fmt: skip
+        time.sleep(1.0 if node == 0 else 0)  # the first one hosts the rendezvous
+    try:
+        end = time.monotonic() + 120
+        while (
+            not (out / "metrics.jsonl").is_file() or len((out / "metrics.jsonl").read_text().splitlines()) < 4
+        ):
+            assert time.monotonic() < end
+            assert nodes[0].poll() is None, (tmp_path / "node0.log").read_text()[-3000:]
+            time.sleep(0.05)
+        worker = int(subprocess.check_output(["pgrep", "-P", str(nodes[1].pid)]).split()[0])
+        os.killpg(nodes[1].pid, signal.SIGKILL)
+        os.kill(worker, signal.SIGKILL)
+        nodes[0].wait(150)
+        text = (tmp_path / "node0.log").read_text()
+        assert nodes[0].returncode == 0, text[-4000:]
+    finally:
+        for node in nodes:
+            node.kill()
+        for log in logs:
+            log.close()
+    starts = [e for e in read_events(out) if e["event"] == "start"]
+    assert [e["world"] for e in starts] == [2, 1]
+    assert starts[1]["step"] >= 3
+    assert re.search(r"error: rank 0: rank 1 .* is gone", text), text[-4000:]
+    left, right = records(undisturbed), records(out)
+    assert right.keys() == left.keys()
+    for step, record in right.items():
+        assert record["order_hash"] == left[step]["order_hash"]
+        assert record["loss"] == pytest.approx(left[step]["loss"], rel=1e-5), step

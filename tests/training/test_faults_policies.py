@@ -1,0 +1,79 @@
+"""NaN and loss spikes: the batches are left out, and the rest is bitwise as if they had never been there."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import torchrun
+from lcl_mcore.config.faults import FaultConfig
+from lcl_mcore.training.recovery import Recovery, SpikeDetector
+from lcl_mcore.training.uptime import read_events
+from runs import assert_same_run, records
+
+
+def test_spike_detector_wants_several_losses_in_a_row() -> None:
+    config = FaultConfig(spike_warmup=10, spike_steps=3, spike_deviations=5.0)
+    detector = SpikeDetector(config)
+    for batch in range(40):
+        assert not detector.add(batch, 2.0 + 0.1 * (-1) ** batch)
+    assert detector.mean == pytest.approx(2.0, abs=0.02)
+    assert detector.deviation == pytest.approx(0.1, abs=0.02)
+    assert not detector.add(40, 9.0)
+    assert not detector.add(41, 9.0)
+    assert not detector.add(42, 2.0)  # back to normal
+    saved = json.loads(json.dumps(detector.state()))
+    again = SpikeDetector(config)
+    again.load(saved)
+    for one in (detector, again):
+        assert [one.add(batch, 9.0) for batch in (43, 44, 45)] == [False, False, True]
+        assert one.above == [43, 44, 45]
+    assert detector.state() == again.state()
+
+
+def test_batches_left_out_survive_in_checkpoint_and_folder() -> None:
+    """A crash between going back and the next checkpoint leaves the range in the folder only."""
+    recovery = Recovery(FaultConfig(skip_batches=((7, 8),)), {"step": 3}, [[20, 22]])
+    recovery.leave_out(30, 30)
+    position = json.loads(json.dumps(recovery.position({"step": 31})))
+    assert position["step"] == 31
+    resumed = Recovery(FaultConfig(), position, [])
+    out = [batch for batch in range(40) if resumed.leaves_out(batch)]
+    assert out == [7, 8, 20, 21, 22, 30]
+
+
+def test_going_back_from_the_same_place_is_limited() -> None:
+    recovery = Recovery(FaultConfig(rollback_limit=2), None, [])
+    assert [recovery.may_go_back(batch) for batch in (10, 10, 10)] == [True, True, False]
+    assert recovery.may_go_back(11)
+
+
+@pytest.mark.distributed
+@pytest.mark.slow
+@pytest.mark.timeout(280)
+def test_nan_and_spike_on_two_ranks(arguments: Callable[..., list[str]], tmp_path: Path) -> None:
+    flags = arguments(tmp_path, "--steps", "18", "checkpoint.keep=9")[1:]
+    done = torchrun(2, "tests/training/policies_worker.py", str(tmp_path), *flags)
+    report: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
+    for name in ("skip", "rollback", "limit"):
+        assert report[name]["unchanged"] == [[2, 2], [2, 2]], name  # two bad steps on each rank
+    for name in ("skip", "rollback"):
+        text = "\n".join(report[name]["notes"])
+        assert "gradient norm nan (ranks [1]); batches 4 to 4 are left out" in text
+        assert ("went back to" in text) == (name == "rollback")
+        assert_same_run(tmp_path / "left_out", tmp_path / name)
+        assert len(records(tmp_path / name)) == 18
+    assert "error: step 3: gradient norm nan: what rank 1 computed" in report["limit"]["notes"][-1]
+    assert len(records(tmp_path / "limit")) == 2
+
+    spike = [e for e in read_events(tmp_path / "spike") if e["event"] in ("leave-out", "rollback")]
+    assert [e["event"] for e in spike] == ["leave-out", "rollback"]
+    first, last = spike[0]["batches"]
+    assert first <= 12 < last  # the harmful batch is among those left out
+    assert spike[1]["step"] <= first
+    assert_same_run(tmp_path / "never_there", tmp_path / "spike")
+    assert read_events(tmp_path / "rollback")[-1]["redone"] > 0
