@@ -167,21 +167,27 @@ class Cluster:
         log.close()
 
     def stop(self) -> None:
-        """Cancel what runs, then stop the daemons that this object started, last first."""
-        if len(self.daemons) > 1:
-            self.call("scancel", "--signal=KILL", "--full", "--user", getpass.getuser(), check=False)
-            self.call("scancel", "--user", getpass.getuser(), check=False)
-            deadline = time.monotonic() + 30
-            while self.call("squeue", "--noheader", check=False).strip() and time.monotonic() < deadline:
-                time.sleep(0.5)
-        for daemon in reversed(self.daemons):
-            daemon.terminate()
-            try:
-                daemon.wait(timeout=15)
-            except subprocess.TimeoutExpired:
-                daemon.kill()
-                daemon.wait()
-        self.daemons.clear()
+        """Cancel what runs, then stop the daemons that this object started."""
+        try:
+            if len(self.daemons) > 1:
+                self._cancel_all()
+        finally:
+            for daemon in reversed(self.daemons):
+                daemon.terminate()
+            for daemon in reversed(self.daemons):
+                try:
+                    daemon.wait(timeout=15)
+                except subprocess.TimeoutExpired:
+                    daemon.kill()
+                    daemon.wait()
+            self.daemons.clear()
+
+    def _cancel_all(self) -> None:
+        self.call("scancel", "--signal=KILL", "--full", "--user", getpass.getuser(), check=False)
+        self.call("scancel", "--user", getpass.getuser(), check=False)
+        deadline = time.monotonic() + 30
+        while self.call("squeue", "--noheader", check=False).strip() and time.monotonic() < deadline:
+            time.sleep(0.5)
 
     def call(self, *command: str | Path, check: bool = True, cwd: Path | None = None, **extra: str) -> str:
         """Run one of SLURM's commands; its standard output."""
