@@ -12,6 +12,7 @@ PACKAGES = {
     "python-skimage-doc": "BSD-3-Clause, 46 MB: 141 pages with pictures",
     "opencv-doc": "Apache-2.0, 96 MB: tutorials with photographs",
     "python-sklearn-doc": "BSD-3-Clause, 50 MB: 537 pages with pictures",
+    "dataset-fashion-mnist": "MIT, 31 MB: 70,000 labelled pictures for evaluation",
 }
 
 
