@@ -58,7 +58,8 @@ class TrainStep:
         everyone = copies * self.groups.dp.size()  # of the ranks that know the contrastive loss and the scale
         scale = torch.zeros((), device=contrastive.device)
         if self.model.stage.last:
-            scale = self.model.temperature().detach()
+            # Not by calling the module: its hook would gather parameters that are about to change.
+            scale = self.model.temperature.log_scale.detach().exp().squeeze(0)
         local = torch.stack((
             (~self.finite).float(),
             torch.full((), float(stop_requested), device=contrastive.device),
