@@ -15,8 +15,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lcl_mcore.data.batch import GlobalCounts, MicroBatch, StepBatch
-from lcl_mcore.errors import DataError
+from lcl_mcore.errors import DataError, LclError
 
+MAX_CAUSE = 4000  # characters of an error that travel
 DIGEST_INTEGERS = 2  # a row's digest: 16 bytes
 FIELDS = tuple(name for name, kind in MicroBatch.__annotations__.items() if kind == "Tensor")
 
@@ -30,22 +31,38 @@ class RankReport:
     lanes: tuple[tuple[int, ...], ...]
 
 
-def gather_reports(report: RankReport | DataError, group: dist.ProcessGroup | None) -> list[RankReport]:
-    """The reports of all data-parallel ranks, in rank order. An error on one rank is raised on all."""
+def gather_reports(report: RankReport | Exception, group: dist.ProcessGroup | None) -> list[RankReport]:
+    """The reports of all data-parallel ranks, in rank order.
+
+    Any error on one rank, expected or not, is raised on all: there as it is, elsewhere as a `DataError`
+    that names the rank and the cause. So no rank waits for one that will never come.
+    """
     if group is None:
-        if isinstance(report, DataError):
+        if isinstance(report, Exception):
             raise report
         return [report]
-    widest = 0 if isinstance(report, DataError) else max(len(lane) for lane in report.lanes)
-    header = torch.tensor([int(isinstance(report, DataError)), widest])
-    headers = _all_gather(header, group)
-    stopped = [rank for rank, item in enumerate(headers) if item[0]]
-    if isinstance(report, DataError):
-        raise report
-    if stopped:
-        raise DataError(f"data-parallel ranks {stopped}: reading stopped. Their own messages say why.")
-    width = max(int(item[1]) for item in headers)
+    cause = cause_of(report).encode() if isinstance(report, Exception) else b""
+    widest = 0 if isinstance(report, Exception) else max(len(lane) for lane in report.lanes)
+    headers = torch.stack(_all_gather(torch.tensor([len(cause), widest]), group))
+    longest, width = headers.amax(0).tolist()
+    if longest:
+        padded = torch.frombuffer(bytearray(cause.ljust(longest)), dtype=torch.uint8)
+        causes = [
+            item.numpy().tobytes().decode("utf-8", "replace").rstrip() for item in _all_gather(padded, group)
+        ]
+        if isinstance(report, Exception):
+            raise report
+        stopped = (f"data-parallel rank {rank}: {text}" for rank, text in enumerate(causes) if text)
+        raise DataError("reading stopped. " + "; ".join(stopped))
+    if isinstance(report, Exception):
+        raise AssertionError("an error always has a cause")
     return [_unpack(flat, len(report.sums), width) for flat in _all_gather(_pack(report, width), group)]
+
+
+def cause_of(error: Exception) -> str:
+    """What another rank says about an error of this one; our own messages need no class name."""
+    text = str(error) if isinstance(error, LclError) else f"{type(error).__name__}: {error}"
+    return text[:MAX_CAUSE] or type(error).__name__
 
 
 def _all_gather(mine: Tensor, group: dist.ProcessGroup) -> list[Tensor]:
@@ -74,10 +91,15 @@ def _unpack(flat: Tensor, sums: int, width: int) -> RankReport:
     return RankReport(tuple(values[:sums]), tuple(digests), tuple(lanes))
 
 
-def send_step(step: StepBatch | DataError, group: dist.ProcessGroup) -> None:
-    """Give a step (or the reason why there is none) to the other ranks of the model-parallel group."""
-    if isinstance(step, DataError):
-        _broadcast_json({"error": str(step)}, group)
+def send_step(
+    step: StepBatch | Exception, group: dist.ProcessGroup, pixel_ranks: Sequence[int] | None = None
+) -> None:
+    """Give a step (or the reason why there is none) to the other ranks of the model-parallel group.
+
+    pixel_ranks   which ranks of the group need the pictures (None: all); the others get [0, 3, H, W]
+    """
+    if isinstance(step, Exception):
+        _broadcast_json({"error": cause_of(step)}, group)
         return
     _broadcast_json(
         {
@@ -97,24 +119,37 @@ def send_step(step: StepBatch | DataError, group: dist.ProcessGroup) -> None:
         group,
     )
     integers, pixels = _flatten(step.micro_batches)
-    for flat in (integers, pixels):
-        if flat.numel():
-            dist.broadcast(flat, group_src=0, group=group)
+    dist.broadcast(integers, group_src=0, group=group)
+    if not pixels.numel():
+        return
+    if pixel_ranks is None:
+        dist.broadcast(pixels, group_src=0, group=group)
+        return
+    for work in [dist.isend(pixels, group_dst=rank, group=group) for rank in pixel_ranks if rank]:
+        if work is not None:
+            work.wait()
 
 
-def receive_step(group: dist.ProcessGroup) -> StepBatch:
-    """The step that rank 0 of the model-parallel group sent."""
+def receive_step(group: dist.ProcessGroup, pixel_ranks: Sequence[int] | None = None) -> StepBatch:
+    """The step that rank 0 of the model-parallel group sent; `pixel_ranks` as in `send_step`."""
     header = _broadcast_json(None, group)
     if "error" in header:
         raise DataError(header["error"])
     shapes = [item["shapes"] for item in header["micro_batches"]]
-    sizes = [[torch.Size(shape).numel() for shape in item] for item in shapes]
     image_field = FIELDS.index("images")
-    pixels = torch.empty(sum(item[image_field] for item in sizes), dtype=torch.uint8)
+    wanted = pixel_ranks is None or dist.get_rank(group) in pixel_ranks
+    pixel_count = sum(torch.Size(shape[image_field]).numel() for shape in shapes)
+    if not wanted:
+        for shape in shapes:
+            shape[image_field][0] = 0
+    sizes = [[torch.Size(shape).numel() for shape in item] for item in shapes]
+    pixels = torch.empty(pixel_count if wanted else 0, dtype=torch.uint8)
     integers = torch.empty(sum(map(sum, sizes)) - pixels.numel(), dtype=torch.int64)
-    for flat in (integers, pixels):
-        if flat.numel():
-            dist.broadcast(flat, group_src=0, group=group)
+    dist.broadcast(integers, group_src=0, group=group)
+    if pixels.numel() and pixel_ranks is None:
+        dist.broadcast(pixels, group_src=0, group=group)
+    elif pixels.numel():
+        dist.recv(pixels, group_src=0, group=group)
     batches = []
     at = {"integers": 0, "pixels": 0}
     for item, item_shapes, item_sizes in zip(header["micro_batches"], shapes, sizes, strict=True):

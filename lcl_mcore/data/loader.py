@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -26,7 +26,7 @@ from lcl_mcore.data.position import describe_run, read_position
 from lcl_mcore.data.prefetch import Prefetcher
 from lcl_mcore.data.read_images import ImageReader
 from lcl_mcore.data.tokenizer import Tokenizer
-from lcl_mcore.errors import ConfigError, DataError, explain
+from lcl_mcore.errors import ConfigError, explain
 
 REMOTE_READERS = 16
 
@@ -79,6 +79,7 @@ class StepReader:
         seed: int,
         counts_group: dist.ProcessGroup | None,
         model_group: dist.ProcessGroup | None,
+        pixel_ranks: Sequence[int] | None,
         position: dict[str, Any] | None,
     ) -> None:
         self.read_seconds = 0.0
@@ -87,6 +88,7 @@ class StepReader:
         self._micro_batch_size = micro_batch_size
         self._counts_group = counts_group
         self._model_group = model_group
+        self._pixel_ranks = pixel_ranks
         self._images = ImageReader(config, mix, decoder, image_size)
         self._assembler = Assembler(config, tokenizer, image_tokens=tokens_per_image, seed=seed)
         self._row_tokens = config.sequence_length
@@ -113,8 +115,8 @@ class StepReader:
         """Read, decode and exchange one step. An error on any rank is raised on every rank."""
         step = self._step_or_error()
         if self._model_group is not None:
-            send_step(step, self._model_group)
-        if isinstance(step, DataError):
+            send_step(step, self._model_group, self._pixel_ranks)
+        if isinstance(step, Exception):
             raise step
         return step
 
@@ -125,21 +127,21 @@ class StepReader:
         self._images.close()
         self._mix.close()
 
-    def _step_or_error(self) -> StepBatch | DataError:
+    def _step_or_error(self) -> StepBatch | Exception:
         micro_batches: tuple[MicroBatch, ...] = ()
+        report: RankReport | Exception
         started = time.perf_counter()
         try:
             micro_batches, report = self._read()
-        except DataError as error:
+        except Exception as error:  # whatever it is, the other ranks must not wait for this one
             report = error
         self.read_seconds += time.perf_counter() - started
         try:
-            reports = gather_reports(report, self._counts_group)
-        except DataError as error:
+            return self._complete(micro_batches, gather_reports(report, self._counts_group))
+        except Exception as error:
             return error
-        return self._complete(micro_batches, reports)
 
-    def _read(self) -> tuple[tuple[MicroBatch, ...], RankReport | DataError]:
+    def _read(self) -> tuple[tuple[MicroBatch, ...], RankReport]:
         """This rank's micro-batches of the next step, and what the other ranks need to know of them."""
         chunks = list((self._pool.map if self._pool else map)(Lane.next_row, self._lanes))
         rows = [
@@ -194,13 +196,14 @@ class StepReader:
 class StepReceiver:
     """The ranks of a model-parallel group that do not read: they get each step from the one that does."""
 
-    def __init__(self, group: dist.ProcessGroup) -> None:
+    def __init__(self, group: dist.ProcessGroup, pixel_ranks: Sequence[int] | None) -> None:
         self._group = group
+        self._pixel_ranks = pixel_ranks
         self.read_seconds = 0.0
 
     def next_step(self) -> StepBatch:
         """The step that the reading rank sent; its error, if it sent one."""
-        return receive_step(self._group)
+        return receive_step(self._group, self._pixel_ranks)
 
     def close(self) -> None:
         """Nothing is held."""
@@ -221,6 +224,7 @@ def build_loader(
     model_group: dist.ProcessGroup | None = None,
     position: dict[str, Any] | None = None,
     pin_memory: bool = False,
+    pixel_ranks: Sequence[int] | None = None,
 ) -> StepLoader:
     """Steps of data-parallel rank `dp_rank`, from the beginning or from a saved position.
 
@@ -228,13 +232,17 @@ def build_loader(
                    loader alone; None when dp_size is 1
     model_group    gloo group of the ranks that share dp_rank (tensor x pipeline), used by this loader
                    alone: its rank 0 reads, the others receive; None when that is one rank
+    pixel_ranks    ranks of `model_group` that need pictures (the first pipeline stage; rank 0 has them
+                   anyway), the same on all; the others get `images` [0, 3, H, W]. None: every rank
     position       `StepBatch.position` of the last step trained on; refused with `DataError` when data,
                    seed or settings differ from those it was saved with
     """
     _require_batch(global_batch_size, micro_batch_size, dp_size)
     config.require_room_for_images(tokens_per_image)
     if model_group is not None and dist.get_rank(model_group) != 0:
-        return StepLoader(StepReceiver(model_group), config.prefetch_steps, pin_memory=pin_memory)
+        return StepLoader(
+            StepReceiver(model_group, pixel_ranks), config.prefetch_steps, pin_memory=pin_memory
+        )
     mix = Mix(
         config,
         tokenizer,
@@ -256,6 +264,7 @@ def build_loader(
         seed=seed,
         counts_group=counts_group,
         model_group=model_group,
+        pixel_ranks=pixel_ranks,
         position=position,
     )
     return StepLoader(reader, config.prefetch_steps, pin_memory=pin_memory)

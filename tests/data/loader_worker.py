@@ -19,6 +19,7 @@ import torch.distributed as dist
 from corpora import LOADER, config, small_tokenizer
 from lcl_mcore.data.batch import MicroBatch
 from lcl_mcore.data.loader import build_loader
+from lcl_mcore.data.read_images import ImageReader
 from lcl_mcore.errors import DataError
 
 
@@ -31,12 +32,23 @@ def row_digests(batch: MicroBatch, row_tokens: int) -> list[str]:
         digest.update(batch.positions[low:high].numpy().tobytes())
         digest.update(batch.row_keys[r : r + 1].numpy().tobytes())
         mine = (batch.image_starts >= low) & (batch.image_starts < high)
-        digest.update(batch.images[mine].numpy().tobytes() + batch.image_keys[mine].numpy().tobytes())
+        if len(batch.images):  # later pipeline stages get none
+            digest.update(batch.images[mine].numpy().tobytes())
+        digest.update(batch.image_keys[mine].numpy().tobytes())
         for rows, values in ((batch.target_rows, batch.target_labels), (batch.context_rows, batch.group_ids)):
             mine = (rows >= low) & (rows < high)
             digest.update((rows[mine] - low).numpy().tobytes() + values[mine].numpy().tobytes())
         result.append(digest.hexdigest()[:16])
     return result
+
+
+def break_reader() -> None:
+    """From now on reading pictures fails on this rank in a way that nobody planned for."""
+
+    def fail(*arguments: Any) -> None:
+        raise TypeError("no such thing")
+
+    ImageReader.read = fail  # type: ignore[assignment,method-assign]
 
 
 def main() -> None:
@@ -59,7 +71,10 @@ def main() -> None:
         data, **{**LOADER, "micro_batch_size": options.get("micro_batch_size", 2)},
         tokenizer=small_tokenizer(), dp_rank=dp_rank, dp_size=dp_size,
         counts_group=counts_group, model_group=model_group, position=position,
+        pixel_ranks=options.get("pixel_ranks"),
     )  # fmt: skip
+    if options.get("break_rank") == rank:
+        break_reader()
     try:
         first = position["step"] if position else 0
         for step in range(first, options["steps"]):
@@ -68,6 +83,7 @@ def main() -> None:
             line = {
                 "step": step, "dp": dp_rank, "model": model_rank, "rows": rows, "hash": batch.order_hash,
                 "documents": [d for b in batch.micro_batches for d in b.documents],
+                "pictures": [list(b.images.shape) for b in batch.micro_batches],
             }  # fmt: skip
             with (out / f"rank{rank}.jsonl").open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
@@ -79,6 +95,9 @@ def main() -> None:
     except DataError as error:
         (out / f"error{rank}.txt").write_text(str(error))
         os._exit(3)
+    except TypeError as error:
+        (out / f"error{rank}.txt").write_text(str(error))
+        os._exit(4)
     loader.close()
     dist.destroy_process_group()
 

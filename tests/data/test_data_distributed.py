@@ -135,4 +135,31 @@ def test_an_error_on_one_rank_stops_all_with_its_reason(options: dict[str, Any],
     assert finish(start(out, 4, {**options, "folders": [str(folder)], "model": 2})) == [3] * 4
     messages = [(out / f"error{rank}.txt").read_text() for rank in range(4)]
     assert any("shard-002.tar, document doc-000020: is damaged" in message for message in messages)
-    assert all("shard-002.tar" in m or "data-parallel ranks" in m for m in messages)
+    assert all("shard-002.tar, document doc-000020: is damaged" in message for message in messages)
+
+
+def test_any_exception_on_one_rank_stops_the_others_with_its_cause(
+    options: dict[str, Any], tmp_path: Path
+) -> None:
+    """Not only errors that the reader plans for: nobody waits for a rank that has broken down."""
+    out = tmp_path / "run"
+    assert finish(start(out, 2, {**options, "break_rank": 1})) == [3, 4]
+    assert (out / "error0.txt").read_text() == (
+        "reading stopped. data-parallel rank 1: TypeError: no such thing"
+    )
+    assert (out / "error1.txt").read_text() == "no such thing"
+
+
+def test_later_pipeline_stages_get_no_pixels(options: dict[str, Any], tmp_path: Path) -> None:
+    """Rank 1 of the model group leaves the pictures out; everything else is the same."""
+    out = tmp_path / "run"
+    more = {**options, "model": 2, "pixel_ranks": [0], "steps": 3}
+    assert finish(start(out, 2, more)) == [0, 0]
+    first, last = (
+        [json.loads(line) for line in (out / f"rank{rank}.jsonl").read_text().splitlines()] for rank in (0, 1)
+    )
+    assert [(e["step"], e["hash"], e["documents"]) for e in first] == [
+        (e["step"], e["hash"], e["documents"]) for e in last
+    ]
+    assert all(shape[0] > 0 for e in first for shape in e["pictures"])
+    assert all(shape == [0, 3, 32, 32] for e in last for shape in e["pictures"])
