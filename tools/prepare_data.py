@@ -1,6 +1,7 @@
-"""Turn a public data format into the native one.
+"""Turn a public data format into the native one, or split a prepared set into train and heldout.
 
     python tools/prepare_data.py {mmc4,obelics,omnicorpus,pairs,html} INPUT OUTPUT
+    python tools/prepare_data.py split PREPARED OUTPUT --heldout-share 0.1
 
 May be killed at any moment and started again; a second run changes nothing.
 """
@@ -20,6 +21,7 @@ from lcl_mcore.data.prepare.mmc4 import Mmc4Reader
 from lcl_mcore.data.prepare.normalise import PictureLimits
 from lcl_mcore.data.prepare.pairs import PairReader
 from lcl_mcore.data.prepare.parquet import ParquetReader
+from lcl_mcore.data.prepare.split import split
 from lcl_mcore.errors import LclError
 
 MIN_SIDES = {"html": 64, "pairs": 32}
@@ -37,7 +39,7 @@ def build_reader(args: argparse.Namespace) -> Reader:
 def main() -> int:
     """Parse the command line and prepare."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("format", choices=["mmc4", "obelics", "omnicorpus", "pairs", "html"])
+    parser.add_argument("format", choices=["mmc4", "obelics", "omnicorpus", "pairs", "html", "split"])
     parser.add_argument("input", type=Path)
     parser.add_argument("output", type=Path)
     parser.add_argument(
@@ -54,6 +56,8 @@ def main() -> int:
         "--max-duplicates", type=int, default=0, help="omnicorpus: largest allowed *_dup_count"
     )
     parser.add_argument("--keep-text-only", action="store_true", help="keep documents left without a picture")
+    parser.add_argument("--heldout-share", type=float, default=0.1, help="split: share of the documents")
+    parser.add_argument("--seed", type=int, default=0, help="split: which documents are held out")
     parser.add_argument("--shard-megabytes", type=int, default=1024)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--quiet", action="store_true", help="no progress line")
@@ -71,6 +75,12 @@ def main() -> int:
         shard_bytes=args.shard_megabytes << 20,
     )
     try:
+        if args.format == "split":
+            parts = split(
+                args.input, args.output, heldout_share=args.heldout_share, seed=args.seed, quiet=args.quiet
+            )
+            print(json.dumps(parts, indent=1))
+            return 0
         manifest = prepare(build_reader(args), args.output, options, workers=args.workers, quiet=args.quiet)
     except LclError as error:
         print(f"error: {error}", file=sys.stderr)

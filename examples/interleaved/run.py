@@ -1,12 +1,12 @@
 #!/usr/bin/env python
 """Real interleaved documents: HTML pages with pictures, rows of 2048 tokens.
 
-Fetches scikit-image's documentation (a Debian package, not installed), turns its pages into documents,
-learns a vocabulary on them, and pre-trains a small model on two processes. Each stage that is already
-done is skipped, so an interrupted run continues. Needs `apt-get download`; give a folder of HTML pages
-instead with --pages.
-"""
-
+Fetches scikit-image's documentation (a Debian package, not installed; --packages takes more), turns its
+pages into documents, holds a tenth of them out (none shares a picture with the others), learns a vocabulary
+on the rest, and pre-trains a small model on two processes; data/interleaved/heldout is for evaluation. Each
+stage that is already done is skipped, so an interrupted run continues. Needs `apt-get download`; give a
+folder of HTML pages instead with --pages.
+"""R
 from __future__ import annotations
 
 import argparse
@@ -28,7 +28,7 @@ def call(*arguments: str) -> None:
 
 
 def learn_vocabulary() -> Path:
-    """`tokenizer.json` from the texts of the documents."""
+    """`tokenizer.json` from the texts of the training documents."""
     from lcl_mcore.data.dataset import NativeDataset
     from lcl_mcore.data.tokenizer import train_bpe
 
@@ -45,6 +45,9 @@ def learn_vocabulary() -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--packages", nargs="+", default=["python-skimage-doc"], help="see tools/fetch_corpora.py"
+    )
     parser.add_argument("--pages", type=Path, help="folder of HTML pages with pictures (default: fetched)")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--processes", type=int, default=2)
@@ -52,9 +55,10 @@ def main() -> None:
     pages = args.pages.resolve() if args.pages else None
     os.chdir(ROOT)
     if pages is None:
-        call("tools/fetch_corpora.py", str(CORPUS / "packages"), "python-skimage-doc")
-        pages = CORPUS / "packages" / "python-skimage-doc"
-    call("tools/prepare_data.py", "html", str(pages), str(CORPUS / "train"), "--max-repeats", "30")
+        call("tools/fetch_corpora.py", str(CORPUS / "packages"), *args.packages)
+        pages = CORPUS / "packages"
+    call("tools/prepare_data.py", "html", str(pages), str(CORPUS / "all"), "--max-repeats", "30")
+    call("tools/prepare_data.py", "split", str(CORPUS / "all"), str(CORPUS), "--heldout-share", "0.1")
     tokenizer = learn_vocabulary()
     call(
         "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.processes),

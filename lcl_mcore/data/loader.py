@@ -22,7 +22,7 @@ from lcl_mcore.data.keyed import key63
 from lcl_mcore.data.lane import Lane, LaneState
 from lcl_mcore.data.mix import Mix
 from lcl_mcore.data.packing import Packer
-from lcl_mcore.data.position import describe_run, read_position
+from lcl_mcore.data.position import describe_run, note_decoder, read_position
 from lcl_mcore.data.prefetch import Prefetcher
 from lcl_mcore.data.read_images import ImageReader
 from lcl_mcore.data.tokenizer import Tokenizer
@@ -94,6 +94,8 @@ class StepReader:
         self._row_tokens = config.sequence_length
         self._identity = describe_run(config, mix, tokenizer, tokens_per_image, global_batch_size, seed)
         start = read_position(position, self._identity)
+        self._decoder = decoder.name
+        note_decoder(position, decoder.name)
         self._step, self._hash = start.step, start.order_hash
         rows = global_batch_size // dp_size
         self._first_lane = dp_rank * rows
@@ -183,7 +185,13 @@ class StepReader:
         return StepBatch(
             micro_batches=batches,
             counts=GlobalCounts(images, contexts, targets, tokens, pairs, tuple(micro)),
-            position={**self._identity, "step": self._step, "order_hash": self._hash, "states": lanes},
+            position={
+                **self._identity,
+                "decoder": self._decoder,
+                "step": self._step,
+                "order_hash": self._hash,
+                "states": lanes,
+            },
             order_hash=self._hash,
             statistics={
                 "fill": sum(tokens) / (len(lanes) * self._row_tokens),

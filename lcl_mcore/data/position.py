@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import logging
 from typing import Any
 
 from lcl_mcore.config.data import DataConfig
@@ -12,6 +13,7 @@ from lcl_mcore.data.mix import Mix
 from lcl_mcore.data.tokenizer import Tokenizer
 from lcl_mcore.errors import DataError, explain
 
+logger = logging.getLogger(__name__)
 FORMAT = 1
 # What changes which documents, tokens or crop windows come: a position fits only equal values.
 SOURCE_RULES = (
@@ -99,6 +101,17 @@ def read_position(position: dict[str, Any] | None, run: dict[str, Any]) -> Start
         rule = f"has {len(lanes)} lane states for {run['global_batch_size']} rows"
         raise DataError(explain("saved data position", rule, "Use an older checkpoint."))
     return start
+
+
+def note_decoder(position: dict[str, Any] | None, decoder: str) -> None:
+    """Say so when pictures were decoded otherwise before: the order is the same, pixels differ slightly."""
+    former = (position or {}).get("decoder", decoder)
+    if former != decoder:
+        logger.warning(
+            "pictures were decoded by %r before and are by %r now: the same order and crops, pixels differ by "
+            "less than one level of 255 on average; set data.decode_backend to keep the former",
+            former, decoder,
+        )  # fmt: skip
 
 
 def _differences(path: str, saved: Any, now: Any) -> list[str]:

@@ -23,12 +23,14 @@ from PIL import Image
 
 from corpora import picture
 from lcl_mcore.data.dataset import NativeDataset
-from lcl_mcore.data.prepare.engine import Options, Reader, prepare
+from lcl_mcore.data.prepare.engine import Options, RawDocument, Reader, prepare
 from lcl_mcore.data.prepare.html import HtmlReader
 from lcl_mcore.data.prepare.mmc4 import Mmc4Reader
 from lcl_mcore.data.prepare.normalise import PictureLimits
 from lcl_mcore.data.prepare.pairs import PairReader
 from lcl_mcore.data.prepare.parquet import ParquetReader
+from lcl_mcore.data.prepare.repeats import pictures_of
+from lcl_mcore.data.prepare.split import split
 from lcl_mcore.errors import DataError
 
 TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
@@ -225,9 +227,9 @@ def test_html_keeps_order_and_leaves_navigation_out(tmp_path: Path) -> None:
     for n in range(4):
         (source / f"page{n}.html").write_text(
             f"<html><head><title>T</title><script>var x='<p>no</p>'</script></head><body><div class='navbar'>"
-            f"<p>menu</p><img src='0.png'></div><h1>Head {n}</h1><p>{words} &amp; more</p><img src='logo.png'>"
+            f"<p>menu</p><img src='logo.png'></div><h1>Head {n}</h1><p>{words} &amp; more</p><img src='logo.png'>"
             f"<p>{words}</p><figure><img src='{n}.png'/><figcaption>Figure {n}</figcaption></figure>"
-            f"<img src='../../etc/passwd'><img src='https://example.org/x.png'><footer>end</footer></body></html>"
+            f"<img src='http://[no'><img src='../../etc/passwd'><img src='https://example.org/x.png'><footer>end</footer></body></html>"
         )
     options = Options(limits=PictureLimits(min_side=32), max_repeats=2)
     manifest = run(HtmlReader(source), tmp_path / "out", options)
@@ -236,6 +238,69 @@ def test_html_keeps_order_and_leaves_navigation_out(tmp_path: Path) -> None:
     document, _ = NativeDataset(str(tmp_path / "out")).document(2)
     assert document.texts == ("Head 2", f"{words} & more", words, "Figure 2")
     assert [image.text_index for image in document.images] == [3]
+
+
+def test_repeated_pictures_are_found_without_reading_pages_in_full(tmp_path: Path) -> None:
+    """The quick look finds every picture that the full reading has, and those it leaves out."""
+    (tmp_path / "a.png").write_bytes(picture(1, 90, 90, "PNG"))
+    words = "word " * 30
+    (tmp_path / "page.html").write_text(
+        f"<nav><img src='a.png'></nav><p>{words}</p><IMG alt='x>y' class=b\n src='a.png'/><img<img src=a.png>"
+        f"<!-- <img src='b.png'> --><p>{words}</p><img src='c d.png'>"
+    )
+    reader = HtmlReader(tmp_path)
+    (job,) = reader.jobs()
+    (page,) = reader.documents(job)
+    assert isinstance(page, RawDocument)
+    quick = {image.source for images in pictures_of(reader, job) for image in images}
+    assert {image.source for image in page.images} <= quick
+    assert {"a.png", "b.png", "c d.png"} <= quick
+
+
+def make_shared(folder: Path, pictures: list[list[int]]) -> Path:
+    """Prepared pages with the pictures of the given numbers."""
+    pages = folder / "pages"
+    pages.mkdir(parents=True)
+    for number in {number for page in pictures for number in page}:
+        (pages / f"{number}.png").write_bytes(picture(number, 90, 90, "PNG"))
+    for n, page in enumerate(pictures):
+        shown = "".join(f"<img src='{number}.png'>" for number in page)
+        (pages / f"{n:03d}.html").write_text(f"<p>{'word ' * 30} page {n}</p>{shown}")
+    run(HtmlReader(pages), folder / "all")
+    return folder / "all"
+
+
+def test_split_never_parts_documents_that_share_a_picture(tmp_path: Path) -> None:
+    chain = [[n, n + 1] for n in range(30)]  # one group of 30 documents
+    twins = [[100 + n // 2] for n in range(20)]  # ten groups of 2
+    single = [[200 + n] for n in range(50)]
+    source = make_shared(tmp_path, chain + twins + single)
+    result = split(source, tmp_path / "out", heldout_share=0.2, quiet=True)
+    assert (result["train"]["documents"], result["heldout"]["documents"]) == (80, 20)
+    parts: dict[str, set[str]] = {}
+    texts: dict[str, set[str]] = {}
+    for part in ("train", "heldout"):
+        data = NativeDataset(str(tmp_path / "out" / part))
+        documents = [data.document(i) for i in range(len(data))]
+        parts[part] = {image.sha256 for document, _ in documents for image in document.images}
+        texts[part] = {text for document, _ in documents for text in document.texts}
+        for document, members in documents:
+            for n in range(len(document.images)):
+                data.picture(document, members, n)  # checks the sha256
+    assert not parts["train"] & parts["heldout"]
+    assert len(texts["train"] | texts["heldout"]) == 100
+    assert len({t for t in texts["heldout"] if int(t.split()[-1]) < 30}) == 0
+    before = files(tmp_path / "out")
+    assert split(source, tmp_path / "out", heldout_share=0.2, quiet=True) == result
+    (tmp_path / "out" / "train" / "dataset.json").unlink()  # killed before the last file
+    split(source, tmp_path / "out", heldout_share=0.2, quiet=True)
+    assert files(tmp_path / "out") == before
+    other = split(source, tmp_path / "seed", heldout_share=0.2, seed=1, quiet=True)
+    assert other["heldout"]["fingerprint"] != result["heldout"]["fingerprint"]
+    with pytest.raises(DataError, match="with another share or seed"):
+        split(source, tmp_path / "out", heldout_share=0.3, quiet=True)
+    with pytest.raises(DataError, match="of 100 documents 0 would be held out"):
+        split(source, tmp_path / "none", heldout_share=0.001, quiet=True)
 
 
 @pytest.mark.parametrize("corrupt", [False, True])

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from lcl_mcore.data.document import MAX_IMAGES, Document, ImageEntry, Kind
 from lcl_mcore.data.pictures import BadPictureError
@@ -94,6 +94,14 @@ class Reader(Protocol):
 
     def describe(self) -> dict[str, Any]:
         """Names the input and every setting that changes the output."""
+
+
+@runtime_checkable
+class FindsPictures(Protocol):
+    """A reader that can list pictures without reading documents in full."""
+
+    def pictures(self, job: Job) -> Iterator[Sequence[RawImage]]:
+        """The pictures of each document of one part; more than `documents` has is allowed."""
 
 
 @dataclass

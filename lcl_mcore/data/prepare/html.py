@@ -26,6 +26,8 @@ BLOCKS = re.compile(
     "p|div|section|article|main|body|h[1-6]|li|ul|ol|dl|dt|dd|table|tr|td|th|caption|pre|blockquote|figure|"
     "figcaption|br|hr"
 )
+# Possessive, and ending at the next "<": time grows with the page's length only.
+PICTURE_TAG = re.compile(r"""<img\b(?:[^<>"']++|"[^"<]{0,4096}+"|'[^'<]{0,4096}+'){0,64}+>""", re.IGNORECASE)
 VOID = re.compile("br|hr|img|input|meta|link|area|base|col|embed|source|track|wbr")
 
 
@@ -50,6 +52,16 @@ class HtmlReader:
         for path in self._files[job.part : job.part + PAGES_PER_JOB]:
             yield self._page(path)
 
+    def pictures(self, job: Job) -> Iterator[Sequence[RawImage]]:
+        """All pictures of each page, in navigation and headers too, without reading the page in full."""
+        for path in self._files[job.part : job.part + PAGES_PER_JOB]:
+            if not path.is_symlink() and path.stat().st_size <= MAX_PAGE_BYTES:
+                page = _Page()
+                for tag in PICTURE_TAG.findall(path.read_bytes().decode("utf-8", "replace")):
+                    page.feed(tag)
+                    page.reset()  # whatever a broken tag left open
+                yield self._images(path, page)
+
     def describe(self) -> dict[str, Any]:
         """Names and sizes of the pages."""
         files = describe_files(self._files, self._source)
@@ -64,19 +76,27 @@ class HtmlReader:
         page.end_text()
         if sum(len(text.split()) for text in page.texts) < self._min_words:
             return Dropped("too few words")
+        images = self._images(path, page)
+        if not images:
+            return Dropped("no picture on the page")
+        where = str(path.relative_to(self._source)) if path != self._source else path.name
+        return RawDocument("sequence", tuple(page.texts), images, {"page": clean_text(where)})
+
+    def _images(self, path: Path, page: _Page) -> tuple[RawImage, ...]:
+        """The pictures that lie beside the pages; nothing is ever fetched."""
         images = []
         for place, address in page.images:
-            parts = urlsplit(address)
+            try:
+                parts = urlsplit(address)
+            except ValueError:  # not an address at all
+                continue
             if parts.scheme or parts.netloc:
-                continue  # nothing is ever fetched
+                continue
             root = self._source if self._source.is_dir() else path.parent
             local = (path.parent / unquote(parts.path)).resolve() if "\0" not in parts.path else path
             name = str(local.relative_to(root)) if local.is_relative_to(root) else "../outside"
             images.append(RawImage(partial(read_picture, root, name), place, source=address[:500]))
-        if not images:
-            return Dropped("no picture on the page")
-        where = str(path.relative_to(self._source)) if path != self._source else path.name
-        return RawDocument("sequence", tuple(page.texts), tuple(images), {"page": clean_text(where)})
+        return tuple(images)
 
 
 class _Page(HTMLParser):

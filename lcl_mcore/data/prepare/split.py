@@ -1,0 +1,150 @@
+"""A prepared data set in two: documents to train on, and held-out ones that share no picture with them.
+
+Documents that contain the same picture (by sha256 of its stored bytes), directly or through others, form a
+group. Groups are walked in an order keyed by seed and content, and held out as long as they fit the wanted
+share; a group that is too large for it stays in training. Contents are copied, not decoded again.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from lcl_mcore.data.dataset import NativeDataset, PictureDamagedError
+from lcl_mcore.data.document import Document
+from lcl_mcore.data.keyed import key64
+from lcl_mcore.data.prepare.progress import Progress
+from lcl_mcore.data.safe_json import parse_object
+from lcl_mcore.data.shards import MANIFEST, ShardInfo, ShardWriter, write_manifest
+from lcl_mcore.errors import DataError, explain
+
+PARTS = ("train", "heldout")
+SHARD_BYTES = 1 << 30
+STORED = ("kind", "text_list", "image_info")
+
+
+def split(
+    source: Path, output: Path, *, heldout_share: float = 0.1, seed: int = 0, quiet: bool = False
+) -> dict[str, Any]:
+    """Write `output/train` and `output/heldout`; does nothing if both are there.
+
+    Returns the sizes of both parts. Raises `DataError` for a share outside 0..1, if one part would be
+    empty, or if `output` holds another split.
+    """
+    if not 0.0 < heldout_share < 1.0:
+        raise DataError(explain(f"heldout share {heldout_share}", "must lie between 0 and 1", "Try 0.1."))
+    data = NativeDataset(str(source))
+    try:
+        plan = {"of": data.fingerprint, "heldout_share": heldout_share, "seed": seed}
+        if not _done(output, plan):
+            _write(data, output, plan, quiet=quiet)
+    finally:
+        data.close()
+    result: dict[str, Any] = {}
+    for part in PARTS:
+        manifest = _manifest(output / part)
+        result[part] = {name: manifest[name] for name in ("documents", "images", "fingerprint")}
+    return result
+
+
+def heldout_documents(pictures: list[list[str]], share: float, seed: int) -> frozenset[int]:
+    """Numbers of the documents to hold out, given the sha256 of each document's pictures."""
+    group = _groups(pictures)
+    members: dict[int, list[int]] = {}
+    for number, root in enumerate(group):
+        members.setdefault(root, []).append(number)
+
+    def order(documents: list[int]) -> int:
+        content = sorted({sha for number in documents for sha in pictures[number]})
+        return key64(seed, "heldout", *(content or [str(documents[0])]))
+
+    wanted = round(share * len(pictures))
+    chosen: set[int] = set()
+    for documents in sorted(members.values(), key=order):
+        if len(chosen) + len(documents) <= wanted:
+            chosen.update(documents)
+    return frozenset(chosen)
+
+
+def _groups(pictures: list[list[str]]) -> list[int]:
+    """For every document the smallest number of its group."""
+    parent = list(range(len(pictures)))
+
+    def root(number: int) -> int:
+        while parent[number] != number:
+            parent[number] = parent[parent[number]]
+            number = parent[number]
+        return number
+
+    first_with: dict[str, int] = {}
+    for number, shas in enumerate(pictures):
+        for sha in shas:
+            a, b = root(first_with.setdefault(sha, number)), root(number)
+            parent[max(a, b)] = min(a, b)
+    return [root(number) for number in range(len(pictures))]
+
+
+def _write(data: NativeDataset, output: Path, plan: dict[str, Any], *, quiet: bool) -> None:
+    pictures = [[image.sha256 for image in data.document(i)[0].images] for i in range(len(data))]
+    heldout = heldout_documents(pictures, plan["heldout_share"], plan["seed"])
+    if not heldout or len(heldout) == len(pictures):
+        rule = f"of {len(pictures)} documents {len(heldout)} would be held out"
+        raise DataError(explain(data.path, rule, "Change the share, or lower --max-repeats when preparing."))
+    progress = Progress(len(pictures), "splitting", quiet=quiet)
+    writers = [_Part(output / part) for part in PARTS]
+    for index in range(len(pictures)):
+        writers[index in heldout].add(data, index)
+        progress.advance(1, {"documents": 1})
+    for writer in reversed(writers):
+        writer.close(plan)
+
+
+class _Part:
+    """Writes one part, shard by shard."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._folder = folder
+        self._shards: list[ShardInfo] = []
+        self._writer: ShardWriter | None = None
+
+    def add(self, data: NativeDataset, index: int) -> None:
+        """Copy a document with everything that is stored with it."""
+        document, members = data.document(index)
+        stored = parse_object(data.storage.read(members.shard, *members.places[0]))
+        more = {name: value for name, value in stored.items() if name not in STORED}
+        try:
+            contents = [data.picture(document, members, n) for n in range(len(document.images))]
+        except PictureDamagedError as error:
+            where = f"{data.path}/{members.shard}, document {document.key}"
+            raise DataError(explain(where, str(error), "Prepare the data set again.")) from error
+        if self._writer is None:
+            self._writer = ShardWriter(self._folder / f"{self._folder.name}-{len(self._shards):05d}.tar")
+        named = Document(f"{index:010d}", document.kind, document.texts, document.images)
+        self._writer.add(named, contents, **{"source_key": document.key, **more})
+        if self._writer.size >= SHARD_BYTES:
+            self._shards.append(self._writer.close())
+            self._writer = None
+
+    def close(self, plan: dict[str, Any]) -> None:
+        """Complete the part: only now does it count as there."""
+        if self._writer is not None:
+            self._shards.append(self._writer.close())
+        write_manifest(
+            self._folder, self._shards, dropped_documents=Counter(), dropped_images=Counter(), split=plan
+        )
+
+
+def _done(output: Path, plan: dict[str, Any]) -> bool:
+    """Whether both parts are complete; refuses a folder with another split."""
+    there = [part for part in PARTS if (output / part / MANIFEST).exists()]
+    for part in there:
+        if _manifest(output / part).get("split") != plan:
+            rule = "holds a split of other data, or with another share or seed"
+            raise DataError(explain(output / part, rule, "Choose another output folder, or delete this one."))
+    return len(there) == len(PARTS)
+
+
+def _manifest(folder: Path) -> dict[str, Any]:
+    return parse_object((folder / MANIFEST).read_bytes(), max_bytes=256 << 20)
