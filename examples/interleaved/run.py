@@ -6,7 +6,8 @@ pages into documents, holds a tenth of them out (none shares a picture with the 
 on the rest, and pre-trains a small model on two processes; data/interleaved/heldout is for evaluation. Each
 stage that is already done is skipped, so an interrupted run continues. Needs `apt-get download`; give a
 folder of HTML pages instead with --pages.
-"""R
+"""
+
 from __future__ import annotations
 
 import argparse
