@@ -11,8 +11,11 @@ from torch._C import _distributed_c10d as c10d
 from lcl_mcore.errors import CheckpointError, DataError
 
 ENTRIES = 512
-_SIGNS = ("gloo/transport", "ProcessGroupGloo", "NCCL error", "NCCL communicator", "TCPStore", "Connection closed by peer", "Connection reset", "Broken pipe",
-          "Timed out waiting", "Socket Timeout")  # fmt: skip
+_SIGNS = (
+    "gloo/transport", "ProcessGroupGloo", "NCCL error", "NCCL communicator", "collective operation timeout",
+    "TCPStore", "Connection closed by peer", "Connection reset", "Broken pipe", "Timed out waiting",
+    "Socket Timeout",
+)  # fmt: skip
 
 
 def record_collectives() -> None:
