@@ -1,4 +1,7 @@
-"""CLIP's vocabulary from the merge list that CLIP and OpenCLIP ship (`bpe_simple_vocab_16e6.txt.gz`)."""
+"""CLIP's vocabulary from the merge list that CLIP and OpenCLIP ship.
+
+`bpe_simple_vocab_16e6.txt.gz`, or the same list as a Hugging Face repository's `merges.txt`.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +18,7 @@ MAX_BYTES = 16 << 20
 
 def clip_tokenizer_from_merges(path: Path) -> tokenizers.Tokenizer:
     """Lower-cased byte-pair vocabulary of 49,408 ids: bytes, bytes ending a word, merges, two markers."""
-    with gzip.open(path) as stream:
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
         lines = stream.read(MAX_BYTES).decode("utf-8").split("\n")
     merges = [tuple(line.split()) for line in lines[1 : MERGES + 1]]
     letters = _bytes_in_clip_order()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import html
 import json
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -144,7 +145,7 @@ def _after_last_id(backend: tokenizers.Tokenizer) -> Tokenizer:
 
 def _named(config: TokenizerConfig, ids: SpecialIds, *, expected: int, ends: tuple[str, str]) -> Tokenizer:
     """OPT's or CLIP's vocabulary, checked to be just that."""
-    backend = _read(config.path)
+    backend = _read(config.path, kind=config.kind)
     vocabulary = backend.get_vocab(with_added_tokens=True)
     found = (len(vocabulary), vocabulary.get(ends[0]), vocabulary.get(ends[1]))
     if found != (expected, ids.bos, ids.eos):
@@ -158,43 +159,49 @@ def _named(config: TokenizerConfig, ids: SpecialIds, *, expected: int, ends: tup
     return Tokenizer(backend, ids, clip_cleaning=config.kind == "clip")
 
 
-def _read(path: str) -> tokenizers.Tokenizer:
+def _read(path: str, *, kind: str = "file") -> tokenizers.Tokenizer:
     """A vocabulary from a file, a folder, or a model name in the local Hugging Face cache."""
     place = Path(path)
     if not place.exists():
         place = _cached_snapshot(path)
-    candidates = [place] if place.is_file() else [place / "tokenizer.json"]
-    merges = [place] if place.name.endswith("merges.txt") else []
-    merges += [place / "vocab.json", *place.glob("bpe_simple_vocab*.txt.gz")] if place.is_dir() else []
+    folder = place if place.is_dir() else place.parent
     try:
-        for candidate in candidates:
-            if candidate.name.endswith(".txt.gz"):
-                return clip_tokenizer_from_merges(candidate)
-            if candidate.is_file():
-                return tokenizers.Tokenizer.from_file(str(candidate))
-        for candidate in merges:
-            if candidate.name.endswith(".txt.gz"):
-                return clip_tokenizer_from_merges(candidate)
-            if candidate.is_file() and candidate.with_name("merges.txt").is_file():
-                return _byte_level(candidate, candidate.with_name("merges.txt"))
+        if place.name.endswith(".txt.gz"):
+            return clip_tokenizer_from_merges(place)
+        if place.is_file() and place.name != "merges.txt":
+            return tokenizers.Tokenizer.from_file(str(place))
+        if (folder / "tokenizer.json").is_file():
+            return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+        packed = sorted(folder.glob("bpe_simple_vocab*.txt.gz"))
+        if packed:
+            return clip_tokenizer_from_merges(packed[0])
+        if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
+            if kind == "clip":  # its merges end words with </w>, unlike GPT-2's and OPT's
+                return clip_tokenizer_from_merges(folder / "merges.txt")
+            return _byte_level(folder / "vocab.json", folder / "merges.txt")
     except Exception as error:  # the library raises bare Exception for a malformed file
         message = explain(f"tokenizer {path}: {error}", "is not a readable vocabulary", "Download it again.")
         raise DataError(message) from error
+    where = "that path" if place.exists() else f"that path, or under that name in {_cache()}"
     raise DataError(
         explain(
             f"tokenizer {path or '(no path)'}",
-            "no tokenizer.json, vocab.json with merges.txt, or bpe_simple_vocab_16e6.txt.gz is there",
-            "Set data.tokenizer.path to a file or folder that has one.",
+            f"no tokenizer.json, vocab.json with merges.txt, or bpe_simple_vocab_16e6.txt.gz is at {where}",
+            "Set data.tokenizer.path to a file or folder that has one. Nothing is downloaded here: get a model's "
+            "files with `hf download NAME vocab.json merges.txt` where there is a network.",
         )
     )
 
 
+def _cache() -> Path:
+    """The local Hugging Face cache."""
+    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
+    return Path(os.environ.get("HF_HUB_CACHE", home / "hub"))
+
+
 def _cached_snapshot(name: str) -> Path:
     """The newest local snapshot of a Hugging Face model; nothing is downloaded."""
-    import os
-
-    home = Path(os.environ.get("HF_HOME", Path.home() / ".cache" / "huggingface"))
-    snapshots = home / "hub" / f"models--{name.replace('/', '--')}" / "snapshots"
+    snapshots = _cache() / f"models--{name.replace('/', '--')}" / "snapshots"
     found = sorted(snapshots.glob("*"), key=lambda p: p.stat().st_mtime) if snapshots.is_dir() else []
     return found[-1] if found else Path(name)
 

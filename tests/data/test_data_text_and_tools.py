@@ -93,6 +93,72 @@ def test_clip_layout(tmp_path: Path) -> None:
     assert max(tokenizer.encode("<|endoftext|> <start_of_img>")) < 49406
 
 
+def test_clip_from_a_repository_of_two_files(tmp_path: Path) -> None:
+    """vocab.json and merges.txt: the merge list is CLIP's, not GPT-2's kind."""
+    packed = fake_clip(tmp_path)
+    with gzip.open(tmp_path / "bpe_simple_vocab_16e6.txt.gz", "rt") as stream:
+        (tmp_path / "merges.txt").write_text(stream.read())
+    (tmp_path / "bpe_simple_vocab_16e6.txt.gz").unlink()
+    (tmp_path / "vocab.json").write_text("{}")
+    plain = build_tokenizer(TokenizerConfig(kind="clip", path=str(tmp_path)))
+    assert plain.encode("a CAT sat!") == packed.encode("a CAT sat!")
+    assert plain.fingerprint == packed.fingerprint
+
+
+def byte_letters() -> dict[int, str]:
+    """GPT-2's printable stand-in of every byte, in the order of its vocabulary."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [b for b in range(256) if b not in printable]
+    return {b: chr(b) for b in printable} | {b: chr(256 + n) for n, b in enumerate(others)}
+
+
+def write_opt(folder: Path) -> None:
+    """The file set that OPT's repositories have: 50,265 entries, four specials first, fillers, mask last.
+
+    Merges are invented but for "Ġcat"; letters follow the specials in byte order, then the merges.
+    """
+    letters = list(byte_letters().values())
+    merges = [("c", "a"), ("ca", "t"), ("\u0120", "cat")]
+    merges += [(a, b) for a in letters for b in letters if (a, b) != ("c", "a") and a != "<"]
+    merges = merges[: 50_265 - 4 - 256 - 4]
+    names = ["<s>", "<pad>", "</s>", "<unk>", *letters, *("".join(pair) for pair in merges)]
+    names += ["madeupword0000", "madeupword0001", "madeupword0002", "<mask>"]
+    (folder / "vocab.json").write_text(json.dumps({name: i for i, name in enumerate(names)}))
+    lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
+    (folder / "merges.txt").write_text("\n".join(lines) + "\n")
+    special = {"bos_token": "</s>", "eos_token": "</s>", "unk_token": "</s>", "pad_token": "<pad>"}
+    more = {"add_bos_token": True, "add_prefix_space": False, "tokenizer_class": "GPT2Tokenizer"}
+    (folder / "tokenizer_config.json").write_text(json.dumps({**special, **more}))
+    (folder / "special_tokens_map.json").write_text(json.dumps(special))
+
+
+def test_opt_by_path_and_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    snapshot = tmp_path / "hub" / "models--facebook--opt-125m" / "snapshots" / "0123abc"
+    snapshot.mkdir(parents=True)
+    write_opt(snapshot)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.delenv("HF_HUB_CACHE", raising=False)
+    for path in ("facebook/opt-125m", str(snapshot), str(snapshot / "merges.txt")):
+        tokenizer = build_tokenizer(TokenizerConfig(kind="opt", path=path))
+        assert (tokenizer.bos, tokenizer.eos, tokenizer.pad) == (2, 2, 1)
+        assert (tokenizer.boi, tokenizer.eoi, tokenizer.image) == (50265, 50266, 50267)
+        assert (tokenizer.text_size, tokenizer.vocab_size) == (50265, 50272)
+        first = 4  # the four specials come before the letters
+        place = {byte: first + i for i, byte in enumerate(byte_letters())}
+        merged = first + 256
+        assert tokenizer.encode("!") == [place[ord("!")]]
+        assert tokenizer.encode("cat cat") == [merged + 1, merged + 2]  # no begin token, no space before
+        text = "Zoë </s> <pad> <s> <mask> <unk>\n\u4f60"
+        ids = tokenizer.encode(text)
+        assert {0, 1, 2, 3, 50264}.isdisjoint(ids)
+        assert max(ids) < 50265
+        assert tokenizer.decode(ids) == text
+    with pytest.raises(
+        DataError, match=r"opt-6\.7b: no tokenizer\.json.*under that name in .*hub.*hf download"
+    ):
+        build_tokenizer(TokenizerConfig(kind="opt", path="facebook/opt-6.7b"))
+
+
 def test_wrong_vocabularies_are_refused(tmp_path: Path) -> None:
     small_tokenizer().save(tmp_path / "tokenizer.json")
     for kind in ("opt", "clip"):
