@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -81,6 +81,17 @@ def _type_name(original: Callable[..., Any]) -> Callable[..., Any]:
         return _CUDA_NAMES[self.dtype]
 
     return type_
+
+
+@contextlib.contextmanager
+def answering(device: torch.device) -> Iterator[None]:
+    """Answer with another device than the CPU for a while: the planner's tensors have no data."""
+    global _CPU
+    before, _CPU = _CPU, device
+    try:
+        yield
+    finally:
+        _CPU = before
 
 
 def installed() -> bool:

@@ -1,0 +1,163 @@
+"""One counted training step of one rank: the real model, losses, gradient buffers and optimizer."""
+
+from __future__ import annotations
+
+import gc
+from collections import Counter
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcl_mcore.benchmarking.synthetic import synthetic_step
+from lcl_mcore.config.run import RunConfig
+from lcl_mcore.data.batch import StepBatch
+from lcl_mcore.parallel.groups import Groups
+from lcl_mcore.planning.counter import Event, StepCounter, Work
+from lcl_mcore.platform.device import Device
+from lcl_mcore.training.build import DTYPES, build_model
+from lcl_mcore.training.optimizer import Optimizer, wrap_data_parallel
+from lcl_mcore.training.step import TrainStep
+
+STATE = ("weights", "gradients", "optimizer")
+PARTS = (*STATE, "input", "activations", "loss", "communication")
+
+
+@dataclass(frozen=True)
+class RankCount:
+    """What one rank does in one step.
+
+    rank, place      its number; its tensor-parallel, pipeline and data-parallel indices
+    parameters       elements on this rank, padding of buffers left out
+    state            lasting bytes: weights, gradients, optimizer
+    peak             most bytes of live tensors during the step, and `peak_parts` what they were
+    work             operator calls;  events  collectives, in order
+    buckets          bytes of each gradient bucket, in the order backward fills them
+    """
+
+    rank: int
+    place: tuple[int, int, int]
+    parameters: int
+    state: dict[str, int]
+    peak: int
+    peak_parts: dict[str, int]
+    phase_peaks: dict[str, int]
+    work: Counter[Work]
+    events: tuple[Event, ...]
+    buckets: tuple[int, ...]
+
+    def flops(self, *phases: str) -> int:
+        """FLOPs of these phases, of all without an argument."""
+        return sum(w.flops * n for w, n in self.work.items() if not phases or w.phase in phases)
+
+
+def rank_batch(config: RunConfig, dp: int) -> StepBatch:
+    """One data-parallel rank's share of a step, for a job in which all have the same number of everything."""
+    rows = config.train.global_batch_size // dp
+    own = replace(config, train=replace(config.train, global_batch_size=rows))
+    batch = synthetic_step(own)
+    counts = batch.counts
+    spread: dict[str, Any] = {
+        name: getattr(counts, name) * dp for name in ("images", "contexts", "targets", "tokens", "pairs")
+    }
+    micro = tuple(each * dp for each in counts.micro_contexts)
+    return replace(batch, counts=replace(counts, **spread, micro_contexts=micro))
+
+
+def count_step(
+    config: RunConfig, device: Device, groups: Groups, batch: StepBatch, *, simulated: bool = False, rounding: int = 1,
+) -> RankCount:  # fmt: skip
+    """Build this rank's share of the job, run a small step, and then one under the counter.
+
+    Args:
+        device: with `simulated`, one whose torch device is "meta".
+        rounding: tensors take a multiple of this many bytes.
+    """
+    model, _ = build_model(config, device, groups)
+    ddp = wrap_data_parallel(model, config.parallel, groups)
+    optimizer = Optimizer(ddp, config.optim, DTYPES[config.train.precision], groups)
+    train = TrainStep(config, model, ddp, optimizer, groups)
+    counter = StepCounter(device.device, simulated=simulated, rounding=rounding)
+    _own_state(counter, model, ddp, optimizer)
+    if device.kind == "cpu" and not simulated:  # nothing is copied to the device: it is there already
+        for micro in batch.micro_batches:
+            counter.own("input", *(v for v in micro.__dict__.values() if isinstance(v, Tensor)))
+    state = {part: counter.parts[part] for part in STATE}
+    # megatron learns in the first step which gradients to wait for, and overlaps from the second one on.
+    warm_up = _first_micro_batch(batch)
+    if simulated:
+        with StepCounter(device.device, simulated=True):
+            train.run(0, warm_up, config.optim.lr, False)
+    else:
+        train.run(0, warm_up, config.optim.lr, False)
+    _mark(train, counter)
+    gc.collect()
+    with counter:
+        train.run(1, batch, config.optim.lr, False)
+    rank = torch.distributed.get_rank()
+    return RankCount(
+        rank=rank,
+        place=(groups.tp.rank(), groups.pp.rank(), groups.dp.rank()),
+        parameters=sum(p.numel() for p in model.parameters()),
+        state=state,
+        peak=counter.peak,
+        peak_parts={part: counter.peak_parts.get(part, 0) for part in PARTS},
+        phase_peaks=dict(counter.phase_peaks),
+        work=counter.work,
+        events=tuple(counter.events),
+        buckets=tuple(
+            bucket.grad_data.numel() * bucket.grad_data.element_size()
+            for buffer in ddp.buffers
+            for bucket in buffer.buckets
+        ),
+    )
+
+
+def _first_micro_batch(batch: StepBatch) -> StepBatch:
+    """A step of the first micro-batch alone."""
+    counts, micro = batch.counts, batch.micro_batches[0]
+    ranks = len(counts.images)
+    small: dict[str, Any] = {
+        "images": (len(micro.images),) * ranks,
+        "contexts": counts.micro_contexts[0],
+        "targets": (len(micro.target_rows),) * ranks,
+    }
+    return replace(
+        batch,
+        micro_batches=(micro,),
+        counts=replace(counts, **small, micro_contexts=counts.micro_contexts[:1]),
+    )
+
+
+def _own_state(counter: StepCounter, model: Any, ddp: Any, optimizer: Optimizer) -> None:
+    for buffer in ddp.buffers:
+        if buffer.param_data is not None:
+            counter.own("weights", buffer.param_data)
+        counter.own("gradients", buffer.grad_data)
+    counter.own("weights", *(p.data for p in model.parameters()), *model.buffers())
+    for group in optimizer.adam.param_groups:
+        counter.own("optimizer", *group["params"])
+    for moments in optimizer.adam.state.values():
+        counter.own("optimizer", *(v for v in moments.values() if isinstance(v, Tensor)))
+
+
+def _mark(train: TrainStep, counter: StepCounter) -> None:
+    """Tell the counter which part of the step is running; nothing else of the step changes."""
+    model: Any = train.model
+    for name in ("encode_images", "read", "image_side", "context_side"):
+        setattr(model, name, counter.wrap(getattr(model, name)))
+    gradients: Any = train.gradients
+    gradients._generation = counter.wrap(gradients._generation, part="loss", phase="forward")
+    contrastive, begin = gradients.contrastive, gradients.contrastive.begin
+
+    def marked_begin(*args: Any, **kwargs: Any) -> Any:
+        with counter.within(part="loss", phase="loss"):
+            pending = begin(*args, **kwargs)
+        for name in ("start_image", "start_text", "finish"):
+            setattr(pending, name, counter.wrap(getattr(pending, name), part="loss", phase="loss"))
+        return pending
+
+    contrastive.begin = marked_begin
+    optimizer: Any = train.optimizer
+    optimizer.step = counter.wrap(optimizer.step, part="optimizer", phase="optimizer")

@@ -1,0 +1,136 @@
+"""GPUs and links as their data sheets give them, and what is assumed to be left of that in practice."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from dataclasses import dataclass
+
+from lcl_mcore.errors import ConfigError, explain
+from lcl_mcore.models.count import peak_flops
+from lcl_mcore.planning.counter import Event, Work
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """One GPU of a node of eight.
+
+    name      as in `models.count`, which has its matrix rates
+    memory    usable bytes, as the driver reports them;  bandwidth  bytes/s of its memory
+    node      bytes/s in one direction to the other GPUs of the node
+    network   bytes/s in one direction to other nodes: this GPU's share of the node's adapters
+    """
+
+    name: str
+    memory: float
+    bandwidth: float
+    node: float
+    network: float
+
+
+def _gpu(name: str, gib: float, memory: float, node: float, network: float) -> Gpu:
+    return Gpu(name, gib * 2**30, memory * 1e9, node * 1e9, network * 1e9)
+
+
+# NVIDIA's data sheets (SXM forms), network of the DGX generation: 8 x 200 Gb/s (A100), 8 x 400 Gb/s (later).
+GPUS = {
+    "a100": _gpu("A100", 79.0, 2039, 300, 25),
+    "a800": _gpu("A800", 79.0, 2039, 200, 25),
+    "h100": _gpu("H100", 79.0, 3350, 450, 50),
+    "h800": _gpu("H800", 79.0, 3350, 200, 50),
+    "h20": _gpu("H20", 95.0, 4000, 450, 50),
+    "h200": _gpu("H200", 139.0, 4800, 450, 50),
+    "b200": _gpu("B200", 178.0, 8000, 900, 50),
+}
+
+
+def find_gpu(name: str) -> Gpu:
+    """The GPU of that name.
+
+    Raises:
+        ConfigError: it is not in the table.
+    """
+    if name.lower() not in GPUS:
+        near = difflib.get_close_matches(name.lower(), GPUS, n=1)
+        hint = f"Did you mean {near[0]}? " if near else ""
+        raise ConfigError(explain(f"--gpu {name}", "this GPU is not in the table of lcl_mcore.planning.hardware",
+                                  f"{hint}Known: {', '.join(GPUS)}."))  # fmt: skip
+    return GPUS[name.lower()]
+
+
+@dataclass(frozen=True)
+class Assumptions:
+    """What data sheets do not say. None of it was measured on the GPU in question unless you did.
+
+    products, attention   share of the dense matrix rate that matrix products and attention kernels reach
+    memory                share of the memory's bandwidth that all other operators reach
+    links                 share of the links' bandwidth that large collectives reach
+    launch                seconds of host time per operator
+    node_latency, network_latency   seconds per doubling of a group
+    headroom              share of the memory that tensors may fill: kernels' workspaces, NCCL's buffers, fragments
+    gpus_per_node         8 in every machine of the table
+    """
+
+    products: float = 0.6
+    attention: float = 0.4
+    memory: float = 0.75
+    links: float = 0.8
+    launch: float = 6e-6
+    node_latency: float = 5e-6
+    network_latency: float = 15e-6
+    headroom: float = 0.92
+    gpus_per_node: int = 8
+
+
+@dataclass(frozen=True)
+class Machine:
+    """A GPU with its links under assumptions; `node` and `network` are bus bandwidths in bytes/s."""
+
+    gpu: Gpu
+    assumed: Assumptions
+    node: float
+    network: float
+
+    def seconds(self, work: Work) -> float:
+        """Of the device, for one operator call: the larger of what its arithmetic and its memory traffic take."""
+        traffic = work.bytes / (self.gpu.bandwidth * self.assumed.memory)
+        if not work.flops:
+            return traffic
+        share = self.assumed.attention if work.kind == "attention" else self.assumed.products
+        precision = "fp32" if work.dtype in ("float32", "float64") else "bf16"
+        peak = peak_flops(self.gpu.name, precision)
+        assert peak is not None
+        return max(traffic, work.flops / (peak.flops * share))
+
+    def bus(self, ranks: tuple[int, ...]) -> tuple[float, float]:
+        """Bus bandwidth (bytes/s) and latency (s) of a group: several members on a node use several adapters."""
+        nodes = {rank // self.assumed.gpus_per_node for rank in ranks}
+        if len(nodes) == 1:
+            return self.node, self.assumed.node_latency
+        return min(self.node, self.network * len(ranks) / len(nodes)), self.assumed.network_latency
+
+    def transfer(self, event: Event) -> float:
+        """Seconds of a collective alone on its links (ring bandwidth, tree latency)."""
+        n = len(event.ranks)
+        if n == 1 or event.op == "barrier":
+            return 0.0
+        ranks = event.ranks
+        if event.op in ("send", "recv_"):
+            peer = event.where[0] if event.where else 0
+            ranks = (event.ranks[0], event.ranks[peer % n]) if n > 2 else event.ranks
+        bandwidth, latency = self.bus(ranks)
+        if "allreduce" in event.op:
+            return 2 * (n - 1) / n * event.bytes / bandwidth + 2 * latency * math.log2(n)
+        if "gather" in event.op or "scatter" in event.op:
+            return (n - 1) / n * event.bytes / bandwidth + latency * math.log2(n)
+        rounds = math.log2(n) if event.op.startswith("broadcast") else 1
+        return event.bytes / bandwidth + latency * rounds
+
+
+def make_machine(
+    gpu: Gpu, assumed: Assumptions, node_gbs: float | None = None, network_gbs: float | None = None
+) -> Machine:
+    """Links from the data sheet times the assumed share, or as measured: bus bandwidths in GB/s per GPU."""
+    node = node_gbs * 1e9 if node_gbs else gpu.node * assumed.links
+    network = network_gbs * 1e9 if network_gbs else gpu.network * assumed.links
+    return Machine(gpu, assumed, node, network)

@@ -1,0 +1,6 @@
+"""Helpers beside these tests and the launcher of the distributed ones are plain modules."""
+
+import sys
+from pathlib import Path
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "distributed")]

@@ -1,0 +1,76 @@
+"""Counts real steps on 8 gloo ranks, then simulates the same ranks; each rank writes what it saw as JSON.
+
+Started by torchrun with the folder to write to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+
+from lcl_mcore.config.recipes import load_recipe
+from lcl_mcore.config.run import ParallelConfig, RunConfig
+from lcl_mcore.parallel.groups import make_groups
+from lcl_mcore.planning.counting import RankCount, count_step, rank_batch
+from lcl_mcore.planning.simulate import simulate_rank
+from lcl_mcore.platform.device import init_process_group, pick_device
+
+LAYOUTS = {
+    "vision data": ParallelConfig(tensor=2, pipeline=2, vision="data"),
+    "vision tensor": ParallelConfig(
+        tensor=2, pipeline=2, vision="tensor", sequence=True,
+        recompute_vision="block:3", recompute_language="selective",
+    ),
+    "data parallel, recompute": ParallelConfig(recompute_vision="full", recompute_language="full"),
+}  # fmt: skip
+
+
+def config_for(parallel: ParallelConfig) -> RunConfig:
+    """The demo's model, two micro-batches of two rows on each data-parallel rank."""
+    config = load_recipe("demo")
+    dp = 8 // (parallel.tensor * parallel.pipeline)
+    train = dataclasses.replace(config.train, micro_batch_size=2, global_batch_size=4 * dp)
+    return dataclasses.replace(config, parallel=parallel, train=train)
+
+
+def plain(count: RankCount) -> dict[str, Any]:
+    """What the test compares, as JSON types."""
+    fields = {
+        name: getattr(count, name) for name in ("rank", "place", "parameters", "state", "peak", "peak_parts")
+    }
+    work: dict[str, list[int]] = {}
+    for item, calls in count.work.items():
+        total = work.setdefault(f"{item.phase} {item.kind}", [0, 0])
+        total[0] += item.flops * calls
+        total[1] += calls
+    return fields | {"work": work, "buckets": count.buckets, "events": count.events}
+
+
+def main() -> None:
+    device = pick_device("cpu")
+    init_process_group(device, 120)
+    rank, real = dist.get_rank(), {}
+    for name, parallel in LAYOUTS.items():
+        config = config_for(parallel)
+        groups = make_groups(parallel.tensor, parallel.pipeline, 120, 0)
+        real[name] = count_step(config, device, groups, rank_batch(config, groups.dp.size()))
+        parallel_state.destroy_model_parallel()
+    dist.barrier()
+    dist.destroy_process_group()
+    seen = {}
+    for name, parallel in LAYOUTS.items():
+        config = config_for(parallel)
+        batch = rank_batch(config, config.check_processes(8))
+        simulated = simulate_rank(config, 8, rank, batch, "cpu")
+        seen[name] = {"real": plain(real[name]), "simulated": plain(simulated)}
+    (Path(sys.argv[1]) / f"{rank}.json").write_text(json.dumps(seen), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

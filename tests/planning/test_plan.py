@@ -1,0 +1,144 @@
+"""The planner against real steps: collectives event for event, memory, FLOPs; and its command."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from launch import ROOT, torchrun
+from lcl_mcore.planning.counter import Event
+from lcl_mcore.planning.lint import Mesh, lint
+
+Seen = dict[str, dict[int, dict[str, Any]]]
+MESHES = {
+    "vision data": Mesh(2, 2, 2),
+    "vision tensor": Mesh(2, 2, 2),
+    "data parallel, recompute": Mesh(1, 1, 8),
+}
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
+    """By layout and rank: one real step on 8 gloo ranks, and the same rank simulated."""
+    folder = tmp_path_factory.mktemp("plan")
+    torchrun(8, "tests/planning/plan_worker.py", str(folder), timeout=280)
+    ranks = {rank: json.loads((folder / f"{rank}.json").read_text()) for rank in range(8)}
+    return {name: {rank: ranks[rank][name] for rank in ranks} for name in MESHES}
+
+
+def events(count: dict[str, Any]) -> list[Event]:
+    return [
+        Event(p, op, group, tuple(ranks), size, tuple(where))
+        for p, op, group, ranks, size, where in count["events"]
+    ]
+
+
+real_run = [pytest.mark.distributed, pytest.mark.slow, pytest.mark.timeout(300)]
+
+
+class TestAgainstRealRanks:
+    pytestmark = real_run
+
+    def test_every_rank_issues_the_predicted_collectives_in_order(self, seen: Seen) -> None:
+        used = set()
+        for ranks in seen.values():
+            for count in ranks.values():
+                assert events(count["simulated"]) == events(count["real"])
+                used |= {event.op for event in events(count["real"])}
+        assert used >= {
+            "send", "recv_", "broadcast_", "allreduce_", "_allgather_base_", "_reduce_scatter_base_",
+            "reduce_scatter_tensor_coalesced_", "allgather_into_tensor_coalesced_",
+        }  # fmt: skip
+        first = events(seen["vision tensor"][0]["real"])
+        assert len(first) > 200
+        assert any(e.phase == "backward" and e.op == "reduce_scatter_tensor_coalesced_" for e in first)
+
+    def test_memory(self, seen: Seen) -> None:
+        """Lasting tensors to the byte, the peak and its parts within 5 %."""
+        for ranks in seen.values():
+            for count in ranks.values():
+                real, simulated = count["real"], count["simulated"]
+                assert simulated["state"] == real["state"]
+                assert min(real["state"].values()) > 500_000
+                assert simulated["peak"] == pytest.approx(real["peak"], rel=0.05)
+                assert real["peak_parts"]["activations"] > 1_000_000
+                for part, size in real["peak_parts"].items():
+                    assert simulated["peak_parts"][part] == pytest.approx(
+                        size, rel=0.05, abs=0.02 * real["peak"]
+                    ), part
+
+    def test_recompute_saves_activations(self, seen: Seen) -> None:
+        """Recomputed towers hold less, though their rank encodes twice as many images and has the LM as well."""
+        kept = seen["vision data"][0]["simulated"]["peak_parts"]["activations"]
+        recomputed = seen["data parallel, recompute"][0]["simulated"]["peak_parts"]["activations"]
+        assert recomputed < 0.8 * kept
+
+    def test_arithmetic(self, seen: Seen) -> None:
+        for ranks in seen.values():
+            for count in ranks.values():
+                for kind in ("product", "attention"):
+                    mine, theirs = (
+                        {k: v for k, v in count[side]["work"].items() if k.endswith(kind)}
+                        for side in ("simulated", "real")
+                    )
+                    assert mine == theirs
+                    assert sum(flops for flops, _ in theirs.values()) > 10**7
+
+    def test_lint_passes_the_real_logs_and_catches_a_broken_one(self, seen: Seen) -> None:
+        for name, mesh in MESHES.items():
+            logs = {rank: events(count["real"]) for rank, count in seen[name].items()}
+            assert lint(logs, mesh) == []
+        logs = {rank: events(count["simulated"]) for rank, count in seen["vision tensor"].items()}
+        place = next(i for i, e in enumerate(logs[1]) if e.group == "TENSOR_MODEL_PARALLEL_GROUP")
+        del logs[1][place]
+        assert any(
+            "TENSOR_MODEL_PARALLEL_GROUP [0, 1]" in problem for problem in lint(logs, MESHES["vision tensor"])
+        )
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_command(tmp_path: Path) -> None:
+    """A third of the paper's batch, so that two micro-batches are counted instead of six."""
+    out = tmp_path / "plan"
+    command = [sys.executable, "tools/plan.py", "--recipe", "paper-l14", "--gpus", "512", "--gpu", "h100", "--search",
+               "none", "--global-batch-size", "4096", "--price-per-gpu-hour", "2", "--mtbf-hours", "15",
+               "--out", str(out)]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=280, check=False)
+    assert done.returncode == 0, done.stderr
+    plan = json.loads(out.with_suffix(".json").read_text())
+    assert {"command", "commit", "date"} <= plan.keys()
+    assert plan["layout"]["data"] == 512
+    (rank,) = plan["memory"]["ranks"]
+    assert rank["parameters"] == 432_041_217
+    assert rank["lasting_bytes"]["gradients"] == pytest.approx(4 * rank["parameters"], rel=1e-3)
+    assert rank["lasting_bytes"]["weights"] == pytest.approx(2 * rank["parameters"], rel=1e-3)
+    # fp32 master and two moments of a 512th, and some numbers that take 512 bytes each
+    assert 12 * rank["parameters"] / 512 < rank["lasting_bytes"]["optimizer"] < 14 * rank["parameters"] / 512
+    assert plan["memory"]["fits"]
+    assert plan["memory"]["peak_bytes"] == rank["peak_bytes"] == sum(rank["peak_by_part"].values())
+    # The second pass executes what the model needs; attention's backward forms its scores again.
+    executed = plan["flops"]["executed_per_counted_step"][0]
+    second = executed["forward"] + executed["backward"] + executed["loss"]
+    assert 1.0 < 512 * second / plan["flops"]["model_flops_per_step"] < 1.03
+    assert executed["first pass"] > 0.3 * second
+    volume = {
+        row["purpose"]: row["bytes"]
+        for row in plan["communication"]
+        if row["op"].startswith("reduce_scatter")
+    }
+    assert volume["gradients"] == rank["lasting_bytes"]["gradients"]
+    assert plan["lint"]["problems"] == []
+    assert plan["run"]["cost"] == pytest.approx(2 * plan["run"]["gpu_hours"])
+    assert plan["reliability"]["mtbf"] == 15 * 3600
+    text = out.with_suffix(".txt").read_text()
+    assert "fits: " in text
+    assert "bottleneck: " in text
+    numbers = [line for line in text.split("assumptions")[0].splitlines() if line.startswith("  ")]
+    assert len(numbers) > 15
+    assert all(line.endswith("[predicted, not measured]") for line in numbers)
