@@ -186,6 +186,10 @@ def parts(environment: Result, quick: bool) -> Iterator[Part]:
                 "--precision", precision, *counts,
                 not_run=why_no_fp8(environment) if precision == "fp8" else "",
             )  # fmt: skip
+    yield part(
+        "plan paper-l14", 75, read_json_line, "-m", "lcl_mcore.planning.check", "--recipe", "paper-l14",
+        *(["--rows", "4"] if gpu else ["--rows", "1", "--dry"]),
+    )  # fmt: skip
     for n, options in _contrastive_sizes(gpu, quick):
         yield part(
             f"contrastive {n}", 75, read_contrastive, "benchmarks/contrastive.py", "--n", str(n), *options,
@@ -309,6 +313,9 @@ def summary(name: str, result: Result) -> str:
             for r in result["results"]
             if "seconds" in r
         )
+    elif "predicted_over_measured" in result:
+        predicted, measured = (result[side]["peak_bytes"] / 2**30 for side in ("predicted", "measured"))
+        line += f"peak {predicted:.2f} GiB predicted, {measured:.2f} GiB measured"
     elif "passed" in result:
         line += f"{result['passed']} passed, {sum(len(v) for v in result['skipped'].values())} skipped"
     elif "bf16" in result:
