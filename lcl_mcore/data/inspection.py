@@ -11,12 +11,14 @@ import numpy as np
 
 from lcl_mcore.config.data import DataConfig, SourceConfig
 from lcl_mcore.data.keyed import KeyedRandom
+from lcl_mcore.data.lane import Lane, LaneState
 from lcl_mcore.data.layout import LaidDocument
 from lcl_mcore.data.mix import Mix
 from lcl_mcore.data.order import Draw
-from lcl_mcore.data.packing import chunk_from
+from lcl_mcore.data.packing import Packer, chunk_from
 from lcl_mcore.data.tokenizer import Tokenizer
 
+ROWS = 128  # packed for the statistics of a data set
 STYLE = """body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto} .cut{opacity:.35}
 .t{border-bottom:1px dotted #aaa} .m{background:#dde;border-radius:3px;padding:0 .3em;font-size:80%}
 img{max-width:20em;max-height:16em;display:block;margin:.4em 0} .n{color:#888;font-size:75%}"""
@@ -83,6 +85,7 @@ class Inspector:
             tokens.append(chunk_from(0, laid, self._image_size).size)
             images.append(sum(piece.image >= 0 for piece in laid.pieces))
         shown = ("documents", "images", "bytes", "fingerprint", "dropped_documents", "dropped_images")
+        fill, per_row = self._packed() if tokens else (0.0, [])
         return {
             **{name: self._data.manifest.get(name) for name in shown},
             "sampled": len(chosen),
@@ -93,7 +96,26 @@ class Inspector:
             "images_used_per_document": _spread(images),
             "shorter_side": _spread(sides),
             "longer_than_a_row": sum(size > self._config.sequence_length for size in tokens),
+            "packing": self._config.packing,
+            "rows_packed": len(per_row),
+            "fill": round(fill, 4),
+            "images_per_row": _spread(per_row),
         }
+
+    def _packed(self) -> tuple[float, list[int]]:
+        """Share of used tokens over the first rows of one lane, and the pictures in each of them."""
+        config = self._config
+        packer = Packer(config.sequence_length, self._image_size, config.min_fill, config.balance_images)
+        lane = Lane(
+            self._mix.lane(0),
+            packer,
+            packing=config.packing,
+            block_rows=config.packing_rows,
+            state=LaneState(),
+        )
+        rows = [lane.next_row() for _ in range(ROWS)]
+        used = sum(chunk.size for row in rows for chunk in row)
+        return used / (ROWS * config.sequence_length), [sum(chunk.images for chunk in row) for row in rows]
 
     def close(self) -> None:
         """Close the data set."""

@@ -243,6 +243,8 @@ def test_inspection(tmp_path: Path) -> None:
     statistics = json.loads(result.stdout)
     assert statistics["documents"] == statistics["sampled"] == 30
     assert statistics["codecs"]["jpg"] == statistics["images"]
+    assert statistics["rows_packed"] == 128
+    assert 0.97 < statistics["fill"] <= 1.0
     data = NativeDataset(str(folder))
     number = next(i for i in range(30) if data.document(i)[0].images)
     subprocess.run([*command, "--document", str(number), "--html", str(tmp_path / "page.html")], check=True)
