@@ -1,31 +1,22 @@
 #!/usr/bin/env python
-"""Evaluate a run on held-out pairs: retrieval, generation loss, report.json and report.html.
+"""Evaluate a run, a checkpoint of any layout, or an imported model. See docs/evaluation.md.
 
 python tools/evaluate.py runs/demo --data data/demo/heldout
+python tools/evaluate.py classify runs/demo --data data/packages/dataset-fashion-mnist/usr/share/datasets/fashion-mnist
+python tools/evaluate.py {retrieval,caption} MODEL --data dataset_coco.json --images coco
+python tools/evaluate.py zeroshot MODEL --data imagenet --classnames names.txt
 """
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
+import sys
 
 from lcl_mcore.entry import run_main
+from lcl_mcore.evaluation.commands import parse, run
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description="Evaluate a run on held-out pairs.")
-    parser.add_argument("run", type=Path, help="folder of the run")
-    parser.add_argument("--data", required=True, help="prepared held-out data set")
-    flags = parser.parse_args()
-
-    from lcl_mcore.evaluation.heldout import evaluate_run
-    from lcl_mcore.evaluation.report import print_table, write_report
-    from lcl_mcore.training.metrics import read_metrics
-
-    result = evaluate_run(flags.run, flags.data)
-    write_report(flags.run, result, read_metrics(flags.run / "metrics.jsonl"))
-    print_table(result.summary)
-    print(f"\nreport: {flags.run / 'report.html'}")
+    run(parse(sys.argv[1:]))
     return 0
 
 

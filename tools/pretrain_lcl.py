@@ -27,13 +27,15 @@ def main() -> int:
     check_folder(folder, resume)
 
     # Imported only now, so that a mistake above is answered at once.
+    from lcl_mcore.evaluation.periodic import periodic_evaluation
     from lcl_mcore.training.launch import start_job
     from lcl_mcore.training.trainer import Trainer
 
     job = start_job(config, folder)
     if job.rank == 0:
         write_config(config, folder)
-    return Trainer(config, job, resume=resume, init_from=flags.init_from).run()
+    evaluation = periodic_evaluation(config, job)
+    return Trainer(config, job, resume=resume, init_from=flags.init_from, evaluation=evaluation).run()
 
 
 if __name__ == "__main__":

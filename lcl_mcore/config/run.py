@@ -7,6 +7,7 @@ from typing import Literal
 
 from lcl_mcore.config.base import config_dataclass, require
 from lcl_mcore.config.data import DataConfig
+from lcl_mcore.config.evaluation import EvaluationConfig
 from lcl_mcore.config.faults import FaultConfig
 from lcl_mcore.config.model import ModelConfig
 
@@ -218,8 +219,15 @@ class RunConfig:
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     faults: FaultConfig = FaultConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self) -> None:
+        require(
+            not self.evaluation.every or self.parallel.pipeline == 1,
+            f"evaluation.every = {self.evaluation.every} with parallel.pipeline = {self.parallel.pipeline}",
+            "evaluation during training runs the whole model on each rank",
+            "Evaluate the checkpoints with tools/evaluate.py.",
+        )
         tp, model = self.parallel.tensor, self.model
         split_vision = self.vision_parallel == "tensor"
         for name, heads, split in (

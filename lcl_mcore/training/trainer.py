@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import gc
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,6 +18,7 @@ from lcl_mcore.data.batch import StepBatch
 from lcl_mcore.errors import CheckpointError, ConfigError, NonFiniteError, explain
 from lcl_mcore.models.count import FlopCounter
 from lcl_mcore.models.exchange import start_from
+from lcl_mcore.models.lcl import LclModel
 from lcl_mcore.training.build import DTYPES, Job, build_data, build_model
 from lcl_mcore.training.checkpoint import Checkpointer, TrainState, checkpoint_path
 from lcl_mcore.training.metrics import DeferredStats, RunLog, Speed, StepStats, Stopwatch
@@ -64,12 +66,23 @@ class StepFaultError(Exception):
         self.kind, self.pending, self.stats, self.first, self.last = kind, pending, stats, first, last
 
 
+class Evaluation(Protocol):
+    """What the loop may be given to do between steps; see `evaluation.periodic`."""
+
+    def due(self, step: int) -> bool: ...
+
+    def run(self, model: LclModel, step: int, stop: Callable[[], bool], log: RunLog) -> bool: ...
+
+
 class Trainer:
     """Trains one run on this rank from its folder's newest checkpoint, or from the start."""
 
     @explained
-    def __init__(self, config: RunConfig, job: Job, *, resume: bool, init_from: Path | None = None) -> None:
-        self.config, self.job = config, job
+    def __init__(
+        self, config: RunConfig, job: Job, *, resume: bool, init_from: Path | None = None,
+        evaluation: Evaluation | None = None,
+    ) -> None:  # fmt: skip
+        self.config, self.job, self.evaluation = config, job, evaluation
         self.stop = StopRequest()
         self.watchdog = Watchdog(
             job.store, job.rank, job.world, config.parallel.timeout_seconds, config.faults.straggler_ratio
@@ -194,9 +207,24 @@ class Trainer:
             self.watchdog.mark("save", step)
             self._save(final=stopping or self.progress.step == total)
             self.uptime.stall(self.watch.lap())
+        if self.evaluation is not None and self.evaluation.due(step + 1) and not stopping:
+            self._evaluate(step)
         if step % 50 == 0:
             gc.collect()
         return stopping
+
+    def _evaluate(self, step: int) -> None:
+        """Measure on held-out documents; a stop request met there ends training after one more step."""
+        assert self.evaluation is not None
+        if self.ddp.ddp_config.overlap_param_gather:
+            self.ddp.start_param_sync(force_sync=True)
+
+        def stop() -> bool:
+            self.watchdog.mark("evaluate", step)
+            return bool(self.stop)
+
+        self.evaluation.run(self.model, step + 1, stop, self.log)
+        self.watch.lap()
 
     def _next_batch(self) -> StepBatch:
         """The next batch that is to be trained on."""

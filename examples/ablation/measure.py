@@ -1,0 +1,39 @@
+#!/usr/bin/env python
+"""The numbers of one run of the ablation, trained and untrained, into RUN/measured.json."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+from lcl_mcore.config.evaluation import ProbeConfig
+from lcl_mcore.entry import run_main
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run", type=Path)
+    parser.add_argument("--heldout", required=True)
+    parser.add_argument("--labelled", type=Path, required=True)
+    parser.add_argument("--pictures", type=int, required=True)
+    parser.add_argument("--epochs", type=float, required=True)
+    parser.add_argument("--seed", type=int, required=True)
+    flags = parser.parse_args()
+
+    from lcl_mcore.evaluation.loading import open_model, reset_weights
+    from lcl_mcore.evaluation.overview import overview
+
+    # The same pictures for every run; small sets want a higher rate than the paper's 8192 pictures a step.
+    probe = ProbeConfig(epochs=flags.epochs, batch_size=250, lr=1e-3, train_limit=flags.pictures,
+                        test_limit=flags.pictures)  # fmt: skip
+    opened = open_model(flags.run)
+    result = {"trained": overview(opened, flags.heldout, flags.labelled, probe)}
+    reset_weights(opened)  # the weights this seed started from, whatever the setting
+    result["untrained"] = overview(opened, flags.heldout, flags.labelled, probe)
+    (flags.run / "measured.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

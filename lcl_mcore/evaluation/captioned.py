@@ -1,0 +1,169 @@
+"""Pictures with several captions by local path, vectors of both, and retrieval between them (TR@k, IR@k).
+
+Shape legend
+    n  pictures;  k  captions of all of them;  D  LM width;  S  side in pixels
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lcl_mcore.data.batch import MicroBatch
+from lcl_mcore.data.dataset import NativeDataset
+from lcl_mcore.data.tokenizer import Tokenizer
+from lcl_mcore.errors import DataError, explain
+from lcl_mcore.evaluation.labelled import fetcher
+from lcl_mcore.evaluation.loading import Opened, reset_weights
+from lcl_mcore.models.lcl import LclModel, unit
+
+CHUNK = 64
+KS = (1, 5, 10)
+
+
+@dataclass(frozen=True)
+class Captioned:
+    """captions[i] belong to picture i; fetch: indices -> uint8 [m, 3, S, S]."""
+
+    name: str
+    captions: tuple[tuple[str, ...], ...]
+    fetch: Callable[[Sequence[int]], Tensor]
+
+    def __len__(self) -> int:
+        return len(self.captions)
+
+
+def open_captioned(path: str, images: Path | None, split: str, limit: int, side: int) -> Captioned:
+    """A prepared data set of pairs; Karpathy's JSON (COCO, Flickr30k); or COCO-style JSON (NoCaps).
+
+    Raises:
+        DataError: of none of these kinds, or pictures are missing.
+    """
+    if (Path(path) / "dataset.json").is_file():
+        return _open_prepared(path, limit, side)
+    try:
+        content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
+        found = _karpathy(content, split) if "sentences" in content["images"][0] else _coco(content)
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise DataError(explain(path, f"is neither a prepared data set nor a caption file ({error!r})",
+                                "Give Karpathy's or NoCaps' JSON, or a prepared data set.")) from None  # fmt: skip
+    found = found[: limit or None]
+    root = images or Path(path).parent
+    files = [root / name for name, _ in found]
+    missing = [str(file) for file in files if not file.is_file()]
+    if missing or not found:
+        raise DataError(explain(missing[0] if missing else f"{path}: split {split}", "is not there",
+                                "Give --images, the folder that holds the pictures, and --split."))  # fmt: skip
+    fetch = fetcher(lambda i: (str(files[i]), files[i].read_bytes()), side)
+    return Captioned(Path(path).stem, tuple(captions for _, captions in found), fetch)
+
+
+def _karpathy(content: dict[str, Any], split: str) -> list[tuple[str, tuple[str, ...]]]:
+    return [
+        (str(Path(item.get("filepath", "")) / item["filename"]), tuple(s["raw"] for s in item["sentences"]))
+        for item in content["images"]
+        if item["split"] == split
+    ]
+
+
+def _coco(content: dict[str, Any]) -> list[tuple[str, tuple[str, ...]]]:
+    captions: dict[Any, list[str]] = {}
+    for item in content["annotations"]:
+        captions.setdefault(item["image_id"], []).append(item["caption"])
+    return [
+        (item["file_name"], tuple(captions[item["id"]]))
+        for item in content["images"]
+        if item["id"] in captions
+    ]
+
+
+def _open_prepared(path: str, limit: int, side: int) -> Captioned:
+    data = NativeDataset(path)
+    count = min(len(data), limit or len(data))
+    documents = [data.document(i) for i in range(count)]
+    for document, _ in documents:
+        if document.kind != "pair":
+            raise DataError(explain(f"{path}: {document.key}", f"is a {document.kind} document, not a pair",
+                                    "Use the heldout command for interleaved documents."))  # fmt: skip
+    fetch = fetcher(lambda i: (documents[i][0].key, data.picture(*documents[i], 0)), side)
+    return Captioned(data.name, tuple(tuple(document.texts) for document, _ in documents), fetch)
+
+
+@torch.no_grad()
+def image_vectors(model: LclModel, data: Captioned | Any) -> Tensor:
+    """Unit vectors of all pictures of a set with `fetch` and a length: fp32 [n, D] on the CPU."""
+    device = next(model.parameters()).device
+    parts = []
+    for indices in torch.arange(len(data)).split(CHUNK):
+        found = data.fetch(indices.tolist()).to(device)
+        parts.append(unit(model.encode_images(found, indices.to(device), 0).vectors).cpu())
+    return torch.cat(parts)
+
+
+def text_batch(model: LclModel, tokenizer: Tokenizer, texts: Sequence[str], room: int) -> MicroBatch:
+    """Rows `begin text <BoI>` without pictures: the LM's state at `<BoI>` is the text's context vector."""
+    side = model.shape.vision.image_size
+    rows = [[tokenizer.bos, *ids[: room - 2], tokenizer.boi] for ids in tokenizer.encode_batch(list(texts))]
+    ends = torch.tensor([len(row) for row in rows]).cumsum(0)
+    none = torch.zeros(0, dtype=torch.int64)
+    return MicroBatch(
+        tokens=torch.tensor([token for row in rows for token in row]),
+        positions=torch.cat([torch.arange(len(row)) for row in rows]),
+        lengths=tuple(len(row) for row in rows),
+        images=torch.zeros(0, 3, side, side, dtype=torch.uint8),
+        image_starts=none, context_rows=ends - 1, context_images=none, target_rows=none, target_labels=none,
+        image_keys=none, row_keys=torch.arange(len(rows)), group_ids=none,
+    )  # fmt: skip
+
+
+@torch.no_grad()
+def text_vectors(opened: Opened, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+    """Unit context vectors of texts, fp32 [k, D] on the CPU; long texts lose their end."""
+    model, room = opened.model, opened.config.data.sequence_length
+    device = next(model.parameters()).device
+    parts = []
+    for start in range(0, len(texts), CHUNK):
+        batch = text_batch(model, tokenizer, texts[start : start + CHUNK], room).to(device)
+        latents = torch.zeros(0, model.shape.vision.patches, model.shape.language.width, device=device)
+        hidden = model.read(batch, latents, tuple(range(len(batch.lengths))), 0)
+        parts.append(model.context_side(batch, hidden).cpu())
+    return torch.cat(parts)
+
+
+def recalls(image: Tensor, text: Tensor, owner: Tensor, ks: tuple[int, ...] = KS) -> dict[str, float]:
+    """TR@k: some own caption among a picture's k nearest texts. IR@k: its picture among a caption's k nearest.
+
+    image [n, D], text [k, D], owner int64 [k]: the picture of each caption. Ties count against the query.
+    """
+    similarity = image.double() @ text.double().T
+    own = owner[None] == torch.arange(len(image))[:, None]  # [n, k]
+    best = similarity.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
+    text_rank = ((similarity >= best) & ~own).sum(1)
+    mine = similarity.gather(0, owner[None])  # [1, k]
+    image_rank = ((similarity >= mine) & ~own).sum(0)
+    result = {f"TR@{k}": float((text_rank < k).double().mean()) for k in ks}
+    return result | {f"IR@{k}": float((image_rank < k).double().mean()) for k in ks}
+
+
+def retrieval(opened: Opened, data: Captioned) -> dict[str, Any]:
+    """Zero-shot retrieval with the pre-trained vectors, and the same with random weights (left in the model)."""
+    tokenizer = opened.tokenizer()
+    opened.model.float()
+    texts = [caption for captions in data.captions for caption in captions]
+    owner = torch.tensor([i for i, captions in enumerate(data.captions) for _ in captions])
+
+    def numbers() -> dict[str, float]:
+        return recalls(image_vectors(opened.model, data), text_vectors(opened, tokenizer, texts), owner)
+
+    result: dict[str, Any] = {
+        **opened.facts(), "task": "retrieval", "data": data.name, "pictures": len(data), "captions": len(texts),
+        "trained": numbers(), "chance": {f"IR@{k}": min(k / len(data), 1.0) for k in KS},
+    }  # fmt: skip
+    reset_weights(opened)
+    return {**result, "random_init": numbers()}

@@ -1,0 +1,31 @@
+"""What the tests of evaluation share besides fixtures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    """Lines of a JSON-lines file."""
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+SMALL = (
+    "model.vision.image_size=32", "model.vision.width=32", "model.vision.layers=2", "model.vision.heads=4",
+    "model.vision.mlp_width=64", "model.language.width=32", "model.language.layers=1", "model.language.heads=4",
+    "model.language.mlp_width=64", "model.language.vocab_size=400", "model.pool_heads=4",
+    "data.sequence_length=64", "data.decode_backend=cpu", "checkpoint.every=0",
+)  # fmt: skip
+
+
+def command(corpus: Path, out: Path, *more: str) -> list[str]:
+    """Command line of a tiny run with evaluation; `more` are settings."""
+    return [
+        "tools/pretrain_lcl.py", "--recipe", "demo", "--data", str(corpus / "pairs"), "--tokenizer", str(corpus),
+        "--out", str(out), "--steps", "4", "--micro-batch-size", "2", "--global-batch-size", "4", "--timeout", "60",
+        "--set", *SMALL, f"evaluation.data={corpus / 'pairs'}", *more,
+    ]  # fmt: skip

@@ -1,0 +1,74 @@
+"""Evaluation of a run of two tensor-parallel ranks, while it trains and by the commands after it."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from evaluation_runs import ROOT, command, records
+
+pytestmark = [pytest.mark.distributed, pytest.mark.slow]
+Tool = Callable[..., str]
+
+
+@pytest.mark.timeout(200)
+def test_periodic_numbers_are_those_of_the_command(run: Path, pairs: Path, tool: Tool) -> None:
+    lines = records(run / "evaluation.jsonl")
+    assert [line["step"] for line in lines] == [2, 4]
+    for line in lines:
+        assert line["pictures"] == 60
+        assert 0.0 <= line["R@1"] <= line["R@5"] <= 1.0
+        assert 3.0 < line["generation"] < math.log(400) + 1
+    assert any((run / "tensorboard").iterdir())
+    # One process, from the checkpoint, on the same documents.
+    tool("tools/evaluate.py", str(run), "--data", str(pairs / "pairs"))
+    report = json.loads((run / "report.json").read_text())
+    assert report["candidates"] == 60
+    for k in (1, 5):
+        assert report["retrieval"]["trained"][f"R@{k}"] == pytest.approx(lines[1][f"R@{k}"], abs=1e-6)
+    assert report["generation"]["right"] == pytest.approx(lines[1]["generation"], rel=1e-4)
+
+
+@pytest.mark.timeout(200)
+def test_a_stop_signal_during_evaluation_is_noticed(pairs: Path, tmp_path: Path) -> None:
+    """The evaluation would go on for long: it reads every document once per step."""
+    out = tmp_path / "stopped"
+    settings = ("evaluation.every=1", "evaluation.limit=60", "train.micro_batch_size=1", "train.steps=500")
+    process = subprocess.Popen(
+        [sys.executable, *command(pairs, out, *settings)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+    )  # fmt: skip
+    end = time.monotonic() + 120
+    while not (out / "evaluation.jsonl").is_file() and time.monotonic() < end:
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    output, _ = process.communicate(timeout=90)
+    assert process.returncode == 0, output
+    assert "stopped by request" in output
+    done = len(records(out / "metrics.jsonl"))
+    assert done < 100
+    assert (out / "checkpoints" / f"step-{done:08d}" / "manifest.json").is_file()
+
+
+@pytest.mark.timeout(200)
+def test_classification(run: Path, labelled: Path, tool: Tool) -> None:
+    words = ["--epochs", "20", "--batch-size", "50", "--lr", "3e-3"]
+    tool("tools/evaluate.py", "classify", str(run), "--data", str(labelled), *words)
+    result: dict[str, Any] = json.loads((run / "results" / "classification-frozen-transfer.json").read_text())
+    assert (result["train_pictures"], result["test_pictures"], result["classes"]) == (200, 60, 3)
+    assert result["steps"] == 4
+    for name in ("trained", "random_init"):
+        assert result[name]["top1"] > 0.8, result
+    assert result["pixels"]["linear"]["top1"] > 0.8
+    assert result["trained"] != result["random_init"]

@@ -1,0 +1,159 @@
+"""Scores, ranks, readers and generation on inputs whose answers are known."""
+
+from __future__ import annotations
+
+import io
+import json
+import tarfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lcl_mcore.config.evaluation import EvaluationConfig, ProbeConfig
+from lcl_mcore.errors import ConfigError, DataError
+from lcl_mcore.evaluation.caption import scores, words
+from lcl_mcore.evaluation.captioned import open_captioned, recalls
+from lcl_mcore.evaluation.commands import parse
+from lcl_mcore.evaluation.labelled import open_labelled
+from lcl_mcore.evaluation.overview import _mean_cosine, effective_rank
+from lcl_mcore.evaluation.probe import AttentionProbe, accuracy, fit, learning_rate
+
+
+def jpeg(level: int) -> bytes:
+    stored = io.BytesIO()
+    Image.fromarray(np.full((40, 60, 3), level, np.uint8)).save(stored, "PNG")
+    return stored.getvalue()
+
+
+def test_effective_rank() -> None:
+    generator = torch.Generator().manual_seed(0)
+    cloud = torch.randn(5000, 16, generator=generator)
+    assert effective_rank(cloud) == pytest.approx(16, rel=0.01)
+    assert effective_rank(cloud[:, :1] * torch.ones(1, 16)) == pytest.approx(1, abs=1e-6)
+    assert effective_rank(cloud[:, :3] @ torch.eye(16)[:3]) == pytest.approx(3, rel=0.01)
+    assert effective_rank(torch.ones(10, 4)) == 0.0
+    unit = torch.nn.functional.normalize(cloud, dim=1)
+    assert _mean_cosine(unit) == pytest.approx(
+        float((unit @ unit.T).fill_diagonal_(0).sum() / (5000 * 4999)), abs=1e-6
+    )
+    assert _mean_cosine(torch.ones(7, 4) / 2) == pytest.approx(1.0)
+
+
+def test_recall_with_several_captions() -> None:
+    """Captions 0 to 2 are right; 3 to 5 belong to a picture and look like another one: ties count against."""
+    text = torch.cat((torch.eye(3), torch.eye(3)[[1, 2, 0]]))
+    owner = torch.tensor([0, 1, 2, 0, 1, 2])
+    found = recalls(torch.eye(3), text, owner, (1, 2, 3))
+    assert found == {"TR@1": 0.0, "TR@2": 1.0, "TR@3": 1.0, "IR@1": 0.5, "IR@2": 0.5, "IR@3": 1.0}
+    assert recalls(torch.eye(3), torch.eye(3), torch.arange(3), (1,)) == {"TR@1": 1.0, "IR@1": 1.0}
+
+
+def test_caption_scores() -> None:
+    references = [["A dog on the mat."], ["Two cats, sleeping together"], ["a red bus in the rain"]]
+    assert words("A  dog, on_the Mat!") == "a dog on the mat"
+    perfect = scores([r[0].upper() for r in references], references)
+    assert perfect["BLEU-4"] == pytest.approx(100, abs=1e-3)
+    assert perfect["CIDEr"] == pytest.approx(1000, rel=1e-3)  # its maximum is 10
+    wrong = scores([r[0] for r in references[1:] + references[:1]], references)
+    assert wrong["BLEU-4"] < 1
+    assert wrong["CIDEr"] < 50
+
+
+def test_labelled_readers_agree(tmp_path: Path) -> None:
+    """A folder of classes, a tar per class and webdataset tars hold the same pictures."""
+    levels = {"cat": (10, 60), "dog": (200,)}
+    for split in ("train", "val"):
+        folder, tars, samples = (
+            tmp_path / "folder" / split,
+            tmp_path / "tars" / split,
+            tmp_path / "web" / split,
+        )
+        for place in (tars, samples):
+            place.mkdir(parents=True)
+        with tarfile.open(samples / "shard-0.tar", "w") as web:
+            for number, (name, values) in enumerate(levels.items()):
+                (folder / name).mkdir(parents=True)
+                with tarfile.open(tars / f"{name}.tar", "w") as tar:
+                    for value in values:
+                        content = jpeg(value)
+                        (folder / name / f"{value}.png").write_bytes(content)
+                        for target, key in ((tar, f"{value}.png"), (web, f"{name}{value}.png")):
+                            entry = tarfile.TarInfo(key)
+                            entry.size = len(content)
+                            target.addfile(entry, io.BytesIO(content))
+                        label = tarfile.TarInfo(f"{name}{value}.cls")
+                        label.size = 1
+                        web.addfile(label, io.BytesIO(str(number).encode()))
+    for kind in ("folder", "tars", "web"):
+        for split in ("train", "test"):
+            data = open_labelled(tmp_path / kind, split, 16)
+            assert data.labels.tolist() == [0, 0, 1], kind
+            assert data.classes == (("0", "1") if kind == "web" else ("cat", "dog"))
+            pixels = data.fetch([2, 0, 1])
+            assert pixels.shape == (3, 3, 16, 16)
+            assert pixels.float().mean((1, 2, 3)).tolist() == [200, 10, 60]
+    part = open_labelled(tmp_path / "folder", "train", 16).subset(2, seed=1)
+    assert part.fetch([0, 1]).shape == (2, 3, 16, 16)
+    (tmp_path / "folder" / "train" / "dog" / "200.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match=r"200\.png: cannot be decoded"):
+        open_labelled(tmp_path / "folder", "train", 16).fetch([2])
+    with pytest.raises(DataError, match="has no train split"):
+        open_labelled(tmp_path / "nothing", "train", 16)
+
+
+def test_caption_files(tmp_path: Path) -> None:
+    for name in ("a.png", "b.png"):
+        (tmp_path / name).write_bytes(jpeg(90))
+    karpathy = {"images": [
+        {"filename": "a.png", "filepath": "", "split": "test", "sentences": [{"raw": "one"}, {"raw": "two"}]},
+        {"filename": "b.png", "split": "train", "sentences": [{"raw": "three"}]},
+    ]}  # fmt: skip
+    (tmp_path / "k.json").write_text(json.dumps(karpathy))
+    data = open_captioned(str(tmp_path / "k.json"), None, "test", 0, 16)
+    assert data.captions == (("one", "two"),)
+    assert data.fetch([0]).unique().tolist() == [90]
+    nocaps = {
+        "images": [{"id": 7, "file_name": "b.png"}, {"id": 8, "file_name": "a.png"}],
+        "annotations": [{"image_id": i, "caption": text} for i, text in ((7, "x"), (8, "y"), (7, "z"))],
+    }  # fmt: skip
+    (tmp_path / "n.json").write_text(json.dumps(nocaps))
+    assert open_captioned(str(tmp_path / "n.json"), tmp_path, "test", 0, 16).captions == (("x", "z"), ("y",))
+    assert len(open_captioned(str(tmp_path / "n.json"), tmp_path, "test", 1, 16)) == 1
+    (tmp_path / "a.png").unlink()
+    with pytest.raises(DataError, match=r"a\.png: is not there"):
+        open_captioned(str(tmp_path / "n.json"), tmp_path, "test", 0, 16)
+    with pytest.raises(DataError, match="neither a prepared data set nor a caption file"):
+        open_captioned(str(tmp_path / "b.png"), None, "test", 0, 16)
+
+
+def test_probe_learns_where_to_look() -> None:
+    """The class is written on one of five tokens, which the pool must find; a mean over tokens is uninformative."""
+    generator = torch.Generator().manual_seed(0)
+    labels = torch.randint(0, 4, (400,), generator=generator)
+    tokens = torch.randn(400, 5, 16, generator=generator)
+    tokens[:, 2, :4] = 4 * torch.eye(4)[labels]
+    tokens[:, 2, 8] = 6
+    config = ProbeConfig(epochs=40, batch_size=100, lr=1e-2)
+    probe = AttentionProbe(16, 2, 4, seed=0)
+    loss = fit(probe, [(list(probe.parameters()), 1.0)], lambda i: (tokens[i], labels[i]), 300, config)
+    held = accuracy(probe, lambda i: (tokens[300 + i], labels[300 + i]), 100)
+    assert loss < 0.2
+    assert held["top1"] > 0.95
+    assert held["top5"] == 1.0
+    factors = [learning_rate(step, 100, ProbeConfig(warmup=0.1)) for step in range(100)]
+    assert factors[9] == 1.0
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[99] < 0.001
+
+
+def test_settings_and_command_lines_are_checked() -> None:
+    with pytest.raises(ConfigError, match="there is nothing to evaluate on"):
+        EvaluationConfig(every=10)
+    with pytest.raises(ConfigError, match=r"probe\.lr = 0\.0: must be positive"):
+        ProbeConfig(lr=0.0)
+    assert parse(["runs/demo", "--data", "x"]).command == "heldout"
+    flags = parse(["classify", "runs/demo", "--data", "x", "--transfer", "full", "--lr", "0.1"])
+    assert (flags.command, flags.transfer, flags.lr) == ("classify", "full", 0.1)
