@@ -151,7 +151,10 @@ class Campaign:
             job.wait(lambda: self.slurm.job(job.number)["Restarts"] == "3", "requeue after the lost node")
             # Refused when the node has come back by itself.
             call("scontrol", "update", "NodeName=n2", "State=RESUME", check=False)
-        self.check("four disturbances, three requeues", self.events[-1]["restarts_by_slurm"] == 3)
+        # This "lost" node lives on, so SLURM's late SIGKILL for the old attempt can hit the new one: one more requeue.
+        self.check(
+            "four disturbances, three or four requeues", self.events[-1]["restarts_by_slurm"] in (3, 4)
+        )
 
     def requeued_while_held(self, job: Job, restarts: str) -> bool:
         """Slow the run down: SLURM looks at time limits every half minute, in which a quiet machine would finish."""
