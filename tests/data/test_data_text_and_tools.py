@@ -259,3 +259,23 @@ def test_inspection(tmp_path: Path) -> None:
 def test_unknown_corpus_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is not one of python-skimage-doc"):
         fetch("bash", tmp_path)
+
+
+def test_fetch_unpacks_below_a_relative_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With stand-ins for the two Debian commands, which see the paths that the real ones would."""
+    tools = tmp_path / "bin"
+    tools.mkdir()
+    commands = {
+        "apt-get": 'test "$1" = download && echo archive > "$2_1.0_all.deb"',
+        "dpkg-deb": 'test "$1" = -x && test -f "$2" && mkdir -p "$3/usr" && cp "$2" "$3/usr/page.html"',
+    }
+    for name, script in commands.items():
+        (tools / name).write_text(f"#!/bin/sh\n{script}\n")
+        (tools / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tools}:/usr/bin:/bin")
+    monkeypatch.chdir(tmp_path)
+    tree = fetch("python-skimage-doc", Path("corpora"))
+    assert (tree / "usr" / "page.html").read_text() == "archive\n"
+    assert not list((tmp_path / "corpora" / ".download").iterdir())
+    (tools / "apt-get").unlink()
+    assert fetch("python-skimage-doc", Path("corpora")) == tree
