@@ -61,7 +61,7 @@ def tool() -> Callable[..., str]:
 
     from evaluation_runs import ROOT
 
-    def call(*words: str, timeout: float = 180) -> str:
+    def call(*words: str, timeout: float = 500) -> str:
         done = subprocess.run(
             [sys.executable, *words], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
             text=True, timeout=timeout, check=False,

@@ -1,0 +1,65 @@
+"""Two runs of the ablation on pages made here: from HTML to table and plot, and again without training."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed]
+
+
+def make_pages(folder: Path) -> None:
+    """Forty pages of three pictures; far more words between them than are kept."""
+    generator = np.random.default_rng(0)
+    folder.mkdir()
+    for page in range(40):
+        parts = []
+        for number in range(3):
+            stored = io.BytesIO()
+            pixels = generator.integers(0, 256, (64, 80, 3)).astype(np.uint8)
+            Image.fromarray(pixels).save(stored, "PNG")
+            (folder / f"{page}-{number}.png").write_bytes(stored.getvalue())
+            words = " ".join(f"word{generator.integers(0, 50)}" for _ in range(60))
+            parts.append(f'<p>{words}</p><img src="{page}-{number}.png">')
+        (folder / f"page{page}.html").write_text(f"<html><body>{''.join(parts)}</body></html>")
+
+
+@pytest.mark.timeout(900)
+def test_two_settings_end_in_a_table(tmp_path: Path, labelled: Path, tool: Callable[..., str]) -> None:
+    make_pages(tmp_path / "pages")
+    words = [
+        "examples/ablation/run.py", "--pages", str(tmp_path / "pages"), "--labelled", str(labelled), "--data",
+        str(tmp_path / "data"), "--out", str(tmp_path / "runs"), "--report", str(tmp_path / "report"), "--steps", "3",
+        "--seeds", "1", "--probe-pictures", "60", "--settings", "generation only", "both, 0.1",
+    ]  # fmt: skip
+    first = tool(*words, timeout=800)
+    report = json.loads((tmp_path / "report" / "ablation.json").read_text())
+    assert [run["setting"] for run in report["runs"]] == ["generation only", "both, 0.1"]
+    assert set(report["summary"]) == {"generation only", "both, 0.1", "untrained"}
+    one, two = (run["trained"] for run in report["runs"])
+    assert one["steps"] == two["steps"] == 3
+    assert one["images_seen"] == two["images_seen"] > 0
+    assert one["pictures"] > 3
+    for run in report["runs"]:
+        for numbers in (run["trained"], run["untrained"]):
+            assert 0 <= numbers["frozen_accuracy"] <= 1
+            assert 1 < numbers["effective_rank"] < 128
+    assert report["runs"][0]["untrained"] == report["runs"][1]["untrained"] | {
+        "weights": report["runs"][0]["untrained"]["weights"]
+    }
+    texts = (tmp_path / "data" / "corpus" / "tokenizer.json").stat()
+    table = (tmp_path / "report" / "ablation.md").read_text()
+    assert "| both, 0.1 | " in table
+    assert (tmp_path / "report" / "ablation.svg").read_text().count("<g id=") > 50
+
+    logs = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.log")}
+    assert len(logs) == 4
+    assert tool(*words, timeout=800) == first
+    assert {path: path.stat().st_mtime_ns for path in logs} == logs
+    assert (tmp_path / "data" / "corpus" / "tokenizer.json").stat().st_mtime_ns == texts.st_mtime_ns
