@@ -90,8 +90,16 @@ class Flags:
     """Transformer layers: Transformer Engine's or megatron-core's own."""
     checkpoint_every: int | None = None
     """Steps between checkpoints."""
+    checkpoint_minutes: float | None = None
+    """Minutes between checkpoints, whichever comes first; 0 for steps alone."""
+    checkpoint_folder: str | None = None
+    """Path or URL (s3://bucket/run) for checkpoints instead of the run's folder."""
     keep: int | None = None
-    """Checkpoints to keep."""
+    """Newest checkpoints to keep."""
+    keep_every: int | None = None
+    """Keep checkpoints at multiples of this step for good."""
+    max_hours: float | None = None
+    """Save and end with exit code 0 before this many hours have passed."""
     log_every: int | None = None
     """Steps between lines on the terminal."""
     set: tuple[str, ...] = ()
@@ -111,7 +119,11 @@ _PLACES: dict[str, tuple[str, ...]] = {
     "dropout": ("model", "language", "dropout"),
     "tokenizer": ("data", "tokenizer", "path"),
     "checkpoint_every": ("checkpoint", "every"),
+    "checkpoint_minutes": ("checkpoint", "minutes"),
+    "checkpoint_folder": ("checkpoint", "folder"),
     "keep": ("checkpoint", "keep"),
+    "keep_every": ("checkpoint", "keep_every"),
+    "max_hours": ("checkpoint", "max_hours"),
     "log_every": ("log", "every"),
     **{name: ("train", name) for name in (
         "steps", "micro_batch_size", "global_batch_size", "seed", "precision", "device", "backend")},

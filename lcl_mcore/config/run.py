@@ -185,11 +185,24 @@ class CheckpointConfig:
 
     every: int = 250
     """Steps between checkpoints; the last step and a stop signal always write one. 0: only those."""
+    minutes: float = 0.0
+    """Wall time after which one is written even if `every` steps have not passed. 0: no such limit."""
+    max_hours: float = 0.0
+    """Wall time of this process after which the run has saved and ended with exit code 0. 0: none. The end of a
+    SLURM job (SLURM_JOB_END_TIME) is always respected in this way."""
     keep: int = 2
     """Newest complete checkpoints kept; older ones are removed after a newer one is complete."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this step are kept for good. 0: none."""
+    asynchronous: bool = True
+    """Training goes on while a checkpoint is written; costs host memory for one copy of this rank's share."""
+    folder: str | None = None
+    """Where checkpoints go: a path, or a URL such as s3://bucket/run. None: `checkpoints` in the run's folder."""
 
     def __post_init__(self) -> None:
-        require(self.every >= 0, f"checkpoint.every = {self.every}", "cannot be negative", "Use 0 for none.")
+        for name in ("every", "minutes", "max_hours", "keep_every"):
+            value = getattr(self, name)
+            require(value >= 0, f"checkpoint.{name} = {value}", "cannot be negative", "Use 0 for none.")
         require(self.keep >= 1, f"checkpoint.keep = {self.keep}", "must be at least 1", "Keep one or more.")
 
 

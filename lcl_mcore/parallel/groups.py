@@ -29,7 +29,8 @@ class Groups:
                   queue behind the gradient reduction
     host_counts   the data-parallel ranks over gloo: counts of the next batch, from the loader's thread
     host_model    the model-parallel ranks (tp x pp) of this data-parallel index over gloo
-    host_control  all ranks over gloo: stop flags and checkpoint commits, between steps
+    host_control  all ranks over gloo: agreements between steps
+    host_checkpoint  all ranks over gloo: for the thread that writes checkpoints, alone
     """
 
     megatron: ProcessGroupCollection
@@ -42,6 +43,7 @@ class Groups:
     host_counts: dist.ProcessGroup
     host_model: dist.ProcessGroup
     host_control: dist.ProcessGroup
+    host_checkpoint: dist.ProcessGroup
 
 
 def _make(
@@ -105,6 +107,7 @@ def make_groups(tp: int, pp: int, timeout_seconds: float, seed: int) -> Groups:
         host_counts=_own(data, "gloo", timeout, "host-counts"),
         host_model=_own(model, "gloo", timeout, "host-model"),
         host_control=_own([list(range(world))], "gloo", timeout, "host-control"),
+        host_checkpoint=_own([list(range(world))], "gloo", timeout, "host-checkpoint"),
     )
 
 

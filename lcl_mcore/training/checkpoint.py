@@ -1,252 +1,340 @@
-"""Checkpoints: written whole or not at all, verified before use, the same for every layout.
+"""Saves while training goes on, and restores into any layout.
 
-A checkpoint is a folder `step-00000100` with
-    weights/        megatron's distributed checkpoint: parameters, master weights, moments
-    state.json      step, data position, order hash, configuration digest
-    manifest.json   size and SHA-256 of every other file; written last
-It is built under `step-00000100.partial` and renamed when everything is on disk: a folder with the final name
-is complete. There is no random state to save (see `models.randomness`), and the schedule follows from the step.
+A save copies this rank's shards into host memory, which is all the training loop waits for. A thread then writes
+them, with process groups of its own: every rank writes and hashes its part, reads it back, and when all have,
+rank 0 commits (see `checkpoint_store`). At most one save is under way. Its outcome is agreed by the writing
+threads, so that every rank's `wait` returns the same.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
-import shutil
-from dataclasses import asdict, dataclass
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.core import CheckpointingException
-from torch import nn
-from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint import CheckpointException
 
-from lcl_mcore.errors import CheckpointError, explain
+from lcl_mcore.errors import CheckpointError, LclError, explain
+from lcl_mcore.models.lcl import LclModel
 from lcl_mcore.parallel.groups import gather_bytes
+from lcl_mcore.training.checkpoint_files import (
+    TrainState,
+    checkpoint_name,
+    checkpoint_path,
+    child,
+    complete_checkpoints,
+    outdated,
+    read_state,
+    require_intact,
+    step_of,
+    verify,
+    write_state,
+)
+from lcl_mcore.training.checkpoint_io import Entries, read_metadata, read_pieces, write_pieces
+from lcl_mcore.training.checkpoint_state import (
+    WEIGHTS,
+    Piece,
+    Shard,
+    Snapshot,
+    training_shards,
+    weight_shards,
+)
+from lcl_mcore.training.checkpoint_store import Store, verify_written
 from lcl_mcore.training.optimizer import Optimizer
-from lcl_mcore.training.safe_load import restricted_unpickling
 
-PREFIX, PARTIAL = "step-", ".partial"
+__all__ = [
+    "Checkpointer", "Outcome", "TrainState", "TrainingTensors", "checkpoint_path", "complete_checkpoints",
+    "load_weights", "read_full_weights", "read_state", "verify",
+]  # fmt: skip
+_ECHO = "seen from here: "
+
+
+class Tensors(Protocol):
+    """The state of this rank that a checkpoint holds."""
+
+    def shards(self) -> list[Shard]:
+        """This rank's ranges; views of live memory."""
+
+    def loaded(self, steps: int) -> None:
+        """Called on all ranks when new values, `steps` updates old, are in the shards."""
+
+
+class TrainingTensors:
+    """Master weights and moments of a run."""
+
+    def __init__(self, model: LclModel, optimizer: Optimizer, tp: dist.ProcessGroup) -> None:
+        self.model, self.optimizer, self.tp = model, optimizer, (tp.rank(), tp.size())
+
+    def shards(self) -> list[Shard]:
+        return training_shards(self.model, self.optimizer, self.tp)
+
+    def loaded(self, steps: int) -> None:
+        self.optimizer.restored(steps)
 
 
 @dataclass(frozen=True)
-class TrainState:
-    """Everything besides tensors that a resumed run needs."""
+class Outcome:
+    """How a save ended: `problem` is empty if the checkpoint is complete; `seconds` from start to commit."""
 
-    step: int  # optimizer steps done
-    position: dict[str, Any] | None  # data position after the last batch trained on
-    order_hash: str
-    config_digest: str
-    images_seen: int = 0
-    tokens_seen: int = 0
-
-
-def checkpoint_path(folder: Path, step: int) -> Path:
-    return folder / f"{PREFIX}{step:08d}"
-
-
-def complete_checkpoints(folder: Path) -> list[Path]:
-    """Finished checkpoints, oldest first."""
-    if not folder.is_dir():
-        return []
-    found = [p for p in folder.iterdir() if p.name.startswith(PREFIX) and not p.name.endswith(PARTIAL)]
-    return sorted(p for p in found if (p / "manifest.json").is_file())
-
-
-def _hash_file(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def verify(path: Path) -> list[str]:
-    """What is wrong with a checkpoint: missing, short or changed files. Empty if nothing is."""
-    try:
-        manifest = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
-        entries = manifest["files"].items()
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        return [f"manifest.json: unreadable ({error})"]
-    problems = []
-    for name, entry in entries:
-        file = path / name
-        if not file.is_file():
-            problems.append(f"{name}: missing")
-        elif file.stat().st_size != entry["bytes"]:
-            problems.append(f"{name}: {file.stat().st_size} bytes, {entry['bytes']} written")
-        elif _hash_file(file) != entry["sha256"]:
-            problems.append(f"{name}: content changed since it was written")
-    return problems
-
-
-def _reason(error: BaseException) -> str:
-    """The telling line of an error that torch wrapped with the tracebacks of all ranks: its last."""
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1] if lines else type(error).__name__
-
-
-def _sync(path: Path) -> None:
-    """Flush one file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _write_manifest(path: Path) -> None:
-    files = sorted(p for p in path.rglob("*") if p.is_file())
-    entries = {str(p.relative_to(path)): {"bytes": p.stat().st_size, "sha256": _hash_file(p)} for p in files}
-    (path / "manifest.json").write_text(
-        json.dumps({"version": 1, "files": entries}, indent=1), encoding="utf-8"
-    )
-
-
-def _sharded_model_state(model: nn.Module) -> dict[str, Any]:
-    """megatron's sharded tensors of the parameters, without the empty per-module extras of unused FP8."""
-    state = model.sharded_state_dict()  # type: ignore[operator]
-    return {name: value for name, value in state.items() if not name.endswith("_extra_state")}
+    step: int
+    path: str
+    problem: str
+    seconds: float
 
 
 class Checkpointer:
-    """Saves and restores one run; all ranks call every method together."""
+    """Saves and restores one run; all ranks call every method together, except `poll`."""
 
     def __init__(
-        self, folder: Path, model: nn.Module, optimizer: Optimizer, control: dist.ProcessGroup, keep: int
+        self,
+        store: Store,
+        tensors: Tensors,
+        control: dist.ProcessGroup,
+        background: dist.ProcessGroup,
+        *,
+        keep: int,
+        keep_every: int = 0,
+        config: str = "",
+        node: tuple[int, int] = (0, 1),
     ) -> None:
-        self.folder, self.model, self.optimizer = folder, model, optimizer
-        self.control, self.keep = control, keep
-        self.rank = control.rank()
-        if self.rank == 0:  # what an earlier, killed save left behind
-            for leftover in folder.glob(f"{PREFIX}*{PARTIAL}"):
-                shutil.rmtree(leftover, ignore_errors=True)
-        logging.getLogger("megatron.core").setLevel(logging.ERROR)
-
-    def save(self, state: TrainState) -> str | None:
-        """Write a checkpoint.
-
-        Returns:
-            None when it is complete, else one line saying why not; earlier checkpoints are untouched then.
         """
-        final = checkpoint_path(self.folder, state.step)
-        partial = final.with_name(final.name + PARTIAL)
-        problem = self._agree(self._attempt(lambda: self._prepare(partial)))
-        if problem is None:
-            problem = self._agree(self._attempt(lambda: self._write(partial, state)))
-        if problem is None:
-            problem = self._agree(self._attempt(lambda: self._commit(partial, final)))
-        if problem is not None and self.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-        return problem
-
-    def _prepare(self, partial: Path) -> None:
+        Args:
+            control, background: all ranks over gloo; `background` serves the writing thread alone.
+            keep, keep_every: retention, see `CheckpointConfig`.
+            config: text of `config.yaml`, stored in every checkpoint.
+            node: (index, number) of this process among those of its machine.
+        """
+        self.store, self.tensors, self.control, self.background = store, tensors, control, background
+        self.keep, self.keep_every, self.config, self.node = keep, keep_every, config, node
+        self.rank = control.rank()
+        self.stalled = 0.0
+        """Seconds that the training loop has waited for checkpoints."""
+        self.snapshot: Snapshot | None = None
+        self._thread: threading.Thread | None = None
+        self._outcome: Outcome | None = None
         if self.rank == 0:
-            shutil.rmtree(partial, ignore_errors=True)
-            (partial / "weights").mkdir(parents=True)
+            self._attempt(store.clean)
+        # torch warns that a folder exists, and about each failed rank; we say it once, in a line.
+        logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
 
-    def _write(self, partial: Path, state: TrainState) -> None:
-        model_state = _sharded_model_state(self.model)
-        tensors = {
-            "model": model_state,
-            "optimizer": self.optimizer.sharded_state(model_state, loading=False),
-        }
-        dist_checkpointing.save(tensors, str(partial / "weights"), validate_access_integrity=True)
-        if self.rank == 0:
-            (partial / "state.json").write_text(json.dumps(asdict(state), indent=1), encoding="utf-8")
+    # --- saving ---
 
-    def _commit(self, partial: Path, final: Path) -> None:
-        if self.rank != 0:
-            return
-        _write_manifest(partial)
-        for item in [*partial.rglob("*"), partial]:  # the data must be on the disk before its final name is
-            _sync(item)
-        shutil.rmtree(final, ignore_errors=True)  # a damaged one that this run was resumed past
-        partial.rename(final)
-        _sync(self.folder)
-        for old in complete_checkpoints(self.folder)[: -self.keep]:
-            shutil.rmtree(old, ignore_errors=True)
+    def allocate(self) -> None:
+        """Make the host copies' memory ahead of the first save."""
+        if self.snapshot is None:
+            self.snapshot = Snapshot(self.tensors.shards())
+
+    def start(self, state: TrainState) -> None:
+        """Begin a checkpoint; returns when the values are safe from the steps that follow.
+
+        Raises:
+            RuntimeError: the save before has not been waited for.
+        """
+        if self._thread is not None:
+            raise RuntimeError("a save is under way: call `wait` first")
+        began = time.perf_counter()
+        self.allocate()
+        assert self.snapshot is not None
+        self.snapshot.take()
+        self._thread = threading.Thread(
+            target=self._save, args=(state, began), name=f"checkpoint-{state.step}", daemon=True
+        )
+        self._outcome = None
+        self._thread.start()
+        self.stalled += time.perf_counter() - began
+
+    def poll(self) -> Outcome | None:
+        """How the save under way ended, if this rank knows already; does not wait."""
+        return self._outcome
+
+    def wait(self) -> Outcome | None:
+        """How the save under way ended, after waiting for it; None if there is none."""
+        if self._thread is None:
+            return None
+        began = time.perf_counter()
+        self._thread.join()
+        self.stalled += time.perf_counter() - began
+        outcome, self._thread, self._outcome = self._outcome, None, None
+        return outcome
+
+    def _save(self, state: TrainState, began: float) -> None:
+        """The writing thread: each stage begins when all ranks have done the one before."""
+        name = checkpoint_name(state.step)
+        entries: Entries = {}
+
+        def prepare() -> None:
+            if self.rank == 0:
+                self.store.prepare(name)
+
+        def write() -> None:
+            assert self.snapshot is not None
+            folder = self.store.staging(name)
+            entries.update(write_pieces(folder, self.snapshot.pieces(), self.background))
+            if self.rank == 0:
+                entries.update(write_state(folder, state, self.config))
+            verify_written(folder, entries)
+
+        def commit() -> None:
+            if self.rank == 0:
+                self.store.commit(name, everything)
+                self.store.remove(outdated(self.store.names(), self.keep, self.keep_every))
+
+        try:
+            problem = self._together(prepare)
+            problem = problem or self._together(write)
+            problem = problem or self._together(lambda: self.store.publish(name, entries))
+            if not problem:
+                parts = gather_bytes(json.dumps(entries).encode(), self.background)
+                everything = {file: entry for part in parts for file, entry in json.loads(part).items()}
+                problem = self._together(commit)
+        except RuntimeError as error:  # the ranks cannot agree: one of them is gone
+            problem = f"rank {self.rank}: {_reason(error)}"
+        if problem or not self.store.shared:
+            self._attempt(
+                lambda: self.store.abandon(name) if self.rank == 0 or not self.store.shared else None
+            )
+        path = child(self.store.location, name)
+        self._outcome = Outcome(state.step, path, problem, time.perf_counter() - began)
 
     @staticmethod
-    def _attempt(action: Any) -> str:
+    def _attempt(action: Callable[[], object]) -> str:
         """Run `action`; its failure as one line, or nothing."""
         try:
             action()
-        except (OSError, RuntimeError, CheckpointException, CheckpointingException) as error:
+        except (Exception, CheckpointException) as error:  # whatever went wrong, the run must hear of it
             return _reason(error)
         return ""
 
-    def _agree(self, problem: str) -> str | None:
-        """The first rank's problem, if any rank has one."""
-        answers = gather_bytes(problem.encode(), self.control)
-        for rank, answer in enumerate(answers):
-            if answer:
-                return f"rank {rank}: {answer.decode(errors='replace')}"
-        return None
+    def _together(self, action: Callable[[], object]) -> str:
+        """Run `action` on every rank; the first problem, those first that are not the echo of another rank's."""
+        answers = [a.decode() for a in gather_bytes(self._attempt(action).encode(), self.background)]
+        problems = [(a.startswith(_ECHO), rank, a.removeprefix(_ECHO)) for rank, a in enumerate(answers) if a]
+        return "rank {1}: {2}".format(*min(problems)) if problems else ""
 
-    def find(self) -> tuple[Path | None, list[str]]:
-        """Newest checkpoint that verifies, and what was wrong with newer ones. Rank 0 looks, all agree."""
-        name, notes = "", []
+    # --- restoring ---
+
+    def names(self) -> list[str]:
+        """All checkpoint folders, complete or not, oldest first; what the first rank sees."""
+        payload = json.dumps(self.store.names()).encode() if self.rank == 0 else b""
+        answer: list[str] = json.loads(gather_bytes(payload, self.control)[0])
+        return answer
+
+    def find(
+        self, accept: Callable[[TrainState], bool] = lambda state: True
+    ) -> tuple[Path | None, list[str]]:
+        """Newest checkpoint that verifies and is accepted, and what is wrong with newer ones.
+
+        The ranks share the work, and agree.
+        """
+        notes: list[str] = []
+        part, parts = (self.rank, self.control.size()) if self.store.shared else self.node
+        for name in reversed(self.names()):
+            path, problems = self._fetch(name, part, parts)
+            answers = gather_bytes(json.dumps(problems).encode(), self.control)
+            merged = sorted({problem for answer in answers for problem in json.loads(answer)})
+            if not merged and not accept(read_state(path)):
+                continue
+            if not merged:
+                return path, notes
+            where = child(self.store.location, name)
+            notes.append(f"{where}: damaged, skipped: {'; '.join(merged[:3])}")
+        return None, notes
+
+    def discard_after(self, step: int) -> None:
+        """Remove all checkpoints of later steps. No save may be under way."""
         if self.rank == 0:
-            for path in reversed(complete_checkpoints(self.folder)):
-                problems = verify(path)
-                if not problems:
-                    name = path.name
-                    break
-                notes.append(f"{path}: damaged, skipped: {'; '.join(problems[:3])}")
-        answer = json.loads(gather_bytes(json.dumps([name, notes]).encode(), self.control)[0])
-        return (self.folder / answer[0] if answer[0] else None), answer[1]
+            self._attempt(
+                lambda: self.store.remove([n for n in self.store.names() if (step_of(n) or 0) > step])
+            )
+
+    def _fetch(self, name: str, part: int, parts: int) -> tuple[Path, list[str]]:
+        try:
+            return self.store.fetch(name, part, parts)
+        except (OSError, LclError) as error:
+            return Path(name), [_reason(error)]
 
     def load(self, path: Path) -> TrainState:
-        """Restore model and optimizer from a checkpoint of any layout.
+        """Restore the tensors from a verified checkpoint of any layout.
 
         Raises:
-            CheckpointError: the files do not fit this model.
+            CheckpointError: the files do not fit this model; raised on every rank.
         """
-        model_state = _sharded_model_state(self.model)
-        optimizer_state = self.optimizer.sharded_state(model_state, loading=True)
-        loaded = _read_tensors(path, {"model": model_state, "optimizer": optimizer_state})
-        _copy_weights(self.model, loaded["model"])
-        state = read_state(path)
-        self.optimizer.load_state(loaded["optimizer"], state.step)
+        began = time.perf_counter()
+        shards, problem = self.tensors.shards(), ""
+        try:
+            state = read_state(path)
+            _require_same_tensors(path, shards, self.control)
+            self._fill(path, shards)
+        except CheckpointError as error:
+            problem = str(error)
+        for answer in gather_bytes(problem.encode(), self.control):
+            if answer:
+                raise CheckpointError(answer.decode())
+        self.tensors.loaded(state.step)
+        self.stalled += time.perf_counter() - began
         return state
 
+    def _fill(self, path: Path, shards: list[Shard]) -> None:
+        """Read into host memory, and copy when all of it is there: a failure leaves the old values."""
+        space = [torch.empty(shard.flat.numel(), dtype=shard.flat.dtype) for shard in shards]
+        pairs = list(zip(shards, space, strict=True))
+        read_pieces(path, [piece for shard, flat in pairs for piece in shard.pieces(flat)])
+        for shard, flat in pairs:
+            shard.flat.copy_(flat)
 
-def load_weights(path: Path, model: nn.Module) -> TrainState:
-    """Take the weights alone from a checkpoint of any layout; collective over the model's ranks.
+
+def _require_same_tensors(path: Path, shards: list[Shard], control: dist.ProcessGroup) -> None:
+    """Refuse a checkpoint with tensors that no rank of this run has; collective."""
+    own = sorted({s.key for s in shards if s.mine and s.start == 0 and not any(s.origin)})
+    wanted = {key for part in gather_bytes(json.dumps(own).encode(), control) for key in json.loads(part)}
+    extra = sorted(set(read_metadata(path).state_dict_metadata) - wanted)
+    if extra:
+        more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
+        raise CheckpointError(explain(path, f"holds tensors that this model lacks: {', '.join(extra[:3])}{more}",
+                                      "Use the configuration it was written with."))  # fmt: skip
+
+
+def load_weights(path: Path, model: LclModel, tp: tuple[int, int] = (0, 1)) -> TrainState:
+    """Take the weights alone from a local checkpoint of any layout.
+
+    Args:
+        tp: this rank's tensor-parallel (rank, size).
 
     Raises:
         CheckpointError: the checkpoint is damaged, or does not fit this model.
     """
-    problems = verify(path)
-    if problems:
-        raise CheckpointError(
-            explain(path, f"is damaged: {'; '.join(problems[:3])}", "Use another checkpoint.")
-        )
-    loaded = _read_tensors(path, {"model": _sharded_model_state(model)})
-    _copy_weights(model, loaded["model"])
+    require_intact(path)
+    wanted = weight_shards(model, tp)
+    read_pieces(path, [piece for _, shard in wanted for piece in shard.pieces(shard.flat)])
+    with torch.no_grad():
+        for parameter, shard in wanted:
+            parameter.copy_(shard.flat.view_as(parameter))
     return read_state(path)
 
 
-def read_state(path: Path) -> TrainState:
-    """The part of a checkpoint that is not tensors."""
-    return TrainState(**json.loads((path / "state.json").read_text(encoding="utf-8")))
+def read_full_weights(path: Path) -> dict[str, torch.Tensor]:
+    """All weights of a local checkpoint as whole fp32 tensors by full name; needs no process group.
+
+    Raises:
+        CheckpointError: damaged.
+    """
+    stored = read_metadata(path).state_dict_metadata
+    shapes = {key: tuple(entry.size) for key, entry in stored.items() if key.startswith(WEIGHTS)}  # type: ignore[union-attr]
+    pieces = [Piece(key, shape, (0,) * len(shape), torch.empty(shape)) for key, shape in shapes.items()]
+    read_pieces(path, pieces)
+    return {piece.key.removeprefix(WEIGHTS): piece.tensor for piece in pieces}
 
 
-def _read_tensors(path: Path, wanted: dict[str, Any]) -> dict[str, Any]:
-    try:
-        with restricted_unpickling():
-            loaded: dict[str, Any] = dist_checkpointing.load(wanted, str(path / "weights"))
-    except (CheckpointException, CheckpointingException, RuntimeError, KeyError, ValueError) as error:
-        raise CheckpointError(explain(path, f"cannot be loaded into this model: {_reason(error)}",
-                                      "Use the configuration it was written with, or another checkpoint.")
-                              ) from error  # fmt: skip
-    return loaded
-
-
-@torch.no_grad()
-def _copy_weights(model: nn.Module, loaded: dict[str, Any]) -> None:
-    for name, parameter in model.named_parameters():
-        parameter.copy_(loaded[name])
+def _reason(error: BaseException) -> str:
+    """The telling line of an error; of one that torch wrapped with the tracebacks of all ranks, the last."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if isinstance(error, CheckpointException):
+        return _ECHO + lines[-1]
+    return lines[0] if lines else type(error).__name__

@@ -24,6 +24,7 @@ class StepStats:
     skipped: bool
     nonfinite_ranks: int
     stop_requests: int
+    save_requested: bool
     contrastive: float
     generation: float
     scale: float
@@ -69,7 +70,8 @@ def _read(step: int, values: Tensor) -> StepStats:
         grad_norm=numbers["grad_norm"],
         skipped=numbers["skipped"] > 0,
         nonfinite_ranks=round(numbers["nonfinite_ranks"]),
-        stop_requests=round(numbers["stop_requests"]),
+        stop_requests=math.floor(numbers["stop_requests"]),
+        save_requested=numbers["stop_requests"] % 1 != 0,
         contrastive=numbers["contrastive"],
         generation=numbers["generation"],
         scale=numbers["scale"],

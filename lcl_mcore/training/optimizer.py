@@ -7,13 +7,14 @@ is not finite is the skip flag, so bad gradients leave parameters and moments bi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
-from torch import Tensor
+from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from lcl_mcore.config.run import OptimConfig, ParallelConfig
@@ -149,28 +150,25 @@ class Optimizer:
         groups = self.adam.param_groups
         return [groups[places[p][0]]["params"][places[p][1]] for p in parameters if p in places]
 
-    # --- state, in the shapes of the model's parameters: the same for every data-parallel size ---
+    # --- state: what a checkpoint holds (see `training.checkpoint_state`) ---
 
-    def sharded_state(self, model_state: dict[str, Any], loading: bool) -> dict[int, Any]:
-        """Master weights and moments as megatron's sharded tensors, keyed by parameter.
+    def owned(self) -> Iterator[tuple[nn.Parameter, int, tuple[Tensor, Tensor, Tensor]]]:
+        """This rank's shards: parameter, first element of the range, and fp32 [n] weights and both moments."""
+        for parameter in self.shards.model_param_group_index_map:
+            start = self.shards._get_model_param_range_map(parameter)["param"].start
+            tensors = self.shards._get_main_param_and_optimizer_states(parameter)
+            yield parameter, start, (tensors["param"], tensors["exp_avg"], tensors["exp_avg_sq"])
 
-        Args:
-            model_state: the model's sharded state, built with the parameters themselves.
-            loading: True makes empty tensors to load into.
+    def restored(self, steps: int) -> None:
+        """Take over new values of `owned`, which have seen `steps` updates. Collective: gathers parameters.
+
+        Every parameter keeps a step counter of its own; megatron's `load_state_dict` shares one among all
+        when torch's AdamW is used, which makes it run ahead.
         """
-        state: dict[int, Any] = self.shards.sharded_param_state_fully_reshardable(model_state, loading, {})
-        return state
-
-    def load_state(self, state: dict[int, Any], steps: int) -> None:
-        """Take over loaded tensors; `steps` is the number of updates they have seen.
-
-        megatron's own `load_state_dict` shares one step counter among all parameters when torch's AdamW
-        is used, which makes it run ahead; here every parameter keeps a counter of its own.
-        """
-        for moments in self.adam.state.values():
-            del moments["step"]  # megatron's copy loop takes every key of the state for a saved tensor
-        self.shards.load_parameter_state_from_fully_reshardable(state)
         self._reset_counters(steps)
+        self.skipped.zero_()
+        self.shards._copy_main_params_to_model_params()
+        self.ddp.start_param_sync(force_sync=True)
 
     def _reset_counters(self, steps: int) -> None:
         for moments in self.adam.state.values():

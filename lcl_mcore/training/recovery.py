@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
@@ -15,7 +14,7 @@ import torch.distributed as dist
 from lcl_mcore.config.faults import FaultConfig
 from lcl_mcore.data.batch import StepBatch
 from lcl_mcore.parallel.groups import gather_bytes
-from lcl_mcore.training.checkpoint import complete_checkpoints, read_state, verify
+from lcl_mcore.training.checkpoint_files import TrainState
 
 KEY = "faults"  # of the saved data position
 HORIZON = 50  # losses that the running mean remembers
@@ -104,20 +103,9 @@ class Recovery:
         return self.rollbacks <= self.config.rollback_limit
 
 
-def newest_before(folder: Path, batch: int, control: dist.ProcessGroup) -> Path | None:
-    """Newest sound checkpoint that has seen no batch from number `batch` on. Rank 0 looks, all agree."""
-    name = ""
-    if control.rank() == 0:
-        for path in reversed(complete_checkpoints(folder)):
-            if not verify(path) and _batches_seen(path) <= batch:
-                name = path.name
-                break
-    answer = gather_bytes(name.encode(), control)[0].decode()
-    return folder / answer if answer else None
-
-
-def _batches_seen(path: Path) -> int:
-    return int((read_state(path).position or {"step": 0})["step"])
+def batches_seen(state: TrainState) -> int:
+    """Number of batches read before a checkpoint."""
+    return int((state.position or {"step": 0})["step"])
 
 
 def share_ranges(events: list[dict[str, Any]], control: dist.ProcessGroup) -> list[list[int]]:

@@ -1,40 +1,34 @@
-"""Closes the doors through which a torch distributed checkpoint could run code while it is read.
+"""Reads torch's distributed checkpoints without running what a forged one could contain.
 
-`.metadata` is unpickled by torch without restriction, and byte entries are loaded with `weights_only=False`.
-Within `restricted_unpickling` the first accepts only the classes that honest metadata is made of, and the second
-loads plain data only.
+torch unpickles `.metadata` without restriction, and byte entries with `weights_only=False`. `SafeReader` accepts
+only the classes that honest metadata is made of, only tensors, and only files of the checkpoint's own folder.
+torch itself reads each tensor with `weights_only=True`.
 """
 
 from __future__ import annotations
 
-import io
 import pickle
-import types
-from collections.abc import Iterator
-from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed.checkpoint.default_planner as default_planner
-import torch.distributed.checkpoint.filesystem as filesystem
+from torch.distributed.checkpoint import FileSystemReader
+from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
 
-_METADATA = "torch.distributed.checkpoint.metadata"
-_PLANNER = "torch.distributed.checkpoint.planner"
+from lcl_mcore.errors import CheckpointError, explain
+
+METADATA = ".metadata"
+_MODULE = "torch.distributed.checkpoint.metadata"
 _ALLOWED = {
-    *((_METADATA, name) for name in (
-        "Metadata", "TensorStorageMetadata", "BytesStorageMetadata", "TensorProperties", "ChunkStorageMetadata",
-        "MetadataIndex", "StorageMeta", "_MEM_FORMAT_ENCODING",
+    *((_MODULE, name) for name in (
+        "Metadata", "TensorStorageMetadata", "TensorProperties", "ChunkStorageMetadata", "MetadataIndex",
+        "StorageMeta", "_MEM_FORMAT_ENCODING",
     )),
-    *((_PLANNER, name) for name in ("SavePlan", "WriteItem", "WriteItemType", "TensorWriteData")),
     ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
     ("torch.serialization", "_get_layout"),
     ("torch", "Size"),
-    ("torch", "device"),
-    ("collections", "OrderedDict"),
     ("pathlib", "PosixPath"),
-    ("pathlib", "PurePosixPath"),
     ("pathlib._local", "PosixPath"),
-    ("builtins", "set"),
 }  # fmt: skip
 
 
@@ -44,39 +38,34 @@ class _MetadataUnpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
-        raise RuntimeError(
-            f"checkpoint metadata refers to {module}.{name}, which honest metadata never does: refused"
-        )
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which honest metadata never does")
 
 
-class _PlainTorch(types.ModuleType):
-    """torch, except that `load` takes plain data only."""
+class SafeReader(FileSystemReader):
+    """torch's reader of a checkpoint folder, with a safe `read_metadata`."""
 
-    def __getattr__(self, name: str) -> Any:
-        return getattr(torch, name)
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The description of every tensor in the checkpoint.
 
-    @staticmethod
-    def load(file: Any, **options: Any) -> Any:
-        return torch.load(file, **(options | {"weights_only": True}))
+        Raises:
+            CheckpointError: it is missing, damaged, or not made of tensors alone.
+        """
+        path = Path(self.path) / METADATA
+        try:
+            with open(path, "rb") as file:
+                metadata = _MetadataUnpickler(file).load()
+        except Exception as error:  # a damaged pickle can raise anything
+            raise _refused(path, str(error) or type(error).__name__) from None
+        if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+            raise _refused(path, "it does not describe a checkpoint")
+        for name, entry in metadata.state_dict_metadata.items():
+            if not isinstance(entry, TensorStorageMetadata):
+                raise _refused(path, f"`{name}` is not a tensor")
+        for place in metadata.storage_data.values():
+            if Path(place.relative_path).name != place.relative_path:
+                raise _refused(path, f"it refers to `{place.relative_path}`, outside the checkpoint")
+        return metadata
 
 
-@contextmanager
-def restricted_unpickling() -> Iterator[None]:
-    """Read checkpoints safely inside this block."""
-    safe_pickle: Any = types.SimpleNamespace(
-        **{name: getattr(pickle, name) for name in ("dump", "dumps", "PickleError", "UnpicklingError")},
-        load=lambda file, **options: _MetadataUnpickler(file).load(),
-        loads=lambda data, **options: _MetadataUnpickler(io.BytesIO(data)).load(),
-    )
-    patched: list[tuple[Any, str, Any]] = [
-        (filesystem, "pickle", safe_pickle),
-        (default_planner, "torch", _PlainTorch("torch")),
-    ]
-    previous = [getattr(module, name) for module, name, _ in patched]
-    for module, name, value in patched:
-        setattr(module, name, value)
-    try:
-        yield
-    finally:
-        for (module, name, _), value in zip(patched, previous, strict=True):
-            setattr(module, name, value)
+def _refused(path: Path, reason: str) -> CheckpointError:
+    return CheckpointError(explain(path, f"cannot be used: {reason}", "Use another checkpoint."))

@@ -38,15 +38,15 @@ class TrainStep:
         """Whether what this rank computed in the last step was finite: bool scalar on the device."""
         return self.gradients.finite
 
-    def run(self, step: int, batch: StepBatch, lr: float, stop_requested: bool) -> Tensor:
+    def run(self, step: int, batch: StepBatch, lr: float, requests: float) -> Tensor:
         """Train on one global batch.
 
         Args:
             step: 0-based number of the step, part of the key of its random masks.
-            stop_requested: whether this rank wants the run to end after this step.
+            requests: what this rank asks of all: 1 to end the run after this step, 0.5 to save.
 
         Returns:
-            Device vector [grad norm, skipped, non-finite ranks, stop requests, contrastive loss,
+            Device vector [grad norm, skipped, non-finite ranks, requests, contrastive loss,
             generation loss, scale]; the losses are those of the global batch, unweighted, and the scale is
             the one they were formed with.
         """
@@ -62,7 +62,7 @@ class TrainStep:
             scale = self.model.temperature.log_scale.detach().exp().squeeze(0)
         local = torch.stack((
             (~self.finite).float(),
-            torch.full((), float(stop_requested), device=contrastive.device),
+            torch.full((), float(requests), device=contrastive.device),
             contrastive / everyone,
             generation / copies,
             scale / everyone,

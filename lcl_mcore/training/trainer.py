@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,16 +14,17 @@ import torch.distributed as dist
 from lcl_mcore.config.files import config_digest
 from lcl_mcore.config.run import RunConfig
 from lcl_mcore.data.batch import StepBatch
-from lcl_mcore.errors import CheckpointError, ConfigError, NonFiniteError, explain
+from lcl_mcore.errors import CheckpointError, ConfigError, LclError, NonFiniteError, explain
 from lcl_mcore.models.count import FlopCounter
 from lcl_mcore.models.exchange import start_from
 from lcl_mcore.models.lcl import LclModel
 from lcl_mcore.training.build import DTYPES, Job, build_data, build_model
-from lcl_mcore.training.checkpoint import Checkpointer, TrainState, checkpoint_path
+from lcl_mcore.training.checkpoint import Checkpointer, Outcome, TrainingTensors, TrainState
+from lcl_mcore.training.checkpoint_policy import SavePolicy, make_checkpointer
 from lcl_mcore.training.metrics import DeferredStats, RunLog, Speed, StepStats, Stopwatch
 from lcl_mcore.training.optimizer import Optimizer, wrap_data_parallel
 from lcl_mcore.training.own_time import Comparison
-from lcl_mcore.training.recovery import Recovery, batch_number, newest_before, share_ranges
+from lcl_mcore.training.recovery import Recovery, batch_number, batches_seen, share_ranges
 from lcl_mcore.training.schedule import learning_rate
 from lcl_mcore.training.signals import StopRequest
 from lcl_mcore.training.step import TrainStep
@@ -94,13 +94,9 @@ class Trainer:
         dtype = DTYPES[config.train.precision]
         self.optimizer = Optimizer(self.ddp, config.optim, dtype, job.groups)
         self.train_step = TrainStep(config, self.model, self.ddp, self.optimizer, job.groups)
-        self.checkpointer = Checkpointer(
-            job.folder / "checkpoints",
-            self.model,
-            self.optimizer,
-            job.groups.host_control,
-            config.checkpoint.keep,
-        )
+        tensors = TrainingTensors(self.model, self.optimizer, job.groups.tp)
+        self.checkpointer: Checkpointer = make_checkpointer(config, job, tensors, resume)
+        self.saves = SavePolicy(config.checkpoint, job.rank)
         self.progress = self._restore() if resume else Progress()
         control = job.groups.host_control
         logged = share_ranges(read_events(job.folder) if resume else [], control)
@@ -129,6 +125,7 @@ class Trainer:
         self.slow: Comparison | None = None
         self.waiting: dict[int, Pending] = {}
         self.failed_saves = 0
+        self.reported: Outcome | None = None
 
     def _start_from(self, path: Path) -> None:
         """Replace the initial weights by those of a file: ours, or an encoder of timm, open_clip or transformers."""
@@ -140,7 +137,9 @@ class Trainer:
         for note in notes:
             self.job.note(note)
         if path is None:
-            self.job.note(f"resume: no complete checkpoint in {self.checkpointer.folder}, starting at step 0")
+            self.job.note(
+                f"resume: no complete checkpoint in {self.checkpointer.store.location}, starting at step 0"
+            )
             return Progress()
         state = self.checkpointer.load(path)
         self.job.note(f"resume: {path}, {state.step} steps done")
@@ -155,6 +154,9 @@ class Trainer:
             self._loop()
             self.uptime.end()
             self.log.note(self.uptime.total().describe())
+        except LclError:  # every rank is alive and leaves: a save under way is worth completing
+            self.checkpointer.wait()
+            raise
         finally:
             gc.enable()
             self.loader.close()
@@ -185,7 +187,7 @@ class Trainer:
         self.watchdog.mark("step", step)
         lr = learning_rate(step, self.config.optim, total)
         self.watchdog.own.enter()
-        values = self.train_step.run(step, batch, lr, bool(self.stop))
+        values = self.train_step.run(step, batch, lr, self._requests())
         self.progress = Progress(
             step + 1,
             before.images + sum(batch.counts.images),
@@ -199,8 +201,8 @@ class Trainer:
             step, lr, batch, before, self.progress.images, self.watch.lap(), data_seconds
         )
         stopping = stats is not None and self._handle(stats)
-        every = self.config.checkpoint.every
-        if stopping or self.progress.step == total or (every and self.progress.step % every == 0):
+        asked = stats is not None and stats.save_requested
+        if stopping or asked or self.progress.step == total or self.saves.due(self.progress.step):
             for late in self.stats.drain():
                 stopping = self._handle(late) or stopping
             self.progress = replace(self.progress, position=self.recovery.position(batch.position))
@@ -347,12 +349,15 @@ class Trainer:
                 "getting past it", "Look at the data and the learning rate; --resume starts at the last checkpoint."
             ))  # fmt: skip
         self.watchdog.mark("restore", self.progress.step)
-        path = newest_before(self.checkpointer.folder, batch, self.job.groups.host_control)
+        self._settle(self.checkpointer.wait(), final=False)
+        path, _ = self.checkpointer.find(lambda state: batches_seen(state) <= batch)
         if path is None:
             return False
         if self.ddp.ddp_config.overlap_param_gather:
             self.ddp.start_param_sync(force_sync=True)
         state = self.checkpointer.load(path)
+        self.checkpointer.discard_after(state.step)  # they have seen the batches that are left out now
+        self.saves.saved_step = None
         self.loader.close()
         self.recovery.restore(state.position)
         self.loader, _ = build_data(self.config, self.job.device, self.job.groups, state.position)
@@ -388,27 +393,57 @@ class Trainer:
             f"Continue from the last checkpoint with --resume, with a lower --lr or --precision fp32; data position "
             f"of the step: order hash {self.progress.order_hash}."))  # fmt: skip
 
+    def _requests(self) -> float:
+        """What this rank asks of all with the step's reduction: 1 to stop, 0.5 (first rank only) to save."""
+        if self.saves.out_of_time():
+            self.stop.received = self.stop.received or "the time limit"
+        early = self.checkpointer.poll()
+        self._report(early)
+        hopeless = early is not None and early.problem != "" and self.failed_saves + 1 >= MAX_FAILED_SAVES
+        return float(bool(self.stop) or hopeless) + self.saves.request()
+
     def _save(self, final: bool) -> None:
-        started = time.perf_counter()
+        """Begin a checkpoint of the present state; with `final`, see it through."""
         progress = self.progress
-        if progress.position is None:
+        self._settle(self.checkpointer.wait(), final=False)
+        if progress.position is None or progress.step == self.saves.saved_step:
             return
-        if self.ddp.ddp_config.overlap_param_gather:
-            self.ddp.start_param_sync(force_sync=True)
-        problem = self.checkpointer.save(TrainState(
+        self.saves.started(progress.step)
+        self.checkpointer.start(TrainState(
             progress.step, progress.position, progress.order_hash, config_digest(self.config),
             progress.images, progress.tokens))  # fmt: skip
-        path = checkpoint_path(self.checkpointer.folder, progress.step)
-        if problem is None:
-            self.failed_saves = 0
-            self.log.note(f"checkpoint {path} complete in {time.perf_counter() - started:.1f} s")
+        if final or not self.config.checkpoint.asynchronous:
+            self._settle(self.checkpointer.wait(), final)
+
+    def _settle(self, outcome: Outcome | None, final: bool) -> None:
+        """Act on how a save ended; the same on every rank.
+
+        Raises:
+            CheckpointError: it failed, and was the last one or not the first to fail in a row.
+        """
+        if outcome is None:
             return
-        self.failed_saves += 1
-        text = explain(f"checkpoint {path}", f"could not be written: {problem}",
-                       "Free or enlarge the disk; earlier checkpoints are intact.")  # fmt: skip
-        if final or self.failed_saves >= MAX_FAILED_SAVES:
-            raise CheckpointError(text)
-        self.log.note(f"WARNING {text} Training goes on and tries again at the next checkpoint.")
+        if not outcome.problem:
+            self.failed_saves = 0
+            self.saves.finished(outcome)
+        else:
+            self.failed_saves += 1
+            self.saves.failed(outcome)
+            if final or self.failed_saves >= MAX_FAILED_SAVES:
+                raise CheckpointError(_save_failed(outcome))
+        self._report(outcome)
+
+    def _report(self, outcome: Outcome | None) -> None:
+        """Say once how a save ended, as soon as this rank knows."""
+        if outcome is None or outcome is self.reported:
+            return
+        self.reported = outcome
+        if outcome.problem:
+            self.log.note(
+                f"WARNING {_save_failed(outcome)} Training goes on and tries again at the next checkpoint."
+            )
+        else:
+            self.log.note(f"checkpoint {outcome.path} complete after {outcome.seconds:.1f} s")
 
     def _announce(self) -> None:
         """Say once what runs where, and why not something faster."""
@@ -425,3 +460,8 @@ class Trainer:
         )
         self.log.note(f"  {self.flops.describe()}")
         self.log.note(f"  folder     {job.folder}")
+
+
+def _save_failed(outcome: Outcome) -> str:
+    return explain(f"checkpoint {outcome.path}", f"could not be written: {outcome.problem}",
+                   "Free or enlarge the disk; earlier checkpoints are intact.")  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import pickle
 import shutil
@@ -13,6 +14,8 @@ import pytest
 
 from launch import torchrun
 from lcl_mcore.training.checkpoint import complete_checkpoints, verify
+from lcl_mcore.training.checkpoint_files import MANIFEST, manifest_bytes, parse_manifest
+from lcl_mcore.training.safe_load import METADATA
 from runs import assert_same_run, records
 
 pytestmark = pytest.mark.slow
@@ -69,13 +72,13 @@ def test_a_damaged_checkpoint_is_skipped_for_the_previous_one(
     out = tmp_path / "run"
     shutil.copytree(finished, out)
     newest = complete_checkpoints(out / "checkpoints")[-1]
-    shard = max((newest / "weights").glob("*.distcp"), key=lambda p: p.stat().st_size)
+    shard = max(newest.glob("*.distcp"), key=lambda p: p.stat().st_size)
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 4
     shard.write_bytes(content)
     done = run_tool(*arguments(out, "--resume"))
     assert done.returncode == 0, done.stderr
-    assert f"{newest}: damaged, skipped: weights/{shard.name}: content changed" in done.stdout
+    assert f"{newest}: damaged, skipped: {shard.name}: content changed" in done.stdout
     assert "6 steps done" in done.stdout
     assert verify(newest) == []  # written again
     assert_same_run(finished, out)
@@ -95,14 +98,14 @@ def test_a_malicious_checkpoint_does_not_run(
     finished: Path, arguments: Arguments, run_tool: Tool, tmp_path: Path
 ) -> None:
     """Metadata that would run code, with a manifest that vouches for it, is refused with a message."""
-    from lcl_mcore.training.checkpoint import _write_manifest
-
     out, proof = tmp_path / "run", tmp_path / "proof"
     shutil.copytree(finished, out)
     newest = complete_checkpoints(out / "checkpoints")[-1]
-    (newest / "weights" / ".metadata").write_bytes(pickle.dumps(_Payload(str(proof))))
-    (newest / "manifest.json").unlink()
-    _write_manifest(newest)
+    forged = pickle.dumps(_Payload(str(proof)))
+    (newest / METADATA).write_bytes(forged)
+    entries = parse_manifest((newest / MANIFEST).read_bytes())
+    entries[METADATA] = {"bytes": len(forged), "sha256": hashlib.sha256(forged).hexdigest()}
+    (newest / MANIFEST).write_bytes(manifest_bytes(entries))
     done = run_tool(*arguments(out, "--resume"))
     assert not proof.exists()
     assert done.returncode == 2

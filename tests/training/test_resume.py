@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch import torchrun
+from lcl_mcore.training.checkpoint import complete_checkpoints
 from runs import ROOT, assert_same_run, records
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -47,6 +48,14 @@ def wait_for_step(out: Path, step: int, process: subprocess.Popen[str], limit: f
     raise AssertionError(f"step {step} was not reached in {limit} s")
 
 
+def wait_for_file(path: Path, process: subprocess.Popen[str], limit: float = 90) -> None:
+    end = time.monotonic() + limit
+    while not path.is_file():
+        assert process.poll() is None, process.stdout.read() if process.stdout else ""
+        assert time.monotonic() < end, f"{path} was not there in {limit} s"
+        time.sleep(0.005)
+
+
 def worker_pids(out: Path) -> list[int]:
     """Training processes of this run, the launcher left out."""
     found = []
@@ -75,16 +84,14 @@ def undisturbed(arguments: Arguments, tmp_path_factory: pytest.TempPathFactory) 
 def test_sigkill_of_everything_then_resume(arguments: Arguments, undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
     process = start(2, arguments(out))
-    wait_for_step(out, 5, process)
+    wait_for_file(out / "checkpoints" / "step-00000003" / "manifest.json", process)
     os.killpg(process.pid, signal.SIGKILL)
     for pid in worker_pids(out):
         os.kill(pid, signal.SIGKILL)
     process.wait(30)
-    assert {p.name for p in (out / "checkpoints").iterdir() if not p.name.endswith(".partial")} == {
-        "step-00000003"
-    }
+    newest = complete_checkpoints(out / "checkpoints")[-1]
     done = torchrun(2, *arguments(out, "--resume"))
-    assert "3 steps done" in done.stdout
+    assert f"resume: {newest}, {int(newest.name[-8:])} steps done" in done.stdout
     assert_same_run(undisturbed, out)
 
 

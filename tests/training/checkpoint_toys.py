@@ -1,0 +1,131 @@
+"""A checkpointer of a few small tensors: save, kill and damage it without a model, in forked processes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from lcl_mcore.training.checkpoint import Checkpointer, TrainState
+from lcl_mcore.training.checkpoint_io import _HashingFile
+from lcl_mcore.training.checkpoint_state import Shard
+from lcl_mcore.training.checkpoint_store import open_store
+
+SHAPES = {"weights/a": (64, 48), "exp_avg/a": (64, 48), "weights/b": (7,), "weights/c": (2, 5, 33)}
+
+
+def values(step: int) -> dict[str, torch.Tensor]:
+    """What the tensors hold after `step` steps."""
+    generator = torch.Generator().manual_seed(step)
+    return {key: torch.randn(shape, generator=generator) for key, shape in SHAPES.items()}
+
+
+class Toys:
+    """Whole tensors on one rank."""
+
+    def __init__(self, step: int) -> None:
+        self.tensors = values(step)
+        self.steps = -1
+
+    def shards(self) -> list[Shard]:
+        return [
+            Shard(key, tuple(t.shape), tuple(t.shape), (0,) * t.dim(), 0, t.view(-1), True)
+            for key, t in self.tensors.items()
+        ]
+
+    def loaded(self, steps: int) -> None:
+        self.steps = steps
+
+
+def in_child(action: Callable[[], Any], timeout: int = 60) -> tuple[int, Any]:
+    """Run `action` in a forked process: its wait status, and what it returned (None if it was killed)."""
+    reader, writer = os.pipe()
+    child = os.fork()
+    if child == 0:
+        signal.alarm(timeout)
+        os.close(reader)
+        try:
+            result = action()
+            os.write(writer, json.dumps(result).encode())
+        except BaseException:
+            traceback.print_exc()
+            sys.stderr.flush()
+            os._exit(1)
+        os._exit(0)
+    os.close(writer)
+    with os.fdopen(reader, "rb") as pipe:
+        answer = pipe.read()
+    _, status = os.waitpid(child, 0)
+    return status, json.loads(answer) if answer else None
+
+
+def checkpointer(location: str, staging: Path, tensors: Toys, keep: int = 2) -> Checkpointer:
+    """In this process alone; call it in a child, for it starts the process group."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    control, background = dist.new_group([0]), dist.new_group([0])
+    return Checkpointer(
+        open_store(location, staging), tensors, control, background, keep=keep, config="x: 1\n"
+    )
+
+
+def save(location: str, staging: Path, step: int, keep: int = 2) -> str:
+    """Save the tensors of `step`; its problem."""
+    saver = checkpointer(location, staging, Toys(step), keep)
+    saver.start(TrainState(step, {"at": step}, "hash", "digest"))
+    outcome = saver.wait()
+    assert outcome is not None
+    return outcome.problem
+
+
+def restore(location: str, staging: Path) -> dict[str, Any]:
+    """Find and load: step, whether every value is that step's, and the notes."""
+    toys = Toys(0)
+    loader = checkpointer(location, staging, toys)
+    path, notes = loader.find()
+    if path is None:
+        return {"step": None, "notes": notes, "untouched": _equal(toys.tensors, values(0))}
+    state = loader.load(path)
+    exact = _equal(toys.tensors, values(state.step)) and toys.steps == state.step
+    return {"step": state.step, "notes": notes, "exact": exact, "names": loader.store.names()}
+
+
+def _equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return all(torch.equal(one[key], other[key]) for key in SHAPES)
+
+
+def count_operations(folder: Path, limit: int | None) -> list[int]:
+    """Count file operations below `folder` from now on; SIGKILL this process at number `limit` (0-based)."""
+    seen = [0]
+
+    def operation() -> None:
+        if seen[0] == limit:
+            os.kill(os.getpid(), signal.SIGKILL)
+        seen[0] += 1
+
+    def hook(event: str, arguments: tuple[Any, ...]) -> None:
+        watched = event in ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir")
+        if watched and arguments and str(arguments[0]).startswith(str(folder)):
+            operation()
+
+    sys.addaudithook(hook)
+    write, sync = _HashingFile.write, os.fsync
+
+    def counted_write(self: _HashingFile, data: Any) -> int:
+        operation()
+        return write(self, data)
+
+    def counted_sync(descriptor: int) -> None:
+        operation()
+        sync(descriptor)
+
+    _HashingFile.write = counted_write  # type: ignore[method-assign]
+    os.fsync = counted_sync
+    return seen
