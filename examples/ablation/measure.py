@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The numbers of one run of the ablation, trained and untrained, into RUN/measured.json."""
+"""The numbers of one run of the ablation into RUN/measured.json."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def main() -> int:
     parser.add_argument("--labelled", type=Path, required=True)
     parser.add_argument("--pictures", type=int, required=True)
     parser.add_argument("--epochs", type=float, required=True)
-    parser.add_argument("--seed", type=int, required=True)
+    parser.add_argument("--untrained", action="store_true", help="also the weights that the run started from")
     flags = parser.parse_args()
 
     from lcl_mcore.evaluation.loading import open_model, reset_weights
@@ -29,8 +29,9 @@ def main() -> int:
                         test_limit=flags.pictures)  # fmt: skip
     opened = open_model(flags.run)
     result = {"trained": overview(opened, flags.heldout, flags.labelled, probe)}
-    reset_weights(opened)  # the weights this seed started from, whatever the setting
-    result["untrained"] = overview(opened, flags.heldout, flags.labelled, probe)
+    if flags.untrained:
+        reset_weights(opened)
+        result["untrained"] = overview(opened, flags.heldout, flags.labelled, probe)
     (flags.run / "measured.json").write_text(json.dumps(result, indent=1), encoding="utf-8")
     return 0
 

@@ -95,10 +95,13 @@ class Study:
         """Every setting with every seed, and an untrained encoder per seed; finished ones are only read."""
         jobs = [(setting, seed) for seed in range(self.budget.seeds) for setting in settings]
         with ThreadPoolExecutor(workers) as pool:
-            return list(pool.map(lambda job: self.run(*job), jobs))
+            return list(pool.map(lambda job: self.run(*job, untrained=job[0] is settings[0]), jobs))
 
-    def run(self, setting: Setting, seed: int) -> dict[str, Any]:
-        """Train, measure, and leave `result.json`; interrupted at any point, the next call continues."""
+    def run(self, setting: Setting, seed: int, *, untrained: bool) -> dict[str, Any]:
+        """Train, measure, and leave `result.json`; interrupted at any point, the next call continues.
+
+        With `untrained`, the weights it started from are measured too: they are the same for every setting.
+        """
         folder = self.folder(setting, seed)
         result = folder / "result.json"
         if not result.is_file():
@@ -109,10 +112,12 @@ class Study:
                 "--resume", log=folder / "train.log",
             )  # fmt: skip
             trained = time.perf_counter()
+            extra = ["--untrained"] if untrained else []
             call(
                 "examples/ablation/measure.py", str(folder), "--heldout", str(self.corpus / "heldout"),
                 "--labelled", str(self.labelled), "--pictures", str(self.budget.probe_pictures),
-                "--epochs", str(self.budget.probe_epochs), "--seed", str(seed), log=folder / "measure.log",
+                "--epochs", str(self.budget.probe_epochs), *extra,
+                log=folder / "measure.log",
             )  # fmt: skip
             measured = json.loads((folder / "measured.json").read_text(encoding="utf-8"))
             record = {

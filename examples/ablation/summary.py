@@ -21,12 +21,10 @@ ONLY = ("contrastive only", "generation only")
 def gather(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[float]]]:
     """Per setting and measure, one value per seed; the untrained encoders are a setting of their own."""
     table: dict[str, dict[str, list[float]]] = {}
-    seen: set[int] = set()
     for record in results:
         rows = [(record["setting"], record["trained"])]
-        if record["seed"] not in seen:
-            rows.append((UNTRAINED, record["untrained"]))
-            seen.add(record["seed"])
+        if UNTRAINED in record:
+            rows.append((UNTRAINED, record[UNTRAINED]))
         for name, numbers in rows:
             for measure, _, _ in MEASURES:
                 table.setdefault(name, {}).setdefault(measure, []).append(numbers[measure])
