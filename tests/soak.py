@@ -315,7 +315,9 @@ def main() -> int:
         number = len(tally.rounds)
         change = number % 2 == 1
         mine = layouts if change else [draw.choice(layouts)]
+        paused = time.monotonic()
         undisturbed = reference(corpus, folder, "dp1" if change else mine[0])
+        deadline += time.monotonic() - paused  # the minutes are those under fire
         struck = Round(corpus, folder / f"round-{number}", draw, tally, deadline)
         struck.run(mine, change=change)
         result = compare(struck.out, undisturbed, bitwise=not change) | {

@@ -5,9 +5,11 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+import psutil
 import torch
 import torch.distributed as dist
 
+from lcl_mcore.config.restart import job_id
 from lcl_mcore.config.run import RunConfig
 from lcl_mcore.parallel.groups import make_groups
 from lcl_mcore.platform.device import init_process_group, pick_device
@@ -21,6 +23,8 @@ def start_job(config: RunConfig, folder: Path) -> Job:
     config.check_processes(world)
     choose_backend(config)  # refused now, before any process group exists
     _limit_threads()
+    if os.environ.get("LOCAL_RANK") == "0":
+        _end_orphans()
     if config.parallel.tensor > 1:  # megatron's overlap of gradient communication counts on launch order
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = pick_device(config.train.device)
@@ -36,6 +40,20 @@ def start_job(config: RunConfig, folder: Path) -> Job:
             print(text, flush=True)
 
     return Job(device, groups, rank, dist.get_world_size(), folder, note, store)
+
+
+def _end_orphans() -> None:
+    """Kill what the ranks of an earlier attempt of this job left on this machine: helpers that write checkpoints
+    outlive a rank that was killed, and keep its memory. They carry the job's id and have no parent any more; where
+    the launcher itself is process 1 of a container, its ranks look the same but for their command line."""
+    job, launcher = job_id(), os.getppid()
+    for process in psutil.process_iter() if job else ():
+        try:
+            orphan = process.ppid() == 1 and process.environ().get("TORCHELASTIC_RUN_ID") == job
+            if orphan and (launcher != 1 or "multiprocessing" in " ".join(process.cmdline())):
+                process.kill()
+        except psutil.Error:  # gone meanwhile, or somebody else's
+            continue
 
 
 def _limit_threads() -> None:
