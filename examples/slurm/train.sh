@@ -127,10 +127,18 @@ if [[ -n $ending || $state != RUNNING ]]; then
     say "SLURM ended the job ($state); it decides whether the job is queued again"
     exit "$code"
 fi
-if [[ -e $STOPPED ]]; then
+# Only with code 0: when one node fails, srun stops the others as a request would.
+killed=$RUN/logs/$SLURM_JOB_ID-killed
+if ((after > before)); then
+    rm -f "$killed"
+fi
+if [[ -e $STOPPED && $code -eq 0 ]]; then
     why="stopped by request"
 elif ((after > before)); then
     why="failed with $code after new checkpoints"
+elif ((code > 128)) && [[ ! -e $killed ]]; then
+    : >"$killed"
+    why="killed from outside (code $code), tried once more"
 else
     say "failed with $code without a new checkpoint: not queued again; see $LOGS"
     exit "$((code ? code : 1))"

@@ -185,6 +185,8 @@ class Campaign:
         job = Job(self.slurm, self.folder, "refused", LCL_PREFLIGHT="--min-bandwidth 100000")
         self.check("failed preflight fails the job", job.finish() == "FAILED")
         after = self.slurm.job(job.number)
+        preflight = (job.out / f"logs/{job.number}-0/preflight-0.log").read_text()
+        self.check("preflight tried storage from both nodes", "run folder from 2 nodes" in preflight)
         self.check(
             "failed preflight: no training, not queued again", job.steps() == 0 and after["Restarts"] == "0"
         )

@@ -92,13 +92,18 @@ def test_the_guide_names_what_there_is() -> None:
 SRUN = """#!/bin/bash
 # Records the step; the case says what it does.
 printf '%s\\n' "$*" >>"$CASE/steps"
-case "$*" in
-    *doctor.py*) exit "${PREFLIGHT_CODE:-0}" ;;
-esac
+if [[ $* = *doctor.py* && -z ${PREFLIGHT_CODE:-} ]]; then
+    exit 0
+fi
+if [[ -n ${STOPPED:-} ]]; then
+    touch "$LCL_STOPPED"
+fi
+if [[ $* = *doctor.py* ]]; then
+    exit "$PREFLIGHT_CODE"
+fi
 new=$CASE/run/checkpoints/step-${NEW_STEP:-}
 [[ -n ${NEW_STEP:-} ]] && mkdir -p "$new" && echo {} >"$new/manifest.json"
 printf 'train:\\n  steps: 100\\n  seed: 0\\ncheckpoint:\\n  every: 9\\n' >"$CASE/run/config.yaml"
-[[ -n ${STOPPED:-} ]] && touch "$LCL_STOPPED"
 exit "${TRAIN_CODE:-0}"
 """
 SCONTROL = """#!/bin/bash
@@ -119,13 +124,18 @@ def attempt(tmp_path: Path) -> Callable[..., tuple[int, bool, str, list[str]]]:
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
 
-    def run(*flags: str, earlier: str = "", **environment: str) -> tuple[int, bool, str, list[str]]:
+    def run(
+        *flags: str, earlier: str = "", killed: str = "", **environment: str
+    ) -> tuple[int, bool, str, list[str]]:
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         for name in ("steps", "requeued"):
             (tmp_path / name).unlink(missing_ok=True)
         if earlier:
             (tmp_path / "run" / "checkpoints" / f"step-{earlier}").mkdir(parents=True)
             (tmp_path / "run" / "checkpoints" / f"step-{earlier}" / "manifest.json").write_text("{}")
+        if killed:
+            (tmp_path / "run" / "logs").mkdir(parents=True)
+            (tmp_path / "run" / "logs" / "77-killed").touch()
         variables = {
             k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "LCL_", "NCCL_"))
         } | {
@@ -181,6 +191,12 @@ def test_a_container_sees_the_repository_and_the_run(attempt: Callable, tmp_path
         ({"STOPPED": "1", "JOB_STATE": "CANCELLED"}, 0, False, "SLURM ended the job (CANCELLED)"),
         ({"STOPPED": "1", "SLURM_RESTART_COUNT": "3", "LCL_MAX_REQUEUES": "3"}, 1, False, "already queued again 3"),
         ({"PREFLIGHT_CODE": "1"}, 1, False, "preflight: exit code 1"),
+        # srun stops the other nodes when one has failed: that is no request.
+        ({"STOPPED": "1", "PREFLIGHT_CODE": "1"}, 1, False, "failed with 1 without a new checkpoint"),
+        ({"STOPPED": "1", "TRAIN_CODE": "1"}, 1, False, "failed with 1 without a new checkpoint"),
+        ({"STOPPED": "1", "TRAIN_CODE": "1", "NEW_STEP": "00000040"}, None, True, "failed with 1 after new"),
+        ({"STOPPED": "1", "TRAIN_CODE": "137"}, None, True, "killed from outside (code 137)"),
+        ({"TRAIN_CODE": "137", "killed": "yes"}, 137, False, "failed with 137 without a new checkpoint"),
     ],
 )  # fmt: skip
 def test_when_a_job_is_queued_again(
