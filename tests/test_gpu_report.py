@@ -32,7 +32,7 @@ H100 = {
 BARE: dict[str, Any] = {"gpu": None}
 FULL_PARTS = {
     "gpu tests", "rates", "step released-b16-laion bf16", "step released-b16-laion fp8", "step paper-l14 bf16",
-    "step paper-l14 fp8", "contrastive 32768", "contrastive 65536", "contrastive 131072",
+    "step paper-l14 fp8", "plan paper-l14", "contrastive 32768", "contrastive 65536", "contrastive 131072",
 }  # fmt: skip
 
 
@@ -172,6 +172,9 @@ def test_dry_run(tmp_path: Path) -> None:
     not_run = {name for name, part in report["parts"].items() if part["status"] == "not run"}
     assert not_run == {"gpu tests", "step released-b16-laion fp8", "step paper-l14 fp8"}
     assert not_run <= {item["part"] for item in report["left_out"]}
+    plan = report["parts"]["plan paper-l14"]
+    assert plan["predicted_over_measured"] == pytest.approx(1, abs=0.05)
+    assert plan["measured"]["peak_bytes"] > 10**8
     for recipe in gpu_report.STEP_RECIPES:
         step = report["parts"][f"step {recipe} bf16"]
         assert step["images_per_second"] > 0

@@ -2,24 +2,31 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from typing import Any
 
 from lcl_mcore.config.run import RunConfig
-from lcl_mcore.errors import ConfigError
 from lcl_mcore.planning.counting import rank_batch
 from lcl_mcore.planning.hardware import Machine
 from lcl_mcore.planning.predict import Prediction, predict
 from lcl_mcore.planning.simulate import places, simulate_rank
 
+MOST_ROWS = 64
+"""Larger micro-batches are not tried."""
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """A layout and what is expected of it; `exact` if all its micro-batches and ranks were counted."""
+    """A layout and what is expected of it.
+
+    lasting  bytes of weights, gradients and optimizer on its fullest rank
+    exact    all its micro-batches and ranks were counted
+    """
 
     config: RunConfig
     prediction: Prediction
+    lasting: int
     exact: bool = False
 
     @property
@@ -48,52 +55,66 @@ def estimate(config: RunConfig, world: int, machine: Machine) -> Estimate:
     batch = rank_batch(fewer, dp)
     first_of_stage = places(config, world)[:: config.parallel.tensor]
     counts = [simulate_rank(fewer, world, rank, batch) for rank in first_of_stage]
-    return Estimate(config, predict(config, world, counts, batch, machine, micros / counted))
+    lasting = max(sum(count.state.values()) for count in counts)
+    return Estimate(config, predict(config, world, counts, batch, machine, micros / counted), lasting)
+
+
+NONE, FULL = ("none", "none"), ("full", "full")
 
 
 def variants(config: RunConfig, world: int, machine: Machine, wide: bool) -> Iterator[Estimate]:
-    """Estimates of other meshes and recompute choices, each with the largest micro-batch that fits."""
-    meshes = [(1, 1), (2, 1), (1, 2)]
-    recomputes = [("none", "none")]
-    if wide:
-        meshes += [(4, 1), (8, 1), (2, 2), (1, 4), (4, 2)]
-        recomputes += [("selective", "selective"), ("full", "none"), ("full", "full")]
+    """Estimates of other meshes and recompute choices, each with the largest micro-batch that fits.
+
+    Without `wide`, the three smallest meshes; larger ones with full recompute only if none of those fits.
+    """
+    fits = False
+    few = [(1, 1), (2, 1), (1, 2)]
+    recomputes = [NONE, ("selective", "selective"), ("full", "none"), FULL] if wide else [NONE]
+    meshes = [*few, (4, 1), (8, 1), (2, 2), (1, 4), (4, 2)] if wide else few
     for tensor, pipeline in meshes:
-        for vision, language in recomputes:
-            parallel = dataclasses.replace(
-                config.parallel, tensor=tensor, pipeline=pipeline, sequence=tensor > 1, stage_layers=None,
-                recompute_vision=vision, recompute_language=language, vision="auto",
-            )  # fmt: skip
-            yield from _largest(config, parallel, world, machine)
+        for recompute in recomputes:
+            for found in _largest(config, _changed(config, tensor, pipeline, recompute), world, machine):
+                fits = fits or found.prediction.fits
+                yield found
+    for tensor in () if wide else (1, 2, 4, 8):
+        if not fits:
+            for found in _largest(config, _changed(config, tensor, 1, FULL), world, machine):
+                fits = fits or found.prediction.fits
+                yield found
 
 
-def _largest(config: RunConfig, parallel: object, world: int, machine: Machine) -> Iterator[Estimate]:
-    """The layout with the largest micro-batch whose memory, in proportion to rows, is expected to fit."""
-    sizes = [size for size in (1, 2, 4, 8, 16, 32) if _accepted(config, parallel, size, world)]
+def _changed(config: RunConfig, tensor: int, pipeline: int, recompute: tuple[str, str]) -> dict[str, Any]:
+    return {
+        "tensor": tensor, "pipeline": pipeline, "sequence": tensor > 1, "stage_layers": None, "vision": "auto",
+        "recompute_vision": recompute[0], "recompute_language": recompute[1],
+    }  # fmt: skip
+
+
+def _largest(config: RunConfig, changes: dict[str, Any], world: int, machine: Machine) -> Iterator[Estimate]:
+    """The layout with the largest micro-batch that is expected to fit; nothing if the job cannot be split so."""
+    rows = config.train.global_batch_size * changes["tensor"] * changes["pipeline"] // world
+    sizes = [size for size in range(1, min(rows, MOST_ROWS) + 1) if _accepted(config, changes, size, world)]
     if not sizes:
         return
     small = sizes[min(1, len(sizes) - 1)]
-    probe = estimate(_with(config, parallel, small), world, machine)
+    probe = estimate(_with(config, changes, small), world, machine)
     room = machine.gpu.memory * machine.assumed.headroom
-    slowest = probe.prediction
-    per_row = slowest.memory / small  # an over-estimate: part of it does not grow
-    fitting = [size for size in sizes if per_row * size <= room]
-    if not fitting:
-        yield probe
-        return
-    best = fitting[-1]
-    yield probe if best == small else estimate(_with(config, parallel, best), world, machine)
+    per_row = (probe.prediction.memory - probe.lasting) / small  # more than it is: some of it does not grow
+    fitting = [size for size in sizes if probe.lasting + per_row * size <= room]
+    best = fitting[-1] if fitting else small
+    yield probe if best == small else estimate(_with(config, changes, best), world, machine)
 
 
-def _with(config: RunConfig, parallel: object, rows: int) -> RunConfig:
-    return replace(config, parallel=parallel, train=replace(config.train, micro_batch_size=rows))  # type: ignore[arg-type]
+def _with(config: RunConfig, changes: dict[str, Any], rows: int) -> RunConfig:
+    parallel = replace(config.parallel, **changes)
+    return replace(config, parallel=parallel, train=replace(config.train, micro_batch_size=rows))
 
 
-def _accepted(config: RunConfig, parallel: object, rows: int, world: int) -> bool:
+def _accepted(config: RunConfig, changes: dict[str, Any], rows: int, world: int) -> bool:
     try:
-        changed = _with(config, parallel, rows)
+        changed = _with(config, changes, rows)
         changed.check_processes(world)
-    except ConfigError:
+    except ValueError:  # a refused configuration
         return False
     # A pipeline with few micro-batches is mostly fill and drain.
     dp = world // (changed.parallel.tensor * changed.parallel.pipeline)

@@ -49,7 +49,8 @@ def make_plan(request: Request, note: Callable[[str], None]) -> dict[str, Any]:
     repeat = micros / counted
     prediction = predict(config, request.gpus, counts, batch, machine, repeat)
     problems = lint({c.rank: c.events for c in counts}, Mesh(parallel.tensor, parallel.pipeline, dp))
-    chosen = Estimate(config, prediction, exact=True)
+    lasting = max(sum(count.state.values()) for count in counts)
+    chosen = Estimate(config, prediction, lasting, exact=True)
     layouts = [chosen]
     if request.search != "none":
         for found in variants(config, request.gpus, machine, request.search == "wide"):

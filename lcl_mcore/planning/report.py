@@ -40,6 +40,8 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
         f"tp {layout['tensor']}, pp {layout['pipeline']}, dp {layout['data']}; {layout['rows_per_step']} rows a step, "
         f"{layout['micro_batches']} micro-batches a rank, {layout['micro_batches_counted']} of them counted"
     )
+    ranks = plan["lint"]["ranks"]
+    yield f"built and run end to end on fake process groups of {plan['gpus']} ranks: rank {', '.join(map(str, ranks))}"
     yield ""
     verdict = "fits" if memory["fits"] else "DOES NOT FIT"
     yield said(

@@ -16,6 +16,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from lcl_kernels import cross_entropy, tiled
 from megatron.core import parallel_state
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -86,6 +87,7 @@ def _job(world: int, rank: int) -> Iterator[None]:
 @contextmanager
 def _without_data(config: RunConfig, target: Target) -> Iterator[None]:
     """Everything that would need data, a GPU or a peer is answered without."""
+    tile_shape = tiled.tile_shape
     new_group, generator = dist.new_group, torch.Generator
 
     def fake_group(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
@@ -112,9 +114,16 @@ def _without_data(config: RunConfig, target: Target) -> Iterator[None]:
             ("torch.optim.optimizer._get_fused_kernels_supported_devices", lambda: ["meta", "cuda"]),
         ):
             stack.enter_context(mock.patch(place, replacement))
+        if target == "cpu":  # the kernels' block sizes there
+            sizes = {"meta": cross_entropy._LOGIT_BYTES["cpu"]}
+            stack.enter_context(mock.patch.dict(cross_entropy._LOGIT_BYTES, sizes))
+            stack.enter_context(
+                mock.patch.object(tiled, "tile_shape", return_value=tile_shape(torch.device("cpu")))
+            )
         if target == "cuda":
             on_device = property(lambda tensor: tensor.device == META)
             stack.enter_context(mock.patch.object(torch.Tensor, "is_cuda", on_device, create=True))
+            stack.enter_context(mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)))
         yield
 
 
