@@ -3,8 +3,9 @@
 
     python tests/soak.py --minutes 30
 
-A round is a run of STEPS steps from the start to the end, struck again and again: SIGKILL of a rank, of a process
-that writes a checkpoint, or of the whole job; SIGTERM to a rank; SIGSTOP of a rank. Rounds alternate between keeping
+A round is a run of STEPS steps from the start to the end, struck again and again: SIGKILL of a rank, of one that is
+writing a checkpoint (or of its writing process, where it has one), or of the whole job; SIGTERM to a rank; SIGSTOP
+of a rank. Rounds alternate between keeping
 their layout (the numbers must then be bitwise those of an undisturbed run) and changing tp/pp/dp at every restart
 (losses within 1e-5 of the undisturbed single process, the same documents in every batch). At every restart the run
 must continue from the newest checkpoint that was complete at that moment: no step before it may be lost. Rounds go on
@@ -170,7 +171,7 @@ class Round:
         if kind == "writer" and writers:
             victims = [self.draw.choice(writers)]
         elif kind == "writer":
-            kind = "rank"  # nothing is being written by a process of its own: the one that writes is a rank
+            kind = "rank"  # the writer is a thread of the rank
         number = {"stop": signal.SIGTERM, "freeze": signal.SIGSTOP}.get(kind, signal.SIGKILL)
         if kind == "job":
             victims = [psutil.Process(job.pid), *ranks]

@@ -85,7 +85,8 @@ def test_five_kills_with_restarts_by_torchrun(
     for kill, start in zip(
         plan, starts[1:], strict=True
     ):  # no step is lost beyond the last complete checkpoint
-        assert start["step"] >= 3 * ((kill["step"] - 1) // 3) - 3 * (kill["phase"] == "save"), (kill, start)
+        # Saves are asynchronous: the newest may not have been complete, the one before was.
+        assert start["step"] >= 3 * ((kill["step"] - 1) // 3) - 3, (kill, start)
     assert len(re.findall(r"error: rank \d: rank \d \(.*\) is gone: it was killed", done.stderr)) >= 4
     assert_same_run(undisturbed, out)
     end = read_events(out)[-1]
