@@ -55,7 +55,7 @@ class Budget:
     seeds: int
 
 
-FULL = Budget(steps=300, probe_pictures=4000, probe_epochs=12, seeds=3)
+FULL = Budget(steps=250, probe_pictures=4000, probe_epochs=12, seeds=3)
 
 
 def config_of(setting: Setting, seed: int, corpus: Path, budget: Budget) -> RunConfig:
@@ -95,7 +95,12 @@ class Study:
         """Every setting with every seed, and an untrained encoder per seed; finished ones are only read."""
         jobs = [(setting, seed) for seed in range(self.budget.seeds) for setting in settings]
         with ThreadPoolExecutor(workers) as pool:
-            return list(pool.map(lambda job: self.run(*job, untrained=job[0] is settings[0]), jobs))
+            waiting = [pool.submit(self.run, *job, untrained=job[0] is settings[0]) for job in jobs]
+            try:
+                return [future.result() for future in waiting]
+            except SystemExit:
+                pool.shutdown(wait=False, cancel_futures=True)  # the runs under way end, no other begins
+                raise
 
     def run(self, setting: Setting, seed: int, *, untrained: bool) -> dict[str, Any]:
         """Train, measure, and leave `result.json`; interrupted at any point, the next call continues.
