@@ -76,6 +76,7 @@ def plot(table: dict[str, dict[str, list[float]]], path: Path, title: str) -> No
         centres, deviations = zip(*(spread(table[weights[w]][measure]) for w in x), strict=True)
         lower.errorbar(x, centres, yerr=deviations, marker="o", capsize=4, color="#4a9d6f")
         lower.set_xscale("log")
+        lower.minorticks_off()
         lower.set_xticks(x, [str(w) for w in x])
         lower.set_xlabel("weight of the contrastive loss")
         lower.grid(alpha=0.3)
