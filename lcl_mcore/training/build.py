@@ -81,6 +81,7 @@ def build_data(
         seed=config.train.seed,
         counts_group=groups.host_counts if groups.dp.size() > 1 else None,
         model_group=groups.host_model if groups.host_model.size() > 1 else None,
+        pixel_ranks=list(range(config.parallel.tensor)),  # the first pipeline stage has the ViT
         position=position,
         pin_memory=device.is_cuda,
     )
