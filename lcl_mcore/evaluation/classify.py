@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import itertools
 import time
 from collections.abc import Callable
@@ -126,8 +125,12 @@ def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def full(model: LclModel, train: Labelled, test: Labelled, config: ProbeConfig) -> dict[str, float]:
-    """Fine-tune a copy of the encoder together with the probe; the learning rate decays from block to block."""
-    vision = copy.deepcopy(model.vision)
+    """Fine-tune the encoder together with the probe, the learning rate decaying from block to block.
+
+    The encoder has its weights back afterwards.
+    """
+    vision = model.vision
+    before = [parameter.detach().clone() for parameter in vision.parameters()]
     device, shape = vision.patch_embedding.device, model.shape.vision
     probe = _attention(model, len(train.classes), config)
     generator = torch.Generator().manual_seed(config.seed)
@@ -157,7 +160,11 @@ def full(model: LclModel, train: Labelled, test: Labelled, config: ProbeConfig) 
     vision.train()
     loss = fit(forward, groups, images(train, augment=True), len(train), config)
     vision.eval()
-    return {**accuracy(forward, images(test, augment=False), len(test), size=CHUNK), "train_loss": loss}
+    result = {**accuracy(forward, images(test, augment=False), len(test), size=CHUNK), "train_loss": loss}
+    with torch.no_grad():
+        for parameter, value in zip(vision.parameters(), before, strict=True):
+            parameter.copy_(value)
+    return result
 
 
 def classify(opened: Opened, data: Path, config: ProbeConfig, baselines: bool = True) -> dict[str, Any]:

@@ -72,3 +72,36 @@ def test_classification(run: Path, labelled: Path, tool: Tool) -> None:
         assert result[name]["top1"] > 0.8, result
     assert result["pixels"]["linear"]["top1"] > 0.8
     assert result["trained"] != result["random_init"]
+
+
+@pytest.mark.timeout(600)
+def test_the_other_commands(run: Path, pairs: Path, labelled: Path, tool: Tool) -> None:
+    """Fine-tuning, zero-shot, retrieval and captions; one process each, as a user would."""
+    words = ["--transfer", "full", "--epochs", "2", "--batch-size", "50", "--lr", "1e-3", "--no-baselines"]
+    tool("tools/evaluate.py", "classify", str(run), "--data", str(labelled), *words)
+    found = json.loads((run / "results" / "classification-full-transfer.json").read_text())
+    assert 0 <= found["trained"]["top1"] <= 1
+    assert "random_init" not in found
+    tool("tools/evaluate.py", "zeroshot", str(run), "--data", str(labelled))
+    found = json.loads((run / "results" / "zeroshot.json").read_text())
+    assert found["largest_class"]["top1"] >= 1 / 3
+    assert found["trained"]["top5"] == 1.0
+    tool("tools/evaluate.py", "retrieval", str(run), "--data", str(pairs / "pairs"), "--limit", "20")
+    found = json.loads((run / "results" / "retrieval.json").read_text())
+    assert found["pictures"] == 20
+    assert found["captions"] >= 20
+    assert found["trained"] != found["random_init"]
+    tool(
+        "tools/evaluate.py",
+        "caption",
+        str(run),
+        "--data",
+        str(pairs / "pairs"),
+        "--limit",
+        "6",
+        "--max-tokens",
+        "5",
+    )
+    found = json.loads((run / "results" / "caption.json").read_text())
+    assert len(found["examples"]) == 6
+    assert 0 <= found["trained"]["BLEU-4"] <= found["trained"]["BLEU-1"] <= 100

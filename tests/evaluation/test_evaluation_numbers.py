@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from lcl_mcore.config.evaluation import EvaluationConfig, ProbeConfig
-from lcl_mcore.errors import ConfigError, DataError
+from lcl_mcore.errors import DataError
 from lcl_mcore.evaluation.caption import scores, words
 from lcl_mcore.evaluation.captioned import open_captioned, recalls
 from lcl_mcore.evaluation.commands import parse
@@ -150,9 +150,9 @@ def test_probe_learns_where_to_look() -> None:
 
 
 def test_settings_and_command_lines_are_checked() -> None:
-    with pytest.raises(ConfigError, match="there is nothing to evaluate on"):
+    with pytest.raises(ValueError, match="there is nothing to evaluate on"):
         EvaluationConfig(every=10)
-    with pytest.raises(ConfigError, match=r"probe\.lr = 0\.0: must be positive"):
+    with pytest.raises(ValueError, match=r"probe\.lr = 0\.0: must be positive"):
         ProbeConfig(lr=0.0)
     assert parse(["runs/demo", "--data", "x"]).command == "heldout"
     flags = parse(["classify", "runs/demo", "--data", "x", "--transfer", "full", "--lr", "0.1"])
