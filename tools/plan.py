@@ -33,9 +33,9 @@ def main() -> int:
     def note(line: str) -> None:
         print(f"[{time.perf_counter() - started:5.1f} s] {line}", file=sys.stderr, flush=True)
 
-    plan = make_plan(request, note)
     command = " ".join(["python", "tools/plan.py", *sys.argv[1:]])
     origin = {"command": command, **commit(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    plan = make_plan(request, note)
     report = text(plan)
     print(json.dumps(origin | plan, indent=1) if request.json else report)
     if request.out is not None:

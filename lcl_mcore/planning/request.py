@@ -8,6 +8,7 @@ from typing import Literal
 
 import tyro
 
+from lcl_mcore.config.base import require
 from lcl_mcore.config.cli import Flags, resolve
 from lcl_mcore.config.run import RunConfig
 from lcl_mcore.planning.hardware import Assumptions
@@ -91,7 +92,14 @@ def run_config(request: Request) -> RunConfig:
         ConfigError: a value or combination is refused.
     """
     training = {field.name for field in fields(Flags)} & {field.name for field in fields(Request)}
-    return resolve(Flags(**{name: getattr(request, name) for name in training}))
+    config = resolve(Flags(**{name: getattr(request, name) for name in training}))
+    require(
+        config.train.precision != "fp8",
+        "train.precision = fp8",
+        "Transformer Engine's layers cannot be counted without a GPU",
+        "Plan with --precision bf16: memory is about the same, matrix products take longer.",
+    )
+    return config
 
 
 def assumptions(request: Request) -> Assumptions:

@@ -14,6 +14,7 @@ from lcl_mcore.planning.counter import Event
 from lcl_mcore.planning.hardware import Assumptions, find_gpu, make_machine
 from lcl_mcore.planning.lint import Mesh, lint
 from lcl_mcore.planning.reliability import checkpoint_bytes, uptime
+from lcl_mcore.planning.request import Request, run_config
 
 MESH = Mesh(tp=2, pp=2, dp=2)  # ranks: stage 0 is 0..3, stage 1 is 4..7; tensor-parallel neighbours
 TENSOR = {0: (0, 1), 1: (0, 1), 4: (4, 5), 5: (4, 5)}
@@ -114,6 +115,11 @@ def test_links() -> None:
 def test_an_unknown_gpu_is_answered_with_the_known_ones() -> None:
     with pytest.raises(ConfigError, match="Did you mean h100"):
         find_gpu("h10")
+
+
+def test_fp8_is_refused() -> None:
+    with pytest.raises(ConfigError, match="Plan with --precision bf16"):
+        run_config(Request(gpus=8, recipe="paper-l14", set=("train.precision=fp8",)))
 
 
 def test_uptime() -> None:
