@@ -102,9 +102,9 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-        if step >= 0.9 * steps:
+        if step >= min(0.9 * steps, steps - 1):
             late.append(loss.detach())
-    return float(torch.stack(late).mean()) if late else float("nan")
+    return float(torch.stack(late).mean())
 
 
 @torch.no_grad()
