@@ -87,7 +87,7 @@ def test_five_kills_with_restarts_by_torchrun(
     ):  # no step is lost beyond the last complete checkpoint
         # Saves are asynchronous: the newest may not have been complete, the one before was.
         assert start["step"] >= 3 * ((kill["step"] - 1) // 3) - 3, (kill, start)
-    assert len(re.findall(r"error: rank \d: rank \d \(.*\) is gone: it was killed", done.stderr)) >= 4
+    assert len(re.findall(r"error: (?:rank \d: )?rank \d \(.*\) is gone: it was killed", done.stderr)) >= 4
     assert_same_run(undisturbed, out)
     end = read_events(out)[-1]
     assert end["event"] == "end"
@@ -164,7 +164,7 @@ def test_a_node_that_does_not_come_back(arguments: Arguments, undisturbed: Path,
     out, port = tmp_path / "run", free_port()
     flags = arguments(out, "--steps", STEPS)
     plan = tmp_path / "plan.json"
-    plan.write_text(json.dumps([{"kind": "read", "step": 8, "delay": 5.0}]))  # time for the kill
+    plan.write_text(json.dumps([{"kind": "read", "step": 8, "delay": 8.0}]))  # time for the kill
     logs = [open(tmp_path / f"node{node}.log", "w") for node in (0, 1)]  # noqa: SIM115
     nodes = []
     for node in (0, 1):
@@ -177,9 +177,7 @@ def test_a_node_that_does_not_come_back(arguments: Arguments, undisturbed: Path,
         time.sleep(1.0 if node == 0 else 0)  # the first one hosts the rendezvous
     try:
         end = time.monotonic() + 240
-        while (
-            not (out / "metrics.jsonl").is_file() or len((out / "metrics.jsonl").read_text().splitlines()) < 4
-        ):
+        while not (out / "checkpoints" / "step-00000003" / "manifest.json").is_file():
             assert time.monotonic() < end
             assert nodes[0].poll() is None, (tmp_path / "node0.log").read_text()[-3000:]
             time.sleep(0.05)
@@ -197,7 +195,7 @@ def test_a_node_that_does_not_come_back(arguments: Arguments, undisturbed: Path,
     starts = [e for e in read_events(out) if e["event"] == "start"]
     assert [e["world"] for e in starts] == [2, 1]
     assert starts[1]["step"] >= 3
-    assert re.search(r"error: rank 0: rank 1 .* is gone", text), text[-4000:]
+    assert re.search(r"error: (?:rank 0: )?rank 1 .* is gone", text), text[-4000:]
     left, right = records(undisturbed), records(out)
     assert right.keys() == left.keys()
     for step, record in right.items():
