@@ -16,7 +16,7 @@ from runs import records
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 Arguments = Callable[..., list[str]]
 
-START, END, HANDOVER = 3, 23, 13
+START, END, HANDOVER = 3, 23, 10
 PLAIN = ("model.vision.drop_path=0", "model.language.dropout=0")
 FOUR_LAYERS = ("model.language.layers=4", "checkpoint.keep=99")
 
