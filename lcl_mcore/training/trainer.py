@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
@@ -17,13 +15,14 @@ from lcl_mcore.data.batch import StepBatch
 from lcl_mcore.errors import CheckpointError, ConfigError, LclError, NonFiniteError, explain
 from lcl_mcore.models.count import FlopCounter
 from lcl_mcore.models.exchange import start_from
-from lcl_mcore.models.lcl import LclModel
+from lcl_mcore.training.announce import announcement
 from lcl_mcore.training.build import DTYPES, Job, build_data, build_model
 from lcl_mcore.training.checkpoint import Checkpointer, Outcome, TrainingTensors, TrainState
 from lcl_mcore.training.checkpoint_policy import SavePolicy, make_checkpointer
 from lcl_mcore.training.metrics import DeferredStats, RunLog, Speed, StepStats, Stopwatch
 from lcl_mcore.training.optimizer import Optimizer, wrap_data_parallel
 from lcl_mcore.training.own_time import Comparison
+from lcl_mcore.training.progress import Evaluation, Pending, Progress, StepFaultError, step_record
 from lcl_mcore.training.recovery import Recovery, batch_number, batches_seen, share_ranges
 from lcl_mcore.training.schedule import learning_rate
 from lcl_mcore.training.signals import StopRequest
@@ -32,46 +31,6 @@ from lcl_mcore.training.uptime import Uptime, read_events
 from lcl_mcore.training.watchdog import Watchdog, explained
 
 MAX_FAILED_SAVES = 2
-
-
-@dataclass
-class Progress:
-    """Where the run stands; what a checkpoint taken now would say."""
-
-    step: int = 0
-    images: int = 0
-    tokens: int = 0
-    position: dict[str, Any] | None = None
-    order_hash: str = ""
-
-
-@dataclass(frozen=True)
-class Pending:
-    """Host-side facts of a step whose device numbers are still to come."""
-
-    step: int
-    lr: float
-    batch: StepBatch
-    before: Progress
-    images: int
-    seconds: float
-    data_seconds: float
-
-
-class StepFaultError(Exception):
-    """A step whose batches must not count: `first` to `last` are left out, and training goes on elsewhere."""
-
-    def __init__(self, kind: str, pending: Pending, stats: StepStats, first: int, last: int) -> None:
-        super().__init__(kind)
-        self.kind, self.pending, self.stats, self.first, self.last = kind, pending, stats, first, last
-
-
-class Evaluation(Protocol):
-    """What the loop may be given to do between steps; see `evaluation.periodic`."""
-
-    def due(self, step: int) -> bool: ...
-
-    def run(self, model: LclModel, step: int, stop: Callable[[], bool], log: RunLog) -> bool: ...
 
 
 class Trainer:
@@ -148,7 +107,9 @@ class Trainer:
     @explained
     def run(self) -> int:
         """Train to the last step or a stop request; returns the process's exit code."""
-        self._announce()
+        for line in announcement(self.config, self.job, self.model, self.choices):
+            self.log.note(line)
+        self.log.note(f"  {self.flops.describe()}")
         gc.disable()  # collected at steps of our choosing, so that no rank stalls the others at random
         try:
             self._loop()
@@ -253,36 +214,11 @@ class Trainer:
         self.recovery.bad_in_a_row = 0
         self.speed.add(pending.seconds, pending.data_seconds)
         self.uptime.step(pending.seconds, pending.data_seconds)
-        counts, seconds = pending.batch.counts, self.speed.step_seconds
-        images, tokens = sum(counts.images), sum(counts.tokens)
-        rows = self.config.train.global_batch_size * self.config.data.sequence_length
-        weights = self.config.loss
-        loss = weights.contrastive_weight * stats.contrastive + weights.generation_weight * stats.generation
-        self.log.step({
-            "step": stats.step + 1,
-            "loss": loss,
-            "contrastive": stats.contrastive,
-            "generation": stats.generation,
-            "grad_norm": stats.grad_norm,
-            "scale": stats.scale,
-            "lr": pending.lr,
-            "images": images,
-            "images_seen": pending.images,
-            "contexts": sum(counts.contexts),
-            "targets": sum(counts.targets),
-            "step_seconds": pending.seconds,
-            "data_seconds": pending.data_seconds,
-            "images_per_second": images / seconds,
-            "tokens_per_second": tokens / seconds,
-            "padding": 1.0 - tokens / rows,
-            "data_wait": self.speed.data_seconds / seconds,
-            "mfu": self.flops.mfu(pending.batch, seconds),
-            "eta_seconds": (self.config.train.steps - stats.step - 1) * seconds,
-            "ettr": self.uptime.total().ettr,
-            "order_hash": pending.batch.order_hash,
-            **self._slowest(),
-            **{f"data_{name}": value for name, value in pending.batch.statistics.items()},
-        })  # fmt: skip
+        record = step_record(
+            self.config, pending, stats, self.speed, self.flops.mfu(pending.batch, self.speed.step_seconds)
+        )
+        self.log.step(record | {"ettr": self.uptime.total().ettr, **self._slowest()})
+        loss = record["loss"]
         if self.config.faults.spike != "off" and self.recovery.spikes.add(number, loss):
             first = self.recovery.spikes.above[0] - self.config.faults.spike_margin
             raise StepFaultError("spike", pending, stats, max(first, 0), number)
@@ -444,22 +380,6 @@ class Trainer:
             )
         else:
             self.log.note(f"checkpoint {outcome.path} complete after {outcome.seconds:.1f} s")
-
-    def _announce(self) -> None:
-        """Say once what runs where, and why not something faster."""
-        config, job = self.config, self.job
-        parallel = config.parallel
-        self.log.note(
-            f"lcl_mcore  recipe {config.recipe}  {job.world} processes on {job.device.name} ({job.device.backend})  "
-            f"tp {parallel.tensor} pp {parallel.pipeline} dp {job.groups.dp.size()}  {config.train.precision}"
-        )
-        for choice in self.choices:
-            self.log.note(f"  {choice.part:<10} {choice.backend:<16} {choice.reason}")
-        self.log.note(
-            f"  loss       {config.loss.contrastive_impl} contrastive, {config.loss.generation_impl} cross-entropy"
-        )
-        self.log.note(f"  {self.flops.describe()}")
-        self.log.note(f"  folder     {job.folder}")
 
 
 def _save_failed(outcome: Outcome) -> str:

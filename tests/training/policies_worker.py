@@ -21,7 +21,8 @@ from lcl_mcore.config.cli import parse_flags, resolve
 from lcl_mcore.config.faults import FaultConfig
 from lcl_mcore.entry import run_main
 from lcl_mcore.errors import NonFiniteError
-from lcl_mcore.training.trainer import StepFaultError, Trainer
+from lcl_mcore.training.progress import StepFaultError
+from lcl_mcore.training.trainer import Trainer
 from lcl_mcore.training.uptime import read_events
 
 QUICK = {"spike_warmup": 3, "spike_steps": 2, "spike_margin": 2, "spike_deviations": 4.0}
