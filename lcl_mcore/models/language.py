@@ -24,7 +24,6 @@ from megatron.core.tensor_parallel.utils import VocabUtility
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron.core.utils import make_tp_sharded_tensor_for_checkpoint
 from torch import Tensor, nn
 
 from lcl_mcore.config.model import LanguageConfig
@@ -157,22 +156,3 @@ class LanguageModel(MegatronModule):
         """Normalised hidden states that predict a target: hidden [t, D], rows [k] -> [k, D]."""
         norm = self.norm_final if self.norm_head is None else self.norm_head
         return norm(hidden.index_select(0, rows))
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> dict:
-        """megatron's sharded state; only the output matrix needs telling what it is.
-
-        The copy of a tied matrix on the last stage is saved as another replica of the embedding.
-        """
-        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        if self.head is not None:
-            key = f"{prefix}token_embedding.weight" if self.shape.tied_head else f"{prefix}head"
-            tensor = make_tp_sharded_tensor_for_checkpoint(
-                self.head, key, tp_axis=0, prepend_offsets=sharded_offsets, allow_shape_mismatch=True,
-                tp_group=self.tp_group,
-            )  # fmt: skip
-            if self.shape.tied_head:
-                tensor.replica_id = (1, *tensor.replica_id[1:])
-            state[f"{prefix}head"] = tensor
-        return state

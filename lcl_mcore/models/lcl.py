@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from megatron.core.dist_checkpointing import ShardedTensor
 from megatron.core.enums import ModelType
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
@@ -182,20 +181,6 @@ class LclModel(MegatronModule):
         row_keys = tuple(range(len(batch.row_keys)))
         features = self.encode_images(batch.images, batch.image_keys, seed)
         return features, self.read(batch, features.latents, row_keys, seed)
-
-    def sharded_state_dict(
-        self, prefix: str = "", sharded_offsets: tuple = (), metadata: dict | None = None
-    ) -> dict:
-        """megatron's sharded state; the whole ViT of each TP rank is saved as replicas of one."""
-        state = super().sharded_state_dict(prefix, sharded_offsets, metadata)
-        if self.layout.vision_data:
-            for name, tensor in state.items():
-                if name.startswith((f"{prefix}vision.", f"{prefix}pool.")) and isinstance(
-                    tensor, ShardedTensor
-                ):
-                    pipeline, _, data = tensor.replica_id
-                    tensor.replica_id = (pipeline, self.tp_group.rank(), data)
-        return state
 
     # --- what megatron's schedule and its gradient finalizer ask of a stage ---
 
