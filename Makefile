@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install -qq
-# Without a GPU driver the CPU build of torch is enough; torch 2.13.0 is what CI uses.
+# Named at every install, or a package that wants a newer torch replaces it. Without a GPU driver the CPU build of torch is enough; torch 2.13.0 is what CI uses.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo 'torch>=2.10' || echo 'torch==2.13.0')
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
@@ -24,12 +24,12 @@ $(STAMP): pyproject.toml
 	@echo "installing into $(VENV) (about a minute on a fast line)"
 	@$(PYTHON) -m venv $(VENV)
 	@$(PIP) '$(TORCH)' setuptools wheel
-	@$(PIP) --no-build-isolation -e '.[demo]'
+	@$(PIP) --no-build-isolation '$(TORCH)' -e '.[demo]'
 	@touch $@
 
 $(DEV_STAMP): $(STAMP)
 	@echo "installing the test tools"
-	@$(PIP) --no-build-isolation -e '.[demo,dev]'
+	@$(PIP) --no-build-isolation '$(TORCH)' -e '.[demo,dev]'
 	@touch $@
 
 demo: $(STAMP)
