@@ -28,7 +28,7 @@ def _waits(frame: FrameType) -> bool:
     """Whether a thread in this (innermost) frame waits for other ranks or for the device."""
     if "/torch/distributed/" in frame.f_code.co_filename:
         return True
-    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno)
+    line = linecache.getline(frame.f_code.co_filename, frame.f_lineno or 0)  # None between two lines
     return ".wait(" in line or "synchronize(" in line
 
 
