@@ -54,7 +54,8 @@ def break_reader() -> None:
 def main() -> None:
     """Join the groups, run the steps, write what was seen."""
     out, options = Path(sys.argv[1]), json.loads(sys.argv[2])
-    dist.init_process_group("gloo")
+    place, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    dist.init_process_group("gloo", f"file://{os.environ['MEETING']}", rank=place, world_size=world)
     rank, model = dist.get_rank(), options["model"]
     dp_size, dp_rank, model_rank = dist.get_world_size() // model, rank // model, rank % model
     counts_group = model_group = None
@@ -81,7 +82,8 @@ def main() -> None:
             batch = next(loader)
             rows = [d for b in batch.micro_batches for d in row_digests(b, data.sequence_length)]
             line = {
-                "step": step, "dp": dp_rank, "model": model_rank, "rows": rows, "hash": batch.order_hash,
+                "attempt": int(os.environ["ATTEMPT"]), "step": step, "dp": dp_rank, "model": model_rank,
+                "rows": rows, "hash": batch.order_hash,
                 "documents": [d for b in batch.micro_batches for d in b.documents],
                 "pictures": [list(b.images.shape) for b in batch.micro_batches],
             }  # fmt: skip

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import socket
 import subprocess
 import sys
 import time
@@ -24,15 +23,10 @@ pytestmark = [pytest.mark.distributed, pytest.mark.timeout(290)]
 def start(out: Path, world: int, options: dict[str, Any]) -> list[subprocess.Popen[bytes]]:
     """One process per rank."""
     out.mkdir(exist_ok=True)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    environment = {
-        **os.environ,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(world),
-    }
+    attempt = len(list(out.glob("rendezvous-*")))
+    meeting = out / f"rendezvous-{attempt}"
+    meeting.touch()
+    environment = {**os.environ, "MEETING": str(meeting), "ATTEMPT": str(attempt), "WORLD_SIZE": str(world)}
     environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
     return [
         subprocess.Popen(
@@ -54,13 +48,23 @@ def finish(processes: list[subprocess.Popen[bytes]], limit: float = 200) -> list
 
 
 def rows(out: Path, model: int = 0) -> dict[int, tuple[str, list[str], list[str]]]:
-    """Per step: the order hash, the rows of the whole global batch and its documents (last run wins)."""
+    """Per step: the order hash, the rows of the whole global batch and its documents.
+
+    Of a step that was read again after a kill, the last attempt counts: ranks may have been ahead of the
+    saved position, and another number of ranks divides the batch differently.
+    """
     seen: dict[tuple[int, int], Any] = {}
+    last: dict[int, int] = {}
     for path in sorted(out.glob("rank*.jsonl")):
         for line in path.read_text().splitlines():
             entry = json.loads(line)
-            if entry["model"] == model:
-                seen[entry["step"], entry["dp"]] = entry
+            step = entry["step"]
+            if entry["model"] != model or entry["attempt"] < last.get(step, 0):
+                continue
+            if entry["attempt"] > last.get(step, 0):
+                seen = {key: other for key, other in seen.items() if key[0] != step}
+            last[step] = entry["attempt"]
+            seen[step, entry["dp"]] = entry
     result: dict[int, tuple[str, list[str], list[str]]] = {}
     for (step, _), entry in sorted(seen.items()):
         text, all_rows, documents = result.get(step, (entry["hash"], [], []))
