@@ -152,6 +152,8 @@ class Round:
     def strike(self, job: subprocess.Popen[bytes]) -> None:
         """Wait a random while, then harm something; the time until the job has ended is noted."""
         kind = self.draw.choice(STRIKES)
+        if kind == "freeze" and len(workers(job)) == 1:
+            kind = "rank"  # a stopped process that is alone has nobody to notice it
         target = min(self.done() + self.draw.randrange(1, 2 * EVERY), STEPS)
         in_save = kind == "writer" or self.draw.random() < 0.3
         end = time.monotonic() + PATIENCE
@@ -285,6 +287,14 @@ def reference(corpus: Path, folder: Path, layout: str) -> Path:
 def compare(out: Path, undisturbed: Path, *, bitwise: bool) -> dict[str, Any]:
     """Every step's loss, gradient norm and documents against the undisturbed run."""
     left, right = records(undisturbed), records(out)
+    if left.keys() != right.keys():
+        missing = sorted(left.keys() - right.keys())
+        return {
+            "steps": len(right),
+            "different": missing,
+            "largest_relative_difference": float("inf"),
+            "holds": False,
+        }
     worst = max(abs(right[s]["loss"] - left[s]["loss"]) / abs(left[s]["loss"]) for s in left)
     names = ("loss", "grad_norm", "contrastive", "generation", "order_hash") if bitwise else ("order_hash",)
     different = [s for s in left if any(left[s][name] != right[s][name] for name in names)]
