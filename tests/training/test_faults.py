@@ -146,9 +146,7 @@ def test_a_straggler_and_then_a_hang(arguments: Arguments, tmp_path: Path) -> No
     struck = re.search(r"STRIKE ([\d.]+) ", done.stdout)
     assert struck is not None
     restarted = [e for e in read_events(out) if e["event"] == "start"][1]["time"] - float(struck[1])
-    assert (
-        11 < restarted < 12 + 30
-    )  # not before the timeout; torchrun alone would wait 30 s more for the stopped rank
+    assert 11 < restarted < 120  # not before the timeout, and not after megatron's own half hour
     assert len(records(out)) == 44
 
 
