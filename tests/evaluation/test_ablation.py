@@ -58,6 +58,7 @@ def test_two_settings_end_in_a_table(tmp_path: Path, labelled: Path, tool: Calla
 
     logs = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.log")}
     assert len(logs) == 4
-    assert tool(*words, timeout=800) == first
+    again = tool(*words, timeout=800)
+    assert sorted(again.splitlines()) == sorted(first.splitlines())  # two runs at a time end in any order
     assert {path: path.stat().st_mtime_ns for path in logs} == logs
     assert (tmp_path / "data" / "corpus" / "tokenizer.json").stat().st_mtime_ns == texts.st_mtime_ns
