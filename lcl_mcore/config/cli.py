@@ -62,14 +62,8 @@ class Flags:
     """Rows per optimizer step."""
     lr: float | None = None
     """Peak learning rate."""
-    min_lr: float | None = None
-    """Learning rate at the end."""
     warmup_steps: int | None = None
     """Steps of linear warm-up."""
-    weight_decay: float | None = None
-    """Decoupled weight decay."""
-    clip_grad: float | None = None
-    """Largest gradient norm; 0 for none."""
     contrastive_weight: float | None = None
     """Weight of the contrastive loss (paper: 0.1)."""
     generation_weight: float | None = None
@@ -96,8 +90,6 @@ class Flags:
     """Path or URL (s3://bucket/run) for checkpoints instead of the run's folder."""
     keep: int | None = None
     """Newest checkpoints to keep."""
-    keep_every: int | None = None
-    """Keep checkpoints at multiples of this step for good."""
     max_hours: float | None = None
     """Save and end with exit code 0 before this many hours have passed."""
     log_every: int | None = None
@@ -122,12 +114,11 @@ _PLACES: dict[str, tuple[str, ...]] = {
     "checkpoint_minutes": ("checkpoint", "minutes"),
     "checkpoint_folder": ("checkpoint", "folder"),
     "keep": ("checkpoint", "keep"),
-    "keep_every": ("checkpoint", "keep_every"),
     "max_hours": ("checkpoint", "max_hours"),
     "log_every": ("log", "every"),
     **{name: ("train", name) for name in (
         "steps", "micro_batch_size", "global_batch_size", "seed", "precision", "device", "backend")},
-    **{name: ("optim", name) for name in ("lr", "min_lr", "warmup_steps", "weight_decay", "clip_grad")},
+    **{name: ("optim", name) for name in ("lr", "warmup_steps")},
     **{name: ("loss", name) for name in ("contrastive_weight", "generation_weight", "negatives")},
 }  # fmt: skip
 

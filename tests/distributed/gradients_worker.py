@@ -250,9 +250,11 @@ def cases(groups: Groups, parallel: ParallelConfig, last: bool) -> Iterator[dict
             if parallel.pipeline == 1 or "negatives" not in options:
                 case = {"shape": name, "micros": micros, "mean": "global", **options}
                 yield case | run_case(shape, groups, parallel, micros, "global", **options)
-    for micros in (1, 2):
-        case = {"shape": "dropping", "micros": micros, "mean": "global"}
-        yield case | run_case(with_rates(SHAPES["opt"], 0.3, 0.2), groups, parallel, micros, "global")
+    dropping, _ = fit(with_rates(SHAPES["opt"], 0.3, 0.2), parallel)
+    deep = dataclasses.replace(dropping, language=dataclasses.replace(dropping.language, layers=4))
+    for shape, micros in ((dropping, 1), (dropping, 2), (deep, 1))[: 3 if parallel.pipeline == 1 else 2]:
+        case = {"shape": "dropping", "micros": micros, "mean": "global", "layers": shape.language.layers}
+        yield case | run_case(shape, groups, parallel, micros, "global")
 
 
 EXTRA: tuple[tuple[int, dict[str, Any]], ...] = (
