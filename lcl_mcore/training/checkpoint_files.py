@@ -4,6 +4,7 @@
         .metadata, __0_0.distcp, ...  tensors (torch's distributed checkpoint format), one file per writing rank
         state.json                    step, data position, order hash, counters
         config.yaml                   the run's configuration
+        metadata.json, common.pt      so that megatron's `dist_checkpointing.load` reads the folder as `torch_dist`
         manifest.json                 size and SHA-256 of every other file, and its own digest; written last
 
 A folder without a manifest is not a checkpoint. Nothing else is needed to continue: random masks are keyed by
@@ -13,6 +14,7 @@ A folder without a manifest is not a checkpoint. Nothing else is needed to conti
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import shutil
 from collections.abc import Iterator
@@ -20,12 +22,19 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lcl_mcore.data.storage import Storage, open_storage
 from lcl_mcore.errors import CheckpointError, DataError, explain
 from lcl_mcore.training.checkpoint_io import Entries
 
 PREFIX, PARTIAL = "step-", ".partial"
 MANIFEST, STATE, CONFIG = "manifest.json", "state.json", "config.yaml"
+MEGATRON, MEGATRON_COMMON = "metadata.json", "common.pt"
+_MEGATRON_FORMAT = {
+    "sharded_backend": "torch_dist", "sharded_backend_version": 1,
+    "common_backend": "torch", "common_backend_version": 1,
+}  # fmt: skip
 VERSION = 2
 _BLOCK = 16 << 20
 
@@ -85,11 +94,17 @@ def checkpoint_names(location: str) -> list[str]:
 
 
 def write_state(folder: Path, state: TrainState, config: str) -> Entries:
-    """`state.json` and `config.yaml`; returns their manifest entries."""
-    texts = {STATE: json.dumps(asdict(state), indent=1), CONFIG: config}
+    """`state.json`, `config.yaml` and what megatron's `dist_checkpointing` looks for; their manifest entries."""
+    common = io.BytesIO()
+    torch.save({"step": state.step}, common)
+    files = {
+        STATE: json.dumps(asdict(state), indent=1).encode(),
+        CONFIG: config.encode(),
+        MEGATRON: json.dumps(_MEGATRON_FORMAT).encode(),
+        MEGATRON_COMMON: common.getvalue(),
+    }
     entries = {}
-    for name, text in texts.items():
-        data = text.encode()
+    for name, data in files.items():
         (folder / name).write_bytes(data)
         entries[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
     return entries

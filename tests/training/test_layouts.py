@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from launch import torchrun
 from runs import records
@@ -120,3 +121,34 @@ def test_one_process_continues_what_eight_ranks_saved(matrix: Matrix) -> None:
     """tp2 x pp2 x dp2 wrote the checkpoint: every following loss is that of the run that never left home."""
     assert_close(matrix.losses("whole", HANDOVER), matrix.losses("back", HANDOVER), 1e-6, 1e-5)
     assert len(records(matrix.root / "whole")) == END
+
+
+@pytest.mark.timeout(300)
+def test_megatrons_own_loader_reads_what_eight_ranks_saved(matrix: Matrix) -> None:
+    """Weights and moments come out of `dist_checkpointing.load` as our reader sees them, whole and by halves."""
+    from megatron.core import dist_checkpointing
+    from megatron.core.dist_checkpointing import ShardedTensor
+
+    from lcl_mcore.platform.device import init_process_group, pick_device
+    from lcl_mcore.training.checkpoint import read_full_weights
+
+    if not torch.distributed.is_initialized():
+        init_process_group(pick_device("cpu"), 60)
+    folder = matrix.root / "tp2-pp2-dp2" / f"checkpoints/step-{HANDOVER:08d}"
+    weights = read_full_weights(folder)
+    assert len(weights) > 40
+    wanted = {
+        f"{kind}{name}": ShardedTensor.from_rank_offsets(f"{kind}{name}", torch.full_like(value, torch.nan))
+        for kind in ("weights/", "exp_avg/", "exp_avg_sq/")
+        for name, value in weights.items()
+    }
+    loaded = dist_checkpointing.load(wanted, str(folder))
+    assert loaded["step"] == HANDOVER
+    for name, value in weights.items():
+        assert torch.equal(loaded[f"weights/{name}"], value), name
+        assert bool((loaded[f"exp_avg_sq/{name}"] >= 0).all()), name
+    name = max(weights, key=lambda name: weights[name].numel())
+    half = weights[name].chunk(2)[1]
+    part = ShardedTensor.from_rank_offsets(f"weights/{name}", torch.full_like(half, torch.nan), (0, 1, 2))
+    second = dist_checkpointing.load({"half": part}, str(folder), validate_access_integrity=False)
+    assert torch.equal(second["half"], half)
