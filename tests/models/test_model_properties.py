@@ -149,7 +149,7 @@ def test_initial_losses_temperature_and_latents(build: Build, shape: ModelConfig
     variance = 128 * 0.02**2 if shape.language.tied_head else 1 / 3
     assert float(generation) == pytest.approx(math.log(4000) + variance / 2, abs=0.05)
     assert 0.5 * math.log(16) < float(contrastive) < 1.5 * math.log(16)
-    assert float(model.temperature()) == pytest.approx(1 / 0.07)
+    assert model.temperature().item() == pytest.approx(1 / 0.07)
     assert float(model.temperature.log_scale.detach()) == pytest.approx(INITIAL_LOG_SCALE)
     # Two uniform matrices of variance 1 / (3 fan-in) after a norm: standard deviation 1/3.
     assert float(features.latents.std()) == pytest.approx(1 / 3, rel=0.06)
