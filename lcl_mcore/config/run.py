@@ -63,6 +63,8 @@ class OptimConfig:
     eps: float = 1e-8
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
+    backend: Literal["auto", "torch", "te", "apex"] = "auto"
+    """Who updates: Transformer Engine's or Apex's FusedAdam, or torch's fused AdamW. auto: the first that is there."""
 
     def __post_init__(self) -> None:
         require(self.lr > 0, f"optim.lr = {self.lr}", "must be positive", "The paper uses 3e-4.")
@@ -108,6 +110,10 @@ class ParallelConfig:
     "full": all but each layer's input; "block:N": full for the first N layers (of each pipeline stage)."""
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True
+    overlap_tensor: bool = False
+    """Transformer Engine's overlap of tensor-parallel communication; refused, see docs/layouts.md."""
+    fuse_gradients: bool = True
+    """The LM's matmuls add weight gradients to the fp32 buffers themselves, where Transformer Engine or Apex can."""
     timeout_seconds: float = 600.0
     """After this long without progress a collective fails, on every group."""
 
@@ -144,6 +150,12 @@ class ParallelConfig:
             "parallel.sequence = True with parallel.tensor = 1",
             "sequence parallelism splits over tensor-parallel ranks",
             "Set --tp to 2 or more, or drop --sequence-parallel.",
+        )
+        require(
+            not self.overlap_tensor,
+            "parallel.overlap_tensor = True",
+            "Transformer Engine's user buffers for it have one size and were never tried with this model",
+            "Leave it out: without it the backward pass of tensor-parallel layers overlaps already.",
         )
         require(self.timeout_seconds > 0, f"parallel.timeout_seconds = {self.timeout_seconds}", "must be positive",
                 "The default is 600.")  # fmt: skip
@@ -287,6 +299,12 @@ class RunConfig:
             "train.precision = fp8 with train.device = cpu",
             "FP8 needs a GPU of compute capability 8.9 or newer",
             "Use --precision fp32 or bf16.",
+        )
+        require(
+            self.optim.backend in ("auto", "torch") or self.train.device != "cpu",
+            f"optim.backend = {self.optim.backend} with train.device = cpu",
+            "its kernels work on CUDA only",
+            "Use optim.backend=auto.",
         )
         for name in ("recompute_vision", "recompute_language"):
             require(

@@ -80,3 +80,21 @@ def choose_layers(dtype: torch.dtype, requested: str = "auto") -> tuple[LayerBac
         Choice("norm", "torch LayerNorm", reason),
     ]
     return torch_backend(attention.backend), choices  # type: ignore[arg-type]
+
+
+def choose_gradient_fusion(wanted: bool, layers: str, dtype: torch.dtype, device: torch.device) -> Choice:
+    """Whether matmuls add the LM's weight gradients to the fp32 buffers: the backend is who does, or "off".
+
+    Args:
+        layers: backend of the linear layers, from `choose_layers`.
+    """
+    part, te, apex = "wgrad", "transformer-engine", probe.apex_gradient_fusion()
+    if not wanted:
+        return Choice(part, "off", "requested")
+    if device.type != "cuda" or dtype == torch.float32:
+        return Choice(part, "off", "gradient accumulation fusion needs CUDA and half precision")
+    if layers == te:
+        return Choice(part, te, "added to the fp32 buffers within the LM's matmuls")
+    if apex.usable:
+        return Choice(part, "apex", "added to the fp32 buffers within the LM's matmuls")
+    return Choice(part, "off", f"gradient accumulation fusion: {apex.reason}")

@@ -28,6 +28,9 @@ class Layout:
     fp8: str | None = None
     """Scaling recipe ("current", "delayed" or "block"), None for no FP8."""
     device: torch.device = torch.device("cpu")  # noqa: RUF009  # immutable
+    fused_gradients: bool = False
+    """The LM's linear layers add weight gradients to the fp32 buffers within the matmul. Not the ViT's and the
+    pool's: theirs have no rows on a rank without images, which those kernels were not made for."""
     recompute_vision: str = "none"
     recompute_language: str = "none"
     """"none", "selective", "full" or "block:N", see `config.run.ParallelConfig`."""
@@ -65,7 +68,6 @@ def _common(layout: Layout, tensor_parallel: int, recompute: str) -> dict[str, A
         "attention_dropout": 0.0,
         "add_bias_linear": True,
         "normalization": "LayerNorm",
-        "gradient_accumulation_fusion": False,
         "bias_activation_fusion": False,
         "bias_dropout_fusion": False,
         "masked_softmax_fusion": False,
@@ -92,6 +94,7 @@ def vision_transformer_config(shape: VisionConfig, layout: Layout) -> Transforme
         ffn_hidden_size=shape.mlp_width,
         activation_func=F.gelu,
         layernorm_epsilon=shape.norm_eps,
+        gradient_accumulation_fusion=False,
         **_common(layout, tensor_parallel, layout.recompute_vision),
     )
 
@@ -113,6 +116,7 @@ def language_transformer_config(shape: LanguageConfig, layout: Layout) -> Transf
         ffn_hidden_size=shape.mlp_width,
         activation_func=F.relu if shape.activation == "relu" else F.gelu,
         layernorm_epsilon=shape.norm_eps,
+        gradient_accumulation_fusion=layout.fused_gradients,
         **stages,
         **_common(layout, layout.tensor_parallel, layout.recompute_language),
     )

@@ -187,8 +187,9 @@ def choose_parts(precision: str) -> list[Line]:
 
     from lcl_mcore.config.data import DataConfig
     from lcl_mcore.data.decode import build_decoder
-    from lcl_mcore.models.backends import choose_layers
+    from lcl_mcore.models.backends import choose_gradient_fusion, choose_layers
     from lcl_mcore.platform import probe
+    from lcl_mcore.training.adam import choose_adam
 
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     _, choices = choose_layers(dtype)
@@ -196,9 +197,10 @@ def choose_parts(precision: str) -> list[Line]:
     te = probe.transformer_engine()
     if precision == "fp8" and not te.usable:
         lines[0] = Line("layers", "none", False, f"fp8 needs Transformer Engine: {te.reason}")
-    reason = "in megatron's distributed optimizer; skips on the device: Apex's and TE's are not used"
-    lines.append(Line("optimizer", "torch fused AdamW", True, reason))
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    adam = choose_adam("auto", torch.device(device))
+    fusion = choose_gradient_fusion(True, choices[0].backend, dtype, torch.device(device))
+    lines += [Line(choice.part, choice.backend, True, choice.reason) for choice in (adam, fusion)]
     engine = select_engine("auto", torch.empty(0, device=device))
     name = "reference" if engine is None else engine.__name__.rpartition(".")[2].removesuffix("_engine")
     reason = "contrastive" if name == "triton" else f"contrastive; triton: {probe.triton().reason}"

@@ -6,6 +6,7 @@ import functools
 import importlib
 import importlib.metadata
 import importlib.util
+import inspect
 from dataclasses import dataclass
 
 import torch
@@ -73,6 +74,49 @@ def torch_varlen() -> Probe:
     if probe.usable and torch.cuda.get_device_capability()[0] < 8:
         return Probe(probe.name, False, probe.version, "needs a GPU of compute capability 8.0 or newer")
     return probe
+
+
+ADAM_MODULES = {"te": "transformer_engine.pytorch.optimizers", "apex": "apex.optimizers"}
+"""Where the fused optimizers are, by the names of `optim.backend`."""
+
+
+def _steered(probe: Probe, module: str) -> Probe:
+    """The probe of a `FusedAdam`, usable only if learning rate and verdict can stay on the device."""
+    if not probe.usable:
+        return probe
+    kind = importlib.import_module(module).FusedAdam
+    for function, argument in ((kind.__init__, "capturable"), (kind.step, "grad_scaler")):
+        if argument not in inspect.signature(function).parameters:
+            return Probe(probe.name, False, probe.version, f"its FusedAdam has no `{argument}`: too old")
+    return probe
+
+
+@functools.cache
+def te_adam() -> Probe:
+    """Transformer Engine's fused optimizer."""
+    found = transformer_engine()
+    if not found.usable:
+        return found
+    names = ("transformer-engine", "transformer_engine")
+    module = ADAM_MODULES["te"]
+    return _steered(_probe("transformer-engine", module, "FusedAdam", names, cuda=True), module)
+
+
+@functools.cache
+def apex_adam() -> Probe:
+    """Apex's fused optimizer; its Python part imports without the CUDA extensions that it needs."""
+    found = apex()
+    missing = _import("amp_C", "multi_tensor_adam_capturable") if found.usable else None
+    if missing:
+        return Probe(found.name, False, found.version, f"built without CUDA extensions: {missing}")
+    return _steered(found, ADAM_MODULES["apex"])
+
+
+@functools.cache
+def apex_gradient_fusion() -> Probe:
+    """Apex's matmul that adds a weight's gradient to an fp32 buffer; megatron-core's linear layers use it."""
+    module = "fused_weight_gradient_mlp_cuda"
+    return _probe("apex gradient fusion", module, "wgrad_gemm_accum_fp32", ("apex",), cuda=True)
 
 
 @functools.cache

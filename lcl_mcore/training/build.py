@@ -13,7 +13,7 @@ import torch.distributed as dist
 from lcl_mcore.config.run import RunConfig
 from lcl_mcore.data.loader import StepLoader, build_loader
 from lcl_mcore.data.tokenizer import Tokenizer, build_tokenizer
-from lcl_mcore.models.backends import Choice, choose_layers
+from lcl_mcore.models.backends import Choice, choose_gradient_fusion, choose_layers
 from lcl_mcore.models.init import initialize
 from lcl_mcore.models.layers import LayerBackend
 from lcl_mcore.models.lcl import LclModel, Temperature
@@ -21,6 +21,7 @@ from lcl_mcore.models.stages import split_stages
 from lcl_mcore.models.transformer_config import Layout
 from lcl_mcore.parallel.groups import Groups
 from lcl_mcore.platform.device import Device
+from lcl_mcore.training.adam import choose_adam
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
 
@@ -40,6 +41,8 @@ def build_model(config: RunConfig, device: Device, groups: Groups) -> tuple[LclM
     dtype = DTYPES[config.train.precision]
     backend, choices = choose_backend(config)
     parallel = config.parallel
+    fusion = choose_gradient_fusion(parallel.fuse_gradients, choices[0].backend, dtype, device.device)
+    choices += [choose_adam(config.optim.backend, device.device), fusion]
     vision_data = config.vision_parallel == "data" and parallel.tensor > 1
     layout = Layout(
         tensor_parallel=parallel.tensor,
@@ -49,6 +52,7 @@ def build_model(config: RunConfig, device: Device, groups: Groups) -> tuple[LclM
         dtype=dtype,
         fp8=config.train.fp8_recipe if config.train.precision == "fp8" else None,
         device=device.device,
+        fused_gradients=fusion.backend != "off",
         recompute_vision=parallel.recompute_vision,
         recompute_language=parallel.recompute_language,
     )

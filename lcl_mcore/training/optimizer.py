@@ -1,8 +1,8 @@
-"""megatron's distributed optimizer around torch's fused AdamW, clipped and guarded on the device.
+"""megatron's distributed optimizer around a fused AdamW (`training.adam`), clipped and guarded on the device.
 
-torch's fused AdamW takes a gradient divisor and a skip flag as device scalars, on CPU and CUDA alike. Both
-come from the gradient norm without the host ever waiting for it: clipping is the divisor, and a norm that
-is not finite is the skip flag, so bad gradients leave parameters and moments bitwise unchanged.
+The update takes a gradient divisor and a skip flag as device scalars. Both come from the gradient norm without
+the host ever waiting for it: clipping is the divisor, and a norm that is not finite is the skip flag, so bad
+gradients leave parameters and moments bitwise unchanged.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 from lcl_mcore.config.run import OptimConfig, ParallelConfig
 from lcl_mcore.models.lcl import LclModel
 from lcl_mcore.parallel.groups import Groups
+from lcl_mcore.training.adam import build_adam
 
 # megatron's default grows with the data-parallel size: at 512 ranks the whole of ViT-L/14 + OPT-125M would be one
 # bucket, and nothing would be left to overlap with.
@@ -37,26 +38,6 @@ def wrap_data_parallel(model: LclModel, parallel: ParallelConfig, groups: Groups
         bucket_size=BUCKET_PARAMETERS,
     )
     return DistributedDataParallel(model.config, config, model, pg_collection=groups.megatron)
-
-
-def _fused_adamw(
-    shard_groups: list[dict[str, Any]], optim: OptimConfig, device: torch.device
-) -> torch.optim.AdamW:
-    """torch's fused AdamW over megatron's parameter shards.
-
-    The shards are views of the parameters, which AdamW's constructor refuses (it wants leaves) although its
-    step takes them: so it is built on a placeholder and handed the groups.
-    """
-    placeholder = torch.zeros(1, device=device, requires_grad=True)
-    adam = torch.optim.AdamW(
-        [placeholder], lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True
-    )
-    settings = {name: value for name, value in adam.param_groups[0].items() if name != "params"}
-    for group in shard_groups:
-        group.update(settings, weight_decay=optim.weight_decay * group["wd_mult"])
-    adam.param_groups = shard_groups
-    adam.state.clear()
-    return adam
 
 
 class Optimizer:
@@ -84,13 +65,13 @@ class Optimizer:
         chained = getattr(optimizer, "chained_optimizers", [optimizer])
         self.shards: Any = chained[0]  # dense parameters: the only kind there is
         self.device = next(ddp.parameters()).device
-        self.adam = _fused_adamw(self.shards.optimizer.param_groups, optim, self.device)
+        self.update = build_adam(self.shards.optimizer.param_groups, optim, self.device)
+        self.adam = self.update.inner
         self.shards.optimizer = self.adam
         # Renamed in megatron-core 0.17; under both names it leaves out what other ranks count already.
         new, old = "get_grads_for_grad_norm", "get_main_grads_for_grad_norm"
         self._grads_for_norm = getattr(self.shards, new if hasattr(self.shards, new) else old)
         self.ddp, self.clip = ddp, optim.clip_grad
-        self._allocate_moments()
         model: LclModel = ddp.module
         self.tp_group = groups.tp
         self.vision_copies = self._shards_of(model.vision_parameters()) if model.layout.vision_data else []
@@ -125,10 +106,7 @@ class Optimizer:
         bad = (~torch.isfinite(norm)).float() + sums[1]
         self.skipped = torch.clamp(self.skipped + bad, max=1.0)
         divisor = torch.clamp(norm / self.clip, min=1.0) if self.clip > 0 else torch.ones_like(norm)
-        self.adam.grad_scale = torch.where(torch.isfinite(divisor), divisor, 1.0)  # type: ignore[attr-defined]
-        self.adam.found_inf = self.skipped  # type: ignore[attr-defined]
-        for group in self.adam.param_groups:
-            group["lr"] = lr
+        self.update.prepare(lr, torch.where(torch.isfinite(divisor), divisor, 1.0), self.skipped)
         self.shards.step_with_ready_grads()
         return torch.cat((norm[None], self.skipped[None], sums[1:]))
 
@@ -160,23 +138,8 @@ class Optimizer:
             yield parameter, start, (tensors["param"], tensors["exp_avg"], tensors["exp_avg_sq"])
 
     def restored(self, steps: int) -> None:
-        """Take over new values of `owned`, which have seen `steps` updates. Collective: gathers parameters.
-
-        Every parameter keeps a step counter of its own; megatron's `load_state_dict` shares one among all
-        when torch's AdamW is used, which makes it run ahead.
-        """
-        self._reset_counters(steps)
+        """Take over new values of `owned`, which have seen `steps` updates. Collective: gathers parameters."""
+        self.update.count_from(steps)
         self.skipped.zero_()
         self.shards._copy_main_params_to_model_params()
         self.ddp.start_param_sync(force_sync=True)
-
-    def _reset_counters(self, steps: int) -> None:
-        for moments in self.adam.state.values():
-            moments["step"] = torch.full((), float(steps), device=self.device)
-
-    def _allocate_moments(self) -> None:
-        for group in self.adam.param_groups:
-            for parameter in group["params"]:
-                zeros = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-                self.adam.state[parameter].update(zeros)
-        self._reset_counters(0)

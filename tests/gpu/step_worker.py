@@ -23,7 +23,7 @@ from lcl_mcore.benchmarking.step import pinned
 from lcl_mcore.benchmarking.synthetic import synthetic_step
 from lcl_mcore.config.data import DataConfig
 from lcl_mcore.config.model import LanguageConfig, ModelConfig, VisionConfig
-from lcl_mcore.config.run import ParallelConfig, RunConfig, TrainConfig
+from lcl_mcore.config.run import OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from lcl_mcore.data.batch import StepBatch
 from lcl_mcore.parallel.groups import make_groups
 from lcl_mcore.platform.device import init_process_group, pick_device
@@ -51,7 +51,10 @@ def config_for(args: argparse.Namespace) -> RunConfig:
         recipe="gpu-test",
         model=shape,
         data=DataConfig(sequence_length=256),
-        parallel=ParallelConfig(recompute_vision=args.recompute, recompute_language=args.recompute),
+        parallel=ParallelConfig(
+            recompute_vision=args.recompute, recompute_language=args.recompute, fuse_gradients=args.fuse,
+        ),
+        optim=OptimConfig(backend=args.optimizer),
         train=TrainConfig(
             micro_batch_size=4, global_batch_size=4 * args.micro_batches, precision=args.precision,
             backend=args.backend, seed=3,
@@ -101,6 +104,8 @@ def main() -> int:
     parser.add_argument("--recompute", default="none")
     parser.add_argument("--dropout", type=float, default=0.0)
     parser.add_argument("--micro-batches", type=int, default=1)
+    parser.add_argument("--optimizer", default="torch")
+    parser.add_argument("--fuse", action="store_true", help="gradient accumulation fusion")
     parser.add_argument("--watch-sync", action="store_true")
     parser.add_argument("--out", type=Path, required=True)
     args = parser.parse_args()

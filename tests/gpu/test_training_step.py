@@ -28,6 +28,14 @@ NEEDS_FP8 = pytest.mark.skipif(
     torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9),
     reason="FP8 needs compute capability 8.9 or newer",
 )
+
+
+def needs(found: Callable[[], probe.Probe]) -> pytest.MarkDecorator:
+    """Skip without this package; nothing is looked for where there is no GPU."""
+    missing = torch.cuda.is_available() and not found().usable
+    return pytest.mark.skipif(missing, reason=f"{found().name}: {found().reason}" if missing else "")
+
+
 Run = Callable[..., dict[str, Any]]
 
 
@@ -108,13 +116,56 @@ def test_fp8_is_on_and_near_the_fp32_reference(run: Run) -> None:
     assert_near(cuda, run("cpu", "--micro-batches", "1"), gradient=0.5, loss=0.05)
 
 
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        pytest.param("te", "TE FusedAdam", marks=needs(probe.te_adam)),
+        pytest.param("apex", "Apex FusedAdam", marks=needs(probe.apex_adam)),
+    ],
+)
+def test_fused_optimizer_learns_what_torch_learns(run: Run, name: str, title: str, precision: str) -> None:
+    plain = run("cuda", "--precision", precision)
+    fused = run("cuda", "--precision", precision, "--optimizer", name)
+    assert (plain["backends"]["optimizer"], fused["backends"]["optimizer"]) == ("torch AdamW", title)
+    tolerance = 1e-4 if precision == "fp32" else 1e-2  # attention's backward has no fixed order of sums
+    assert torch.allclose(fused["reports"], plain["reports"], rtol=tolerance, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("layers", "who"),
+    [
+        pytest.param("torch", "apex", marks=needs(probe.apex_gradient_fusion)),
+        pytest.param("te", "transformer-engine", marks=NEEDS_TE),
+    ],
+)
+@pytest.mark.parametrize("recompute", ["none", "full"])
+def test_gradient_accumulation_fusion_changes_no_gradient(
+    run: Run, layers: str, who: str, recompute: str
+) -> None:
+    """Over two micro-batches, which share the fp32 buffers; not fused, a weight's gradient is rounded to bf16 first."""
+    options = ("--precision", "bf16", "--backend", layers, "--micro-batches", "2", "--recompute", recompute)
+    plain, fused = run("cuda", *options), run("cuda", *options, "--fuse")
+    assert (plain["backends"]["wgrad"], fused["backends"]["wgrad"]) == ("off", who)
+    error, name = worst(fused, plain)
+    assert error < 1e-2, name
+    assert torch.allclose(fused["reports"], plain["reports"], rtol=1e-2, atol=1e-4)
+
+
 @pytest.mark.parametrize(
     "options",
     [
         ("--precision", "bf16"),
         ("--precision", "bf16", "--micro-batches", "2", "--recompute", "full", "--dropout", "0.1"),
         ("--precision", "fp32"),
-        pytest.param(("--precision", "bf16", "--backend", "te"), marks=NEEDS_TE),
+        pytest.param(
+            ("--precision", "bf16", "--backend", "te", "--optimizer", "te", "--fuse"),
+            marks=[NEEDS_TE, needs(probe.te_adam)],
+        ),
+        pytest.param(
+            ("--precision", "bf16", "--optimizer", "apex", "--fuse"),
+            marks=[needs(probe.apex_adam), needs(probe.apex_gradient_fusion)],
+        ),
     ],
     ids=lambda options: " ".join(options),
 )

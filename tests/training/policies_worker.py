@@ -10,17 +10,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from adam_stand_in import ApexLike
 from faults_worker import spoil
 from lcl_mcore.config.cli import parse_flags, resolve
 from lcl_mcore.config.faults import FaultConfig
 from lcl_mcore.entry import run_main
 from lcl_mcore.errors import NonFiniteError
+from lcl_mcore.training import optimizer
+from lcl_mcore.training.adam import FusedAdam, build_adam
 from lcl_mcore.training.progress import StepFaultError
 from lcl_mcore.training.trainer import Trainer
 from lcl_mcore.training.uptime import read_events
@@ -31,6 +35,10 @@ JUMP = [{"kind": "jump", "batch": 12}]
 RUNS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "skip": ({"nonfinite": "skip"}, NAN),
     "rollback": ({"nonfinite": "rollback"}, NAN),
+    "fused": (
+        {"nonfinite": "rollback"},
+        NAN,
+    ),  # with a stand-in for Transformer Engine's and Apex's optimizer
     "left_out": ({"skip_batches": [[4, 4], [9, 9]]}, []),
     "spike": ({"spike": "rollback", **QUICK}, JUMP),
     "never_there": ({"spike": "rollback", **QUICK}, []),
@@ -82,6 +90,7 @@ def main() -> int:
         config = dataclasses.replace(base, faults=FaultConfig(**settings))
         own = dataclasses.replace(job, folder=Path(folder) / name, note=notes.append)
         own.folder.mkdir(parents=True, exist_ok=True)
+        optimizer.build_adam = partial(FusedAdam, ApexLike) if name == "fused" else build_adam
         trainer = Trainer(config, own, resume=False)
         trainer.log.note = notes.append  # type: ignore[method-assign]
         spoil(trainer, [f for f in faults if f.get("rank", job.rank) == job.rank])

@@ -39,6 +39,15 @@ def test_configuration_mistakes_say_value_rule_and_remedy() -> None:
         ("--recipe", "demo", "--recompute-vision", "half"): ("recompute_vision = 'half'", "block:4"),
         ("--recipe", "demo", "--cp", "2"): ("parallel.context = 2", "not supported"),
         ("--recipe", "demo", "--sequence-parallel"): ("parallel.sequence", "--tp to 2 or more"),
+        ("--recipe", "demo", "--set", "parallel.overlap_tensor=true"): (
+            "overlap_tensor = True",
+            "Leave it out",
+        ),
+        ("--recipe", "demo", "--device", "cpu", "--set", "optim.backend=apex"): (
+            "optim.backend = apex",
+            "CUDA only",
+            "optim.backend=auto",
+        ),
         ("--recipe", "demo", "--micro-batch-size", "3"): ("micro_batch_size = 3", "multiple of 3"),
         ("--recipe", "demo", "--precision", "fp8", "--device", "cpu"): ("fp8", "GPU", "--precision fp32"),
         ("--recipe", "demo", "--set", "model.vision.wdith=3"): ("model.vision.wdith = 3", "Unexpected"),

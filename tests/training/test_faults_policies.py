@@ -59,7 +59,7 @@ def test_nan_and_spike_on_two_ranks(arguments: Callable[..., list[str]], tmp_pat
     flags = arguments(tmp_path, "--steps", "18", "checkpoint.keep=9")[1:]
     done = torchrun(2, "tests/training/policies_worker.py", str(tmp_path), *flags, timeout=580)
     report: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
-    for name in ("skip", "rollback", "limit"):
+    for name in ("skip", "rollback", "fused", "limit"):
         assert report[name]["unchanged"] == [[2, 2], [2, 2]], name  # two bad steps on each rank
     for name in ("skip", "rollback"):
         text = "\n".join(report[name]["notes"])
@@ -67,6 +67,13 @@ def test_nan_and_spike_on_two_ranks(arguments: Callable[..., list[str]], tmp_pat
         assert ("went back to" in text) == (name == "rollback")
         assert_same_run(tmp_path / "left_out", tmp_path / name)
         assert len(records(tmp_path / name)) == 18
+    left, right = records(tmp_path / "skip"), records(tmp_path / "fused")
+    for (
+        step,
+        record,
+    ) in left.items():  # another optimizer, through bad steps and a checkpoint: the same learning
+        for field in ("loss", "grad_norm"):
+            assert right[step][field] == pytest.approx(record[field], rel=1e-5), step
     assert "error: step 3: gradient norm nan: what rank 1 computed" in report["limit"]["notes"][-1]
     assert len(records(tmp_path / "limit")) == 2
 
