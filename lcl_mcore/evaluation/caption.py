@@ -7,7 +7,7 @@ lower-cased and split into words and digits instead, which the result says: publ
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -22,11 +22,39 @@ from lcl_mcore.models.lcl import LclModel
 from lcl_mcore.platform.probe import installed
 
 WORDS = re.compile(r"[^\W_]+")
+SCORER = "pycocoevalcap BLEU and CIDEr; lower case, words and digits instead of its PTB tokenizer"
 
 
 def words(text: str) -> str:
     """Lower case, words and digits separated by one space."""
     return " ".join(WORDS.findall(text.lower()))
+
+
+def greedy(
+    logits: Callable[[Tensor], Tensor], n: int, limit: int, tokenizer: Tokenizer, device: torch.device
+) -> list[list[int]]:
+    """The likeliest token after token, up to an end or `<BoI>`: at most `limit` ids for each of n rows.
+
+    Args:
+        logits: what was written so far, int64 [n, k] -> fp32 [n, V] for the next token.
+    """
+    never = [tokenizer.image, tokenizer.eoi, tokenizer.pad] + (
+        [tokenizer.bos] if tokenizer.bos != tokenizer.eos else []
+    )
+    written = torch.zeros(n, 0, dtype=torch.int64, device=device)
+    done = torch.zeros(n, dtype=torch.bool, device=device)
+    for _ in range(limit):
+        likely = logits(written)
+        likely[:, never] = -torch.inf
+        chosen = torch.where(done, tokenizer.eos, likely.argmax(1))
+        done |= (chosen == tokenizer.eos) | (chosen == tokenizer.boi)
+        written = torch.cat((written, chosen[:, None]), 1)
+        if bool(done.all()):
+            break
+    ends = (tokenizer.eos, tokenizer.boi)
+    return [
+        row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in written.tolist()
+    ]
 
 
 @torch.no_grad()
@@ -37,15 +65,13 @@ def generate(
     n, patches, device = len(images), model.shape.vision.patches, images.device
     start = [tokenizer.bos] if begin else []
     prompt = [*start, tokenizer.boi, *[tokenizer.image] * patches, tokenizer.eoi]
-    rows = torch.tensor([prompt], device=device).repeat(n, 1)
+    prompts = torch.tensor([prompt], device=device).repeat(n, 1)
     keys = torch.arange(n, device=device)
     latents = model.encode_images(images, keys, 0).latents
-    never = [tokenizer.image, tokenizer.eoi, tokenizer.pad] + (
-        [tokenizer.bos] if tokenizer.bos != tokenizer.eos else []
-    )
     none = torch.zeros(0, dtype=torch.int64, device=device)
-    done = torch.zeros(n, dtype=torch.bool, device=device)
-    for _ in range(min(limit, model.shape.language.max_positions - len(prompt))):
+
+    def logits(written: Tensor) -> Tensor:
+        rows = torch.cat((prompts, written), 1)
         length = rows.shape[1]
         batch = MicroBatch(
             tokens=rows.flatten(), positions=torch.arange(length, device=device).repeat(n), lengths=(length,) * n,
@@ -54,20 +80,13 @@ def generate(
         )  # fmt: skip
         hidden = model.read(batch, latents, tuple(range(n)), 0)
         last = model.language.targets(hidden, keys * length + length - 1)
-        logits = (last @ model.language.head_weight.T)[:, : model.shape.language.vocab_size].float()
-        logits[:, never] = -torch.inf
-        chosen = torch.where(done, tokenizer.eos, logits.argmax(1))
-        done |= (chosen == tokenizer.eos) | (chosen == tokenizer.boi)
-        rows = torch.cat((rows, chosen[:, None]), 1)
-        if bool(done.all()):
-            break
-    written = [row[len(prompt) :] for row in rows.tolist()]
-    ends = (tokenizer.eos, tokenizer.boi)
-    return [row[: next((i for i, token in enumerate(row) if token in ends), len(row))] for row in written]
+        return (last @ model.language.head_weight.T)[:, : model.shape.language.vocab_size].float()
+
+    return greedy(logits, n, min(limit, model.shape.language.max_positions - len(prompt)), tokenizer, device)
 
 
-def scores(generated: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """BLEU-4 and CIDEr, times 100 as papers print them.
+def require_scorers() -> None:
+    """Say before hours of work that the scores cannot be computed.
 
     Raises:
         ConfigError: pycocoevalcap is missing.
@@ -76,6 +95,15 @@ def scores(generated: Sequence[str], references: Sequence[Sequence[str]]) -> dic
         raise ConfigError(
             explain("caption scores", "need pycocoevalcap", "pip install 'lcl-mcore[captions]'.")
         )
+
+
+def scores(generated: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
+    """BLEU-4 and CIDEr, times 100 as papers print them.
+
+    Raises:
+        ConfigError: pycocoevalcap is missing.
+    """
+    require_scorers()
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
 
@@ -86,8 +114,22 @@ def scores(generated: Sequence[str], references: Sequence[Sequence[str]]) -> dic
     return {"BLEU-4": 100 * float(bleu[3]), "BLEU-1": 100 * float(bleu[0]), "CIDEr": 100 * float(cider)}
 
 
+def scored(generated: Sequence[str], data: Captioned) -> dict[str, Any]:
+    """Scores, those of the same captions held against the next picture's references, and examples of both."""
+    references = list(data.captions)
+    return {
+        **scores(generated, references),
+        "wrong_pictures": scores(generated, references[1:] + references[:1]),
+        "examples": [
+            {"written": text, "reference": texts[0]}
+            for text, texts in zip(generated[:8], references[:8], strict=True)
+        ],
+    }
+
+
 def caption(opened: Opened, data: Captioned, max_tokens: int) -> dict[str, Any]:
-    """Caption every picture; beside it, the same captions held against the next picture's references."""
+    """Captions by the pre-trained LM as it is."""
+    require_scorers()
     opened.model.float()
     tokenizer = opened.tokenizer()
     device = next(opened.model.parameters()).device
@@ -95,14 +137,11 @@ def caption(opened: Opened, data: Captioned, max_tokens: int) -> dict[str, Any]:
     generated: list[str] = []
     for indices in torch.arange(len(data)).split(CHUNK):
         images = data.fetch(indices.tolist()).to(device)
-        found = generate(opened.model, tokenizer, images, max_tokens, begin)
-        generated += [tokenizer.decode(ids).strip() for ids in found]
-    shifted = data.captions[1:] + data.captions[:1]
+        rows = generate(opened.model, tokenizer, images, max_tokens, begin)
+        generated += [tokenizer.decode(ids).strip() for ids in rows]
+    found = scored(generated, data)
     return {
-        **opened.facts(), "task": "caption", "data": data.name, "pictures": len(data),
-        "scorer": "pycocoevalcap BLEU and CIDEr; lower case, words and digits instead of its PTB tokenizer",
-        "trained": scores(generated, data.captions), "wrong_pictures": scores(generated, shifted),
-        "examples": [
-            {"written": generated[i], "reference": data.captions[i][0]} for i in range(min(8, len(generated)))
-        ],
+        **opened.facts(), "task": "caption", "transfer": "zeroshot", "data": data.name, "pictures": len(data),
+        "scorer": SCORER, "examples": found.pop("examples"), "wrong_pictures": found.pop("wrong_pictures"),
+        "trained": found,
     }  # fmt: skip

@@ -10,7 +10,7 @@ import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import torch
 from torch import Tensor
@@ -32,7 +32,7 @@ class Captioned:
     """captions[i] belong to picture i; fetch: indices -> uint8 [m, 3, S, S]."""
 
     name: str
-    captions: tuple[tuple[str, ...], ...]
+    captions: Sequence[tuple[str, ...]]
     fetch: Callable[[Sequence[int]], Tensor]
 
     def __len__(self) -> int:
@@ -41,6 +41,9 @@ class Captioned:
 
 def open_captioned(path: str, images: Path | None, split: str, limit: int, side: int) -> Captioned:
     """A prepared data set of pairs; Karpathy's JSON (COCO, Flickr30k); or COCO-style JSON (NoCaps).
+
+    Args:
+        split: of a Karpathy file; several with commas between.
 
     Raises:
         DataError: of none of these kinds, or pictures are missing.
@@ -68,7 +71,7 @@ def _karpathy(content: dict[str, Any], split: str) -> list[tuple[str, tuple[str,
     return [
         (str(Path(item.get("filepath", "")) / item["filename"]), tuple(s["raw"] for s in item["sentences"]))
         for item in content["images"]
-        if item["split"] == split
+        if item["split"] in split.split(",")
     ]
 
 
@@ -83,16 +86,41 @@ def _coco(content: dict[str, Any]) -> list[tuple[str, tuple[str, ...]]]:
     ]
 
 
+class _Texts(Sequence[tuple[str, ...]]):
+    """Captions of a prepared data set, read when asked for: there may be millions."""
+
+    def __init__(self, data: NativeDataset, count: int) -> None:
+        self._data, self._count = data, count
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[str, ...]: ...
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[tuple[str, ...]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[str, ...] | Sequence[tuple[str, ...]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(self._count))]
+        if not 0 <= index < self._count:
+            raise IndexError(index)
+        document, _ = self._data.document(index)
+        if document.kind != "pair":
+            raise DataError(explain(f"{self._data.path}: {document.key}", f"is a {document.kind} document, not a pair",
+                                    "Use the heldout command for interleaved documents."))  # fmt: skip
+        return tuple(document.texts)
+
+
 def _open_prepared(path: str, limit: int, side: int) -> Captioned:
     data = NativeDataset(path)
-    count = min(len(data), limit or len(data))
-    documents = [data.document(i) for i in range(count)]
-    for document, _ in documents:
-        if document.kind != "pair":
-            raise DataError(explain(f"{path}: {document.key}", f"is a {document.kind} document, not a pair",
-                                    "Use the heldout command for interleaved documents."))  # fmt: skip
-    fetch = fetcher(lambda i: (documents[i][0].key, data.picture(*documents[i], 0)), side)
-    return Captioned(data.name, tuple(tuple(document.texts) for document, _ in documents), fetch)
+    texts = _Texts(data, min(len(data), limit or len(data)))
+    texts[:1]  # not pairs at all: say so before anything is trained
+
+    def read(index: int) -> tuple[str, bytes]:
+        document, members = data.document(index)
+        return document.key, data.picture(document, members, 0)
+
+    return Captioned(data.name, texts, fetcher(read, side))
 
 
 @torch.no_grad()
@@ -106,19 +134,43 @@ def image_vectors(model: LclModel, data: Captioned | Any) -> Tensor:
     return torch.cat(parts)
 
 
+@dataclass(frozen=True)
+class TextRows:
+    """Texts laid end to end: tokens and positions int64 [t], and the length of each row on the host."""
+
+    tokens: Tensor
+    positions: Tensor
+    lengths: tuple[int, ...]
+
+    @property
+    def last(self) -> Tensor:
+        """Where each row's last token lies, int64 [rows]."""
+        return torch.tensor(self.lengths).cumsum(0) - 1
+
+
+def lay_rows(rows: Sequence[Sequence[int]]) -> TextRows:
+    """Rows of ids, end to end."""
+    return TextRows(
+        torch.tensor([token for row in rows for token in row]),
+        torch.cat([torch.arange(len(row)) for row in rows]),
+        tuple(len(row) for row in rows),
+    )
+
+
+def text_rows(tokenizer: Tokenizer, texts: Sequence[str], room: int, last: int) -> TextRows:
+    """Rows `begin text last` of at most `room` tokens; long texts lose their end."""
+    return lay_rows([[tokenizer.bos, *ids[: room - 2], last] for ids in tokenizer.encode_batch(list(texts))])
+
+
 def text_batch(model: LclModel, tokenizer: Tokenizer, texts: Sequence[str], room: int) -> MicroBatch:
     """Rows `begin text <BoI>` without pictures: the LM's state at `<BoI>` is the text's context vector."""
-    side = model.shape.vision.image_size
-    rows = [[tokenizer.bos, *ids[: room - 2], tokenizer.boi] for ids in tokenizer.encode_batch(list(texts))]
-    ends = torch.tensor([len(row) for row in rows]).cumsum(0)
+    side, rows = model.shape.vision.image_size, text_rows(tokenizer, texts, room, tokenizer.boi)
     none = torch.zeros(0, dtype=torch.int64)
     return MicroBatch(
-        tokens=torch.tensor([token for row in rows for token in row]),
-        positions=torch.cat([torch.arange(len(row)) for row in rows]),
-        lengths=tuple(len(row) for row in rows),
+        tokens=rows.tokens, positions=rows.positions, lengths=rows.lengths,
         images=torch.zeros(0, 3, side, side, dtype=torch.uint8),
-        image_starts=none, context_rows=ends - 1, context_images=none, target_rows=none, target_labels=none,
-        image_keys=none, row_keys=torch.arange(len(rows)), group_ids=none,
+        image_starts=none, context_rows=rows.last, context_images=none, target_rows=none, target_labels=none,
+        image_keys=none, row_keys=torch.arange(len(rows.lengths)), group_ids=none,
     )  # fmt: skip
 
 
@@ -151,19 +203,29 @@ def recalls(image: Tensor, text: Tensor, owner: Tensor, ks: tuple[int, ...] = KS
     return result | {f"IR@{k}": float((image_rank < k).double().mean()) for k in ks}
 
 
+def flat(data: Captioned) -> tuple[list[str], Tensor]:
+    """All captions, and the picture of each: int64 [k]."""
+    texts = [caption for captions in data.captions for caption in captions]
+    return texts, torch.tensor([i for i, captions in enumerate(data.captions) for _ in captions])
+
+
+def chance(data: Captioned) -> dict[str, float]:
+    """Recall of a caption's picture in a random order."""
+    return {f"IR@{k}": min(k / len(data), 1.0) for k in KS}
+
+
 def retrieval(opened: Opened, data: Captioned) -> dict[str, Any]:
     """Zero-shot retrieval with the pre-trained vectors, and the same with random weights (left in the model)."""
     tokenizer = opened.tokenizer()
     opened.model.float()
-    texts = [caption for captions in data.captions for caption in captions]
-    owner = torch.tensor([i for i, captions in enumerate(data.captions) for _ in captions])
+    texts, owner = flat(data)
 
     def numbers() -> dict[str, float]:
         return recalls(image_vectors(opened.model, data), text_vectors(opened, tokenizer, texts), owner)
 
     result: dict[str, Any] = {
-        **opened.facts(), "task": "retrieval", "data": data.name, "pictures": len(data), "captions": len(texts),
-        "trained": numbers(), "chance": {f"IR@{k}": min(k / len(data), 1.0) for k in KS},
+        **opened.facts(), "task": "retrieval", "transfer": "zeroshot",
+        "data": data.name, "pictures": len(data), "captions": len(texts), "trained": numbers(), "chance": chance(data),
     }  # fmt: skip
     reset_weights(opened)
     return {**result, "random_init": numbers()}

@@ -6,11 +6,13 @@ import argparse
 import json
 import sys
 from collections.abc import Sequence
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from lcl_mcore.config.base import from_dict
-from lcl_mcore.config.evaluation import ProbeConfig
+from lcl_mcore.config.evaluation import CaptionConfig, ProbeConfig, RetrievalConfig
+from lcl_mcore.errors import ConfigError, explain
 
 COMMANDS = ("heldout", "classify", "retrieval", "caption", "zeroshot")
 RESULTS = "results"
@@ -18,6 +20,12 @@ _PROBE_FLAGS = (
     ("epochs", float), ("batch_size", int), ("lr", float), ("layer_decay", float), ("weight_decay", float),
     ("warmup", float), ("seed", int), ("train_limit", int), ("test_limit", int), ("cache_mb", int),
 )  # fmt: skip
+_PAIRS_FLAGS = (
+    ("steps", int), ("batch_size", int), ("chunk_size", int), ("lr", float), ("encoder_lr", float),
+    ("weight_decay", float), ("warmup", float), ("seed", int), ("train_limit", int), ("cache_mb", int),
+    ("text_tokens", int),
+)  # fmt: skip
+_CAPTION_FLAGS = (("drop_path", float), ("language_model", str))
 
 
 def parse(arguments: Sequence[str]) -> argparse.Namespace:
@@ -57,9 +65,45 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         sub.add_argument("--images", type=Path, help="folder of the pictures that the JSON names")
         sub.add_argument("--split", default="test", help="split of a Karpathy file")
         sub.add_argument("--limit", type=int, default=0, help="pictures used, from the first on; 0: all")
+        training = sub.add_argument_group(
+            "transfer", "new parts trained on pairs; without --train, the pre-trained model as it is"
+        )
+        training.add_argument("--transfer", choices=["zeroshot", "frozen", "full"], help="default: frozen")
+        training.add_argument("--train", help="training pairs: like --data")
+        training.add_argument(
+            "--train-images", type=Path, help="folder of their pictures (default: --images)"
+        )
+        training.add_argument("--train-split", default="train", help="of a Karpathy file, e.g. train,restval")
+        training.add_argument(
+            "--no-baselines", action="store_true", help="skip untrained encoders and pixels"
+        )
+        for flag, value in (*_PAIRS_FLAGS, *(_CAPTION_FLAGS if name == "caption" else ())):
+            training.add_argument(f"--{flag.replace('_', '-')}", type=value)
         if name == "caption":
-            sub.add_argument("--max-tokens", type=int, default=20)
+            training.add_argument("--freeze-language-model", action="store_true", default=None)
+            sub.add_argument("--max-tokens", type=int, default=20, help="length of written captions")
     return parser.parse_args(words)
+
+
+def transfer_settings(flags: argparse.Namespace) -> dict[str, Any] | None:
+    """What the command line says about training on pairs; None for zero-shot.
+
+    Raises:
+        ConfigError: training without pairs, or the other way round.
+    """
+    names = [name for name, _ in (*_PAIRS_FLAGS, *_CAPTION_FLAGS)] + ["freeze_language_model"]
+    given = {name: value for name in names if (value := getattr(flags, name, None)) is not None}
+    transfer = flags.transfer or ("frozen" if flags.train else "zeroshot")
+    if transfer != "zeroshot":
+        if not flags.train:
+            raise ConfigError(explain(f"--transfer {transfer} without --train", "new parts learn from pairs",
+                                      "Give --train: a prepared data set, Karpathy's or COCO-style JSON."))  # fmt: skip
+        return {**given, "transfer": transfer}
+    if flags.train or given:
+        what = "--train" if flags.train else "--" + next(iter(given)).replace("_", "-")
+        remedy = "Use --transfer frozen or full." if flags.train else "Give --train, or leave it out."
+        raise ConfigError(explain(f"{what} without a transfer", "zero-shot trains nothing", remedy))
+    return None
 
 
 def run(flags: argparse.Namespace) -> None:
@@ -75,7 +119,8 @@ def run(flags: argparse.Namespace) -> None:
     ](flags, opened)
     out = flags.out or opened.folder / RESULTS / f"{result['task'].replace(', ', '-').replace(' ', '-')}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(json.dumps({**result, "command": " ".join(sys.argv)}, indent=1) + "\n", encoding="utf-8")
+    result |= {"command": " ".join(sys.argv), "date": datetime.now(UTC).date().isoformat()}
+    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     _print(result)
     print(out)
 
@@ -85,9 +130,14 @@ def _print(result: dict[str, Any], indent: str = "") -> None:
         if isinstance(value, dict):
             print(f"{indent}{name}")
             _print(value, indent + "  ")
+        elif isinstance(value, list) and value and isinstance(value[0], dict):
+            for item in value:
+                _print(item, indent + "  ")
         else:
             print(
-                f"{indent}{name:<18}{value:.4f}" if isinstance(value, float) else f"{indent}{name:<18}{value}"
+                f"{indent}{name:<18} {value:.4g}"
+                if isinstance(value, float)
+                else f"{indent}{name:<18} {value}"
             )
 
 
@@ -117,19 +167,46 @@ def _zeroshot(flags: argparse.Namespace, opened: Any) -> dict[str, Any]:
 
 
 def _retrieval(flags: argparse.Namespace, opened: Any) -> dict[str, Any]:
-    from lcl_mcore.evaluation.captioned import open_captioned, retrieval
+    settings = transfer_settings(flags)
+    if settings is None:
+        from lcl_mcore.evaluation.captioned import retrieval
 
-    data = open_captioned(
-        flags.data, flags.images, flags.split, flags.limit, opened.config.model.vision.image_size
+        return retrieval(opened, _test_pairs(flags, opened))
+    from lcl_mcore.evaluation.retrieval_transfer import retrieval_transfer
+
+    config = from_dict(RetrievalConfig, settings, "command line")
+    return retrieval_transfer(
+        opened, *_both_pairs(flags, opened, config.train_limit), config, not flags.no_baselines
     )
-    return retrieval(opened, data)
 
 
 def _caption(flags: argparse.Namespace, opened: Any) -> dict[str, Any]:
-    from lcl_mcore.evaluation.caption import caption
+    settings = transfer_settings(flags)
+    if settings is None:
+        from lcl_mcore.evaluation.caption import caption
+
+        return caption(opened, _test_pairs(flags, opened), flags.max_tokens)
+    from lcl_mcore.evaluation.caption_transfer import caption_transfer
+
+    config = from_dict(CaptionConfig, settings, "command line")
+    train, test = _both_pairs(flags, opened, config.train_limit)
+    return caption_transfer(opened, train, test, config, flags.max_tokens, not flags.no_baselines)
+
+
+def _test_pairs(flags: argparse.Namespace, opened: Any) -> Any:
     from lcl_mcore.evaluation.captioned import open_captioned
 
-    data = open_captioned(
-        flags.data, flags.images, flags.split, flags.limit, opened.config.model.vision.image_size
-    )
-    return caption(opened, data, flags.max_tokens)
+    side = opened.config.model.vision.image_size
+    return open_captioned(flags.data, flags.images, flags.split, flags.limit, side)
+
+
+def _both_pairs(flags: argparse.Namespace, opened: Any, limit: int) -> tuple[Any, Any]:
+    """Training and test pairs."""
+    from lcl_mcore.evaluation.captioned import open_captioned
+    from lcl_mcore.evaluation.transfer import check_apart
+
+    side, images = opened.config.model.vision.image_size, flags.train_images or flags.images
+    train = open_captioned(flags.train, images, flags.train_split, limit, side)
+    test = _test_pairs(flags, opened)
+    check_apart(train, test, Path(flags.train).resolve() == Path(flags.data).resolve())
+    return train, test

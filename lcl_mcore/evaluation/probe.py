@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lcl_mcore.config.evaluation import ProbeConfig
+from lcl_mcore.config.evaluation import FitConfig, ProbeConfig
+from lcl_mcore.errors import NonFiniteError, explain
 from lcl_mcore.models.randomness import key_of
 
 Batch = tuple[Tensor, Tensor]
@@ -57,12 +58,62 @@ class PixelProbe(nn.Module):
         return self.linear(x.flatten(1))
 
 
-def learning_rate(step: int, steps: int, config: ProbeConfig) -> float:
-    """Factor on the peak: linear warm-up, then cosine to 0."""
-    warm = round(config.warmup * steps)
+def learning_rate(step: int, steps: int, warmup: float) -> float:
+    """Factor on the peak: linear warm-up over this share of the steps, then cosine to 0."""
+    warm = round(warmup * steps)
     if step < warm:
         return (step + 1) / warm
     return 0.5 * (1.0 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))
+
+
+def descend(
+    backward: Callable[[Tensor, int], Tensor],
+    groups: Sequence[tuple[Sequence[nn.Parameter], float]],
+    count: int,
+    steps: int,
+    config: FitConfig,
+    note: Callable[[str], None] = lambda line: None,
+) -> float:
+    """AdamW over random batches; every sample is used once before any is used again.
+
+    Args:
+        backward: indices int64 [batch], step -> their loss, detached; adds its gradient to the parameters.
+        groups: parameters, and the factor on their learning rate.
+        count: samples in the training set.
+        note: told the loss ten times.
+
+    Returns:
+        Mean loss of the last tenth of the steps, nats.
+
+    Raises:
+        NonFiniteError: the loss diverged.
+    """
+    size = min(config.batch_size, count)
+    optimizer = torch.optim.AdamW(
+        [{"params": list(parameters), "factor": factor} for parameters, factor in groups if len(parameters)],
+        lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
+    )  # fmt: skip
+    generator = torch.Generator().manual_seed(key_of(config.seed, "order"))
+    order, late = torch.empty(0, dtype=torch.int64), []
+    for step in range(steps):
+        if len(order) < size:
+            order = torch.randperm(count, generator=generator)
+        indices, order = order[:size], order[size:]
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * group["factor"] * learning_rate(step, steps, config.warmup)
+        optimizer.zero_grad(set_to_none=True)
+        loss = backward(indices, step)
+        optimizer.step()
+        if step >= min(0.9 * steps, steps - 1):
+            late.append(loss)
+        if (step + 1) % max(steps // 10, 1) == 0:
+            note(f"step {step + 1} of {steps}: loss {float(loss):.4f}")
+    mean = float(torch.stack(late).mean())
+    if not math.isfinite(mean):
+        raise NonFiniteError(
+            explain(f"mean loss {mean}", "training has diverged", "Lower --lr, or raise --warmup.")
+        )
+    return mean
 
 
 def fit(
@@ -83,28 +134,15 @@ def fit(
     Returns:
         Mean loss of the last tenth of the steps, nats.
     """
-    size = min(config.batch_size, count)
-    steps = max(1, round(config.epochs * count / size))
-    optimizer = torch.optim.AdamW(
-        [{"params": list(parameters), "factor": factor} for parameters, factor in groups if len(parameters)],
-        lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
-    )  # fmt: skip
-    generator = torch.Generator().manual_seed(key_of(config.seed, "order"))
-    order, late = torch.empty(0, dtype=torch.int64), []
-    for step in range(steps):
-        if len(order) < size:
-            order = torch.randperm(count, generator=generator)
-        indices, order = order[:size], order[size:]
-        for group in optimizer.param_groups:
-            group["lr"] = config.lr * group["factor"] * learning_rate(step, steps, config)
+
+    def backward(indices: Tensor, step: int) -> Tensor:
         inputs, labels = batch(indices)
         loss = F.cross_entropy(forward(inputs), labels)
-        optimizer.zero_grad(set_to_none=True)
         loss.backward()
-        optimizer.step()
-        if step >= min(0.9 * steps, steps - 1):
-            late.append(loss.detach())
-    return float(torch.stack(late).mean())
+        return loss.detach()
+
+    steps = max(1, round(config.epochs * count / min(config.batch_size, count)))
+    return descend(backward, groups, count, steps, config)
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(TESTS / "data"), str(TESTS / "distributed"), str(TESTS / "evaluation")]
+sys.path[:0] = [str(TESTS), *(str(TESTS / name) for name in ("data", "distributed", "evaluation", "models"))]
 
 
 @pytest.fixture(scope="session")

@@ -143,7 +143,7 @@ def test_probe_learns_where_to_look() -> None:
     assert loss < 0.2
     assert held["top1"] > 0.95
     assert held["top5"] == 1.0
-    factors = [learning_rate(step, 100, ProbeConfig(warmup=0.1)) for step in range(100)]
+    factors = [learning_rate(step, 100, 0.1) for step in range(100)]
     assert factors[9] == 1.0
     assert factors[0] == pytest.approx(0.1)
     assert factors[99] < 0.001
