@@ -6,6 +6,8 @@ PIP := $(BIN)/pip --disable-pip-version-check install -qq --no-compile
 # Named at every install, or a package that wants a newer torch replaces it. Without a GPU driver the CPU build of
 # torch is enough; torch 2.13.0 is what CI uses.
 TORCH ?= $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 && echo 'torch>=2.10' || echo 'torch==2.13.0')
+# Packages are compiled when they are first imported; without the result each process would do it again (16 s).
+export PYTHONDONTWRITEBYTECODE :=
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
