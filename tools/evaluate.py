@@ -3,7 +3,7 @@
 
 python tools/evaluate.py runs/demo --data data/demo/heldout
 python tools/evaluate.py classify runs/demo --data data/packages/dataset-fashion-mnist/usr/share/datasets/fashion-mnist
-python tools/evaluate.py {retrieval,caption} MODEL --data dataset_coco.json --images coco
+python tools/evaluate.py {retrieval,caption} MODEL --data dataset_coco.json --images coco [--train PAIRS]
 python tools/evaluate.py zeroshot MODEL --data imagenet --classnames names.txt
 """
 

@@ -65,22 +65,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         sub.add_argument("--images", type=Path, help="folder of the pictures that the JSON names")
         sub.add_argument("--split", default="test", help="split of a Karpathy file")
         sub.add_argument("--limit", type=int, default=0, help="pictures used, from the first on; 0: all")
-        training = sub.add_argument_group(
-            "transfer", "new parts trained on pairs; without --train, the pre-trained model as it is"
+        sub.add_argument(
+            "--transfer", choices=["zeroshot", "frozen", "full"], help="default: frozen with --train"
         )
-        training.add_argument("--transfer", choices=["zeroshot", "frozen", "full"], help="default: frozen")
-        training.add_argument("--train", help="training pairs: like --data")
-        training.add_argument(
-            "--train-images", type=Path, help="folder of their pictures (default: --images)"
-        )
-        training.add_argument("--train-split", default="train", help="of a Karpathy file, e.g. train,restval")
-        training.add_argument(
-            "--no-baselines", action="store_true", help="skip untrained encoders and pixels"
-        )
+        sub.add_argument("--train", help="pairs for new parts: like --data; default: the model as it is")
+        sub.add_argument("--train-images", type=Path, help="folder of their pictures (default: --images)")
+        sub.add_argument("--train-split", default="train", help="of a Karpathy file, e.g. train,restval")
+        sub.add_argument("--no-baselines", action="store_true", help="skip untrained encoders and pixels")
         for flag, value in (*_PAIRS_FLAGS, *(_CAPTION_FLAGS if name == "caption" else ())):
-            training.add_argument(f"--{flag.replace('_', '-')}", type=value)
+            sub.add_argument(f"--{flag.replace('_', '-')}", type=value)
         if name == "caption":
-            training.add_argument("--freeze-language-model", action="store_true", default=None)
+            sub.add_argument("--freeze-language-model", action="store_true", default=None)
             sub.add_argument("--max-tokens", type=int, default=20, help="length of written captions")
     return parser.parse_args(words)
 

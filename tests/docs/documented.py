@@ -115,6 +115,10 @@ ENTRIES = (
          FORMAT="mmc4 obelics omnicorpus pairs html", INPUT="raw", OUTPUT="data/new"),
     read("python tools/evaluate.py classify runs/demo --data imagenet --transfer full",
          "tests/evaluation/test_evaluation_commands.py::test_the_other_commands"),
+    read("python tools/evaluate.py retrieval runs/demo --data dataset_coco.json --images coco "
+         "--train dataset_coco.json", "tests/evaluation/test_transfer.py::test_both_splits_of_one_file"),
+    read("python tools/evaluate.py caption runs/demo --data dataset_coco.json --images coco --train pairs "
+         "--transfer full", "tests/evaluation/test_evaluation_commands.py::test_the_other_commands"),
     read("python tools/import_released.py LCL-ViT-B-16-Laion.pt --out imported --tp 2",
          "tests/models/test_released.py::test_the_tool_writes_weights_and_a_configuration"),
     read("python benchmarks/data.py data/corpora/opencv-doc", "benchmarks/results/data-cpu.json"),
@@ -124,10 +128,14 @@ ENTRIES = (
          "tests/test_gpu_report.py::test_dry_run"),
     read("python examples/ablation/run.py",
          "tests/evaluation/test_ablation.py::test_two_settings_end_in_a_table"),
+    read("python tools/gpu_report.py --commit HASH", "tests/test_gpu_report.py::test_dry_run", HASH="1d1f3e5"),
     read("python tests/soak.py --minutes 30"),
     read("python tests/steady.py"),
     # --- targets of the Makefile, packages, SLURM, the tests
     shown("make demo", "make demo", "tests/docs/test_documents.py::test_the_demo_is_made_of_accepted_commands"),
+    shown("git clone REPOSITORY lcl_mcore", "Makefile"),
+    shown("make check", "make check"),
+    shown("make lint", "make lint"),
     shown("make test", "make test"),
     shown("make doctor", "make doctor"),
     shown("make gpu-report", "make gpu-report", "tests/test_gpu_report.py::test_dry_run"),
@@ -145,4 +153,8 @@ ENTRIES = (
     shown('pytest tests/kernels -m "not slow"', "make check"),
     shown("pytest tests/kernels", "make test"),
     shown("pytest tests/kernels -m gpu", "make gpu-report"),
+    shown(".venv/bin/pytest -q tests/training/test_resume.py -k sigkill -x",
+          "tests/training/test_resume.py::test_sigkill_of_everything_then_resume"),
+    shown("python tests/planning/counters_worker.py --write",
+          "tests/planning/test_counters.py::test_a_step_costs_what_was_committed"),
 )  # fmt: skip

@@ -75,7 +75,7 @@ def test_classification(run: Path, labelled: Path, tool: Tool) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_the_other_commands(run: Path, pairs: Path, labelled: Path, tool: Tool) -> None:
+def test_the_other_commands(run: Path, pairs: Path, labelled: Path, tool: Tool, tmp_path: Path) -> None:
     """Fine-tuning, zero-shot, retrieval and captions; one process each, as a user would."""
     words = ["--transfer", "full", "--epochs", "2", "--batch-size", "50", "--lr", "1e-3", "--no-baselines"]
     tool("tools/evaluate.py", "classify", str(run), "--data", str(labelled), *words)
@@ -105,3 +105,14 @@ def test_the_other_commands(run: Path, pairs: Path, labelled: Path, tool: Tool) 
     found = json.loads((run / "results" / "caption.json").read_text())
     assert len(found["examples"]) == 6
     assert all(0 <= found["trained"][name] <= 100 for name in ("BLEU-1", "BLEU-4"))
+    from corpora import make_dataset
+
+    train = make_dataset(tmp_path / "train", documents=20, seed=1)
+    words = ["--limit", "6", "--train", str(train), "--transfer", "full", "--steps", "2", "--batch-size", "4"]
+    more = ["--chunk-size", "3", "--language-model", "pretrained", "--text-tokens", "20", "--max-tokens", "4"]
+    tool("tools/evaluate.py", "caption", str(run), "--data", str(pairs / "pairs"), *words, *more)
+    found = json.loads((run / "results" / "caption-full-transfer.json").read_text())
+    assert (found["train_pictures"], found["pictures"], found["training"]["drop_path"]) == (20, 6, 0.2)
+    assert 3.0 < found["trained"]["test_loss"] < math.log(400) + 1
+    assert found["trained"]["test_loss"] != found["random_init"]["test_loss"]
+    assert "pixels" not in found

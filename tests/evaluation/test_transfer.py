@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from lcl_mcore.config.data import TokenizerConfig
@@ -21,7 +24,7 @@ from lcl_mcore.errors import ConfigError, NonFiniteError
 from lcl_mcore.evaluation import caption_transfer as captions
 from lcl_mcore.evaluation import retrieval_transfer as towers
 from lcl_mcore.evaluation.captioned import Captioned
-from lcl_mcore.evaluation.commands import parse, transfer_settings
+from lcl_mcore.evaluation.commands import _both_pairs, parse, transfer_settings
 from lcl_mcore.evaluation.loading import Opened
 from lcl_mcore.evaluation.transfer import Encoder, check_apart, drop_path, vit
 
@@ -298,6 +301,26 @@ def test_drop_path_grows_to_the_last_block_and_is_undone(opened: Opened) -> None
     assert torch.equal(one, again)
     assert not torch.equal(one, two)
     assert [layer.mlp_bda.drop_path for layer in vision.blocks.layers] == [0.0, 0.0]
+
+
+def test_both_splits_of_one_file(tmp_path: Path) -> None:
+    """Karpathy's file holds both: the command line picks training and test pairs from it."""
+    for n in range(3):
+        Image.fromarray(np.full((32, 32, 3), 50 * n, np.uint8)).save(tmp_path / f"{n}.png")
+    images = [
+        {"filename": f"{n}.png", "split": split, "sentences": [{"raw": f"caption {n}"}]}
+        for n, split in enumerate(("test", "train", "restval"))
+    ]
+    file = tmp_path / "k.json"
+    file.write_text(json.dumps({"images": images}))
+    opened = SimpleNamespace(config=SimpleNamespace(model=SHAPE))
+    words = ["retrieval", "m", "--data", str(file), "--train", str(file)]
+    train, test = _both_pairs(parse([*words, "--train-split", "train,restval"]), opened, 0)
+    assert (list(train.captions), list(test.captions)) == ([("caption 1",), ("caption 2",)], [("caption 0",)])
+    assert train.fetch([1]).unique().tolist() == [100]
+    assert len(_both_pairs(parse(words), opened, 0)[0]) == 1
+    with pytest.raises(ConfigError, match="must not be the test pairs"):
+        _both_pairs(parse([*words, "--train-split", "test"]), opened, 0)
 
 
 def test_what_is_refused(opened: Opened) -> None:
