@@ -18,69 +18,45 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
 import signal
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import psutil
-import torch
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "training"), str(ROOT / "tests" / "data")]
+sys.path[:0] = [
+    str(Path(__file__).resolve().parents[1] / name) for name in ("", "tests", "tests/training", "tests/data")
+]
 
-from corpora import make_dataset, small_tokenizer  # noqa: E402
-from lcl_mcore.config.cli import parse_flags, resolve  # noqa: E402
 from lcl_mcore.config.restart import EVENTS  # noqa: E402
-from lcl_mcore.errors import ConfigError  # noqa: E402
-from lcl_mcore.platform.device import cpu_name  # noqa: E402
-from lcl_mcore.platform.probe import megatron_version  # noqa: E402
-from runs import records  # noqa: E402
+from soak_jobs import (  # noqa: E402
+    EVERY,
+    LAYOUTS,
+    ROOT,
+    STEPS,
+    TIMEOUT,
+    accepted,
+    arguments_of,
+    children,
+    count_steps,
+    end_all,
+    line_of,
+    reference,
+    send,
+    start,
+    workers,
+)
+from soak_report import Tally, compare, markdown, summary  # noqa: E402
+from tiny import make_corpus  # noqa: E402
 
-STEPS, EVERY, TIMEOUT = 40, 4, 30.0
 PATIENCE = 240.0  # seconds without a new step, after which the run counts as stuck
 STRIKES = ("rank", "rank", "rank", "writer", "writer", "job", "stop", "freeze")
-LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
-    "dp1": (1, ()),
-    "dp2": (2, ()),
-    "dp4": (4, ()),
-    "tp2": (2, ("--tp", "2")),
-    "tp2 sp": (2, ("--tp", "2", "--sequence-parallel")),
-    "tp2 dp2": (4, ("--tp", "2")),
-    "pp2": (2, ("--pp", "2")),
-    "pp2 dp2": (4, ("--pp", "2")),
-    "tp2 pp2": (4, ("--tp", "2", "--pp", "2")),
-    "tp2 pp2 dp2": (8, ("--tp", "2", "--pp", "2")),
-}
-TINY = (
-    "model.vision.image_size=32", "model.vision.width=32", "model.vision.layers=2", "model.vision.heads=4",
-    "model.vision.mlp_width=64", "model.vision.drop_path=0", "model.language.width=32",
-    "model.language.layers=2", "model.language.heads=4", "model.language.mlp_width=64",
-    "model.language.dropout=0", "model.language.vocab_size=400", "model.pool_heads=4",
-    "data.sequence_length=64", "data.decode_backend=cpu", "log.tensorboard=false",
-)  # fmt: skip
-
-
-@dataclass
-class Tally:
-    """What happened."""
-
-    strikes: Counter[str] = field(default_factory=Counter)
-    starts: Counter[str] = field(default_factory=Counter)
-    ended_after: list[float] = field(default_factory=list)
-    training_after: list[float] = field(default_factory=list)
-    redone: list[int] = field(default_factory=list)
-    rounds: list[dict[str, Any]] = field(default_factory=list)
-    problems: list[str] = field(default_factory=list)
 
 
 class Round:
@@ -89,6 +65,7 @@ class Round:
     def __init__(self, corpus: Path, out: Path, draw: random.Random, tally: Tally, deadline: float) -> None:
         self.corpus, self.out, self.draw, self.tally, self.deadline = corpus, out, draw, tally, deadline
         self.used: list[str] = []
+        self.kills = 0
 
     def run(self, layouts: list[str], *, change: bool) -> None:
         layout = self.draw.choice(layouts)
@@ -181,6 +158,7 @@ class Round:
         for victim in victims:
             send(victim, number)
         self.tally.strikes[kind + (" in a save" if in_save else "")] += 1
+        self.kills += number == signal.SIGKILL
         if kind == "stop" and (job.wait(PATIENCE) != 0 or self.done() != self.checkpointed()):
             self.tally.problems.append(
                 f"{self.out.name}: SIGTERM: exit code {job.returncode}, {self.done()} steps, "
@@ -189,117 +167,6 @@ class Round:
         if kind in ("rank", "stop", "freeze"):
             job.wait(PATIENCE)
             self.tally.ended_after.append(time.monotonic() - struck - TIMEOUT * (kind == "freeze"))
-
-
-def arguments_of(corpus: Path, out: Path, layout: str) -> list[str]:
-    return [
-        "--recipe", "demo", "--data", str(corpus / "pairs"), "--tokenizer", str(corpus), "--out", str(out),
-        "--steps", str(STEPS), "--micro-batch-size", "2", "--global-batch-size", "8", "--lr", "1e-3",
-        "--checkpoint-every", str(EVERY), "--log-every", "1", "--timeout", str(TIMEOUT), "--set", *TINY,
-        *LAYOUTS[layout][1],
-    ]  # fmt: skip
-
-
-def accepted(corpus: Path, out: Path, ranks: int) -> list[str]:
-    """Layouts that the configuration accepts here."""
-    found = []
-    for name, (count, _) in LAYOUTS.items():
-        try:
-            resolve(parse_flags(arguments_of(corpus, out, name))).check_processes(count)
-        except ConfigError as error:
-            print(f"layout {name} left out: {error}")
-            continue
-        if count <= ranks:
-            found.append(name)
-    return found
-
-
-def start(count: int, arguments: list[str], log: Any) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
-               "tools/pretrain_lcl.py"]  # fmt: skip
-    return subprocess.Popen(
-        [*command, *arguments], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
-
-
-def workers(job: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    """The ranks: processes that the launcher started."""
-    try:
-        return [p for p in psutil.Process(job.pid).children() if "tools/pretrain_lcl.py" in line_of(p)]
-    except psutil.NoSuchProcess:
-        return []
-
-
-def children(process: psutil.Process) -> list[psutil.Process]:
-    try:
-        return process.children(recursive=True)
-    except psutil.NoSuchProcess:
-        return []
-
-
-def line_of(process: psutil.Process) -> str:
-    try:
-        return " ".join(process.cmdline())
-    except psutil.Error:
-        return ""
-
-
-def send(process: psutil.Process, number: int) -> None:
-    try:
-        process.send_signal(number)
-    except psutil.NoSuchProcess:
-        return
-
-
-def end_all(job: subprocess.Popen[bytes]) -> None:
-    """Nothing of this attempt may be left when the next one starts."""
-    rest = workers(job)
-    rest += [child for rank in rest for child in children(rank)]
-    if job.poll() is None:
-        job.kill()
-    job.wait(30)
-    for process in rest:
-        send(process, signal.SIGKILL)
-    psutil.wait_procs(rest, timeout=30)
-
-
-def count_steps(out: Path) -> int:
-    path = out / "metrics.jsonl"
-    return path.read_bytes().count(b"\n") if path.is_file() else 0
-
-
-def reference(corpus: Path, folder: Path, layout: str) -> Path:
-    """An undisturbed run in this layout, made once."""
-    out = folder / f"undisturbed-{layout.replace(' ', '-')}"
-    if not out.is_dir():
-        with open(out.with_suffix(".log"), "w", encoding="utf-8") as log:
-            job = start(LAYOUTS[layout][0], arguments_of(corpus, out, layout), log)
-            try:
-                code = job.wait(600)
-            finally:
-                end_all(job)
-        if code:
-            raise RuntimeError(f"the undisturbed run in {layout} ended with {code}: see {log.name}")
-    return out
-
-
-def compare(out: Path, undisturbed: Path, *, bitwise: bool) -> dict[str, Any]:
-    """Every step's loss, gradient norm and documents against the undisturbed run."""
-    left, right = records(undisturbed), records(out)
-    if left.keys() != right.keys():
-        missing = sorted(left.keys() - right.keys())
-        return {
-            "steps": len(right),
-            "different": missing,
-            "largest_relative_difference": float("inf"),
-            "holds": False,
-        }
-    worst = max(abs(right[s]["loss"] - left[s]["loss"]) / abs(left[s]["loss"]) for s in left)
-    names = ("loss", "grad_norm", "contrastive", "generation", "order_hash") if bitwise else ("order_hash",)
-    different = [s for s in left if any(left[s][name] != right[s][name] for name in names)]
-    return {"steps": len(left), "different": different, "largest_relative_difference": worst,
-            "holds": not different and worst <= 1e-5}  # fmt: skip
 
 
 def main() -> int:
@@ -316,8 +183,7 @@ def main() -> int:
     folder.mkdir(parents=True, exist_ok=True)
     corpus = folder / "corpus"
     if not corpus.is_dir():
-        make_dataset(corpus / "pairs")
-        small_tokenizer().save(corpus / "tokenizer.json")
+        make_corpus(corpus)
     tally, draw = Tally(), random.Random(options.seed)
     layouts = accepted(corpus, folder / "none", options.ranks)
     began = time.monotonic()
@@ -334,6 +200,7 @@ def main() -> int:
         result = compare(struck.out, undisturbed, bitwise=not change) | {
             "layouts": struck.used,
             "changing": change,
+            "kills": struck.kills,
         }
         tally.rounds.append(result)
         print(f"round {number}: {' > '.join(struck.used)}: {'holds' if result['holds'] else 'DOES NOT HOLD'}, largest "
@@ -348,86 +215,6 @@ def main() -> int:
     if options.keep is None and not tally.problems:
         shutil.rmtree(folder, ignore_errors=True)
     return 1 if tally.problems else 0
-
-
-def summary(tally: Tally, layouts: list[str], options: argparse.Namespace, seconds: float) -> dict[str, Any]:
-    same = [r for r in tally.rounds if not r["changing"]]
-    changed = [r for r in tally.rounds if r["changing"]]
-    return {
-        "machine": machine(),
-        "commit": commit(),
-        "minutes": round(seconds / 60, 1),
-        "seed": options.seed,
-        "rounds": len(tally.rounds),
-        "strikes": dict(sorted(tally.strikes.items())),
-        "strikes_total": sum(tally.strikes.values()),
-        "starts": sum(tally.starts.values()),
-        "restarts": sum(tally.starts.values()) - len(tally.rounds),
-        "layouts_offered": layouts,
-        "starts_by_layout": dict(tally.starts),
-        "same_layout": {
-            "rounds": len(same), "steps_compared": sum(r["steps"] for r in same),
-            "steps_not_bitwise_equal": sum(len(r["different"]) for r in same),
-        },
-        "changing_layout": {
-            "rounds": len(changed), "steps_compared": sum(r["steps"] for r in changed),
-            "steps_with_other_documents": sum(len(r["different"]) for r in changed),
-            "largest_relative_difference": max((r["largest_relative_difference"] for r in changed), default=0.0),
-        },
-        "steps_lost_beyond_last_checkpoint": sum("continued at" in p for p in tally.problems),
-        "most_steps_done_again": max(tally.redone, default=0),
-        "seconds_from_strike_to_end_of_job": quantiles(tally.ended_after),
-        "seconds_from_start_to_first_step": quantiles(tally.training_after),
-        "problems": tally.problems,
-    }  # fmt: skip
-
-
-def machine() -> str:
-    return f"{os.cpu_count()} cores of {cpu_name()}, torch {torch.__version__}, megatron-core {megatron_version()}"
-
-
-def commit() -> str:
-    done = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return done.stdout.strip() or "unknown"
-
-
-def quantiles(values: list[float]) -> dict[str, float]:
-    if not values:
-        return {}
-    return {
-        "median": round(statistics.median(values), 2),
-        "largest": round(max(values), 2),
-        "count": len(values),
-    }
-
-
-def markdown(report: dict[str, Any]) -> str:
-    same, changed = report["same_layout"], report["changing_layout"]
-    lines = [
-        "# Soak test", "",
-        f"`python tests/soak.py`, seed {report['seed']}, {report['minutes']} minutes on {report['machine']}; "
-        f"commit {report['commit']}.",
-        "",
-        "| | |", "|---|---|",
-        f"| strikes | {report['strikes_total']}: " + ", ".join(f"{v} {k}" for k, v in report["strikes"].items()) + " |",
-        f"| rounds, starts, restarts | {report['rounds']}, {report['starts']}, {report['restarts']} |",
-        "| layouts (starts) | " + ", ".join(f"{k} ({v})" for k, v in report["starts_by_layout"].items()) + " |",
-        f"| same layout: steps compared, not bitwise equal | {same['steps_compared']}, "
-        f"{same['steps_not_bitwise_equal']} |",
-        f"| changing layout: steps compared, other documents | {changed['steps_compared']}, "
-        f"{changed['steps_with_other_documents']} |",
-        f"| changing layout: largest relative difference of a loss | {changed['largest_relative_difference']:.1e} |",
-        f"| restarts that lost steps beyond the last complete checkpoint | "
-        f"{report['steps_lost_beyond_last_checkpoint']} |",
-        f"| most steps done again after a strike | {report['most_steps_done_again']} |",
-        f"| seconds from strike to the end of the job (timeout left out) | "
-        f"{report['seconds_from_strike_to_end_of_job']} |",
-        f"| seconds from start to the first step | {report['seconds_from_start_to_first_step']} |",
-        f"| problems | {'; '.join(report['problems']) or 'none'} |", "",
-    ]  # fmt: skip
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -33,8 +33,7 @@ def sample(process: psutil.Process) -> tuple[int, int, int]:
 def watch(steps: int, ranks: int, folder: Path) -> dict[str, list[tuple[int, ...]]]:
     """Samples (step, bytes, files, threads) of each rank, about every 20 steps, never during a save."""
     corpus, out = folder / "corpus", folder / "run"
-    soak.make_dataset(corpus / "pairs")
-    soak.small_tokenizer().save(corpus / "tokenizer.json")
+    soak.make_corpus(corpus)
     arguments = soak.arguments_of(corpus, out, f"dp{ranks}")
     for flag, value in (("--steps", steps), ("--checkpoint-every", 200), ("--log-every", 100)):
         arguments[arguments.index(flag) + 1] = str(value)

@@ -18,12 +18,9 @@ sys.path[:0] = [str(TESTS), *(str(TESTS / name) for name in ("data", "distribute
 @pytest.fixture(scope="session")
 def pairs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`pairs/` and `tokenizer.json`."""
-    from corpora import make_dataset, small_tokenizer
+    from tiny import make_corpus
 
-    folder = tmp_path_factory.mktemp("evaluation-corpus")
-    make_dataset(folder / "pairs")
-    small_tokenizer().save(folder / "tokenizer.json")
-    return folder
+    return make_corpus(tmp_path_factory.mktemp("evaluation-corpus"))
 
 
 @pytest.fixture(scope="session")

@@ -28,20 +28,13 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), *(str(ROOT / "tests" / name) for name in ("slurm", "data", "training"))]
 
-from corpora import make_dataset, small_tokenizer  # noqa: E402
 from runs import EXACT, records  # noqa: E402
 from slurm_cluster import GRACE_SECONDS, Cluster, unpack_packages  # noqa: E402
+from tiny import DROPPING, MODEL, make_corpus  # noqa: E402
 
 STEPS, EVERY = 150, 20
 PATIENCE = 1200.0
 """Seconds for what ends by itself: a busy machine takes minutes to start a process."""
-TINY = (
-    "model.vision.image_size=32", "model.vision.width=32", "model.vision.layers=2", "model.vision.heads=4",
-    "model.vision.mlp_width=64", "model.vision.drop_path=0.2", "model.language.width=32",
-    "model.language.layers=2", "model.language.heads=4", "model.language.mlp_width=64",
-    "model.language.dropout=0.1", "model.language.vocab_size=400", "model.pool_heads=4",
-    "data.sequence_length=64", "data.decode_backend=cpu", "log.tensorboard=false",
-)  # fmt: skip
 SMALL = ("--nodes=2", "--gpus-per-node=0", "--cpus-per-task=1", "--mem=0", "--time=60")
 TRAINER = r"^\S*python\S* -u tools/pretrain_lcl\.py"
 ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL")
@@ -56,7 +49,7 @@ class Job:
             *SMALL, f"--output={self.log}", "examples/slurm/8-nodes.sbatch",
             "--recipe", "demo", "--data", str(folder / "pairs"), "--tokenizer", str(folder), "--out", str(self.out),
             "--steps", str(STEPS), "--micro-batch-size", "2", "--global-batch-size", "8", "--checkpoint-every",
-            str(EVERY), "--log-every", "10", "--timeout", "60", "--set", *TINY,
+            str(EVERY), "--log-every", "10", "--timeout", "60", "--set", *MODEL, *DROPPING,
             cwd=ROOT, OMP_NUM_THREADS="1", LCL_PYTHON=sys.executable, **environment,
         )  # fmt: skip
 
@@ -207,8 +200,7 @@ def main() -> int:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leaving stops the daemons
     signal.signal(signal.SIGINT, signal.default_int_handler)
     folder, started = Path(tempfile.mkdtemp(prefix="lcl-slurm-")), time.monotonic()
-    make_dataset(folder / "pairs")
-    small_tokenizer().save(folder / "tokenizer.json")
+    make_corpus(folder)
     with Cluster(folder / "cluster", root) as slurm:
         campaign = Campaign(slurm, folder)
         version = slurm.call("sinfo", "--version").strip()

@@ -15,29 +15,20 @@ TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS / "training"), str(TESTS / "data"), str(TESTS / "distributed")]
 
 ROOT = TESTS.parent
-TINY = (
-    "model.vision.image_size=32", "model.vision.width=32", "model.vision.layers=2", "model.vision.heads=4",
-    "model.vision.mlp_width=64", "model.vision.drop_path=0.2", "model.language.width=32",
-    "model.language.layers=2", "model.language.heads=4", "model.language.mlp_width=64",
-    "model.language.dropout=0.1", "model.language.vocab_size=400", "model.pool_heads=4",
-    "data.sequence_length=64", "data.decode_backend=cpu", "log.tensorboard=false",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`pairs/` (60 documents) and `tokenizer.json`."""
-    from corpora import make_dataset, small_tokenizer
+    from tiny import make_corpus
 
-    folder = tmp_path_factory.mktemp("corpus")
-    make_dataset(folder / "pairs")
-    small_tokenizer().save(folder / "tokenizer.json")
-    return folder
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
 
 
 @pytest.fixture(scope="session")
 def arguments(corpus: Path) -> Callable[..., list[str]]:
     """Command line of a tiny run."""
+    from tiny import DROPPING, MODEL
 
     def make(out: Path, *more: str) -> list[str]:
         """`more` are flags with their values, and settings of the form section.name=value."""
@@ -47,10 +38,22 @@ def arguments(corpus: Path) -> Callable[..., list[str]]:
             "tools/pretrain_lcl.py", "--recipe", "demo", "--data", str(corpus / "pairs"),
             "--tokenizer", str(corpus), "--out", str(out), "--steps", "8", "--micro-batch-size", "2",
             "--global-batch-size", "4", "--checkpoint-every", "3", "--log-every", "1", "--timeout", "60",
-            *flags, "--set", *TINY, *settings,
+            *flags, "--set", *MODEL, *DROPPING, *settings,
         ]  # fmt: skip
 
     return make
+
+
+@pytest.fixture(scope="session")
+def undisturbed(arguments: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Twenty steps on two ranks, dropout and drop-path on, checkpoints at 18 and 20; not to be written to."""
+    from launch import torchrun
+    from runs import records
+
+    out = tmp_path_factory.mktemp("undisturbed") / "run"
+    torchrun(2, *arguments(out, "--steps", "20"), timeout=580)
+    assert len(records(out)) == 20
+    return out
 
 
 @pytest.fixture(scope="session")
