@@ -210,6 +210,7 @@ FOREIGN = {
     },
     "sbatch and scancel": {"--partition", "--time", "--output", "--requeue", "--signal"},
     "pip": {"--no-build-isolation"},
+    "open_clip": {"--accum-freq", "--fsdp-checkpoint"},
 }  # fmt: skip
 
 
