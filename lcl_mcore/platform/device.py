@@ -8,7 +8,7 @@ from datetime import timedelta
 
 import torch
 
-from lcl_mcore.platform.rendezvous import join_store
+from lcl_mcore.platform.rendezvous import MEETING_SECONDS, join_store
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def init_process_group(device: Device, timeout_seconds: float) -> torch.distribu
         store: torch.distributed.Store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True)
         rank, world = 0, 1
     else:
-        store, rank, world = join_store(timeout_seconds)
+        store, rank, world = join_store(max(timeout_seconds, MEETING_SECONDS))
     torch.distributed.init_process_group(
         device.backend,
         store=store,

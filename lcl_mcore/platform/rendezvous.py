@@ -15,6 +15,8 @@ from datetime import timedelta
 import torch.distributed as dist
 
 PREFIX = "lcl/attempt"
+MEETING_SECONDS = 300.0
+"""How far apart processes may start: hundreds read the same packages, or the machine is busy."""
 
 
 def join_store(timeout_seconds: float) -> tuple[dist.Store, int, int]:
@@ -54,7 +56,10 @@ def _lead(store: dist.Store, world: int, timeout_seconds: float) -> str:
 def _follow(store: dist.Store, limit: timedelta) -> str:
     token = uuid.uuid4().hex
     store.set(f"{PREFIX}/ask/{store.add(f'{PREFIX}/asked', 1)}", token)
-    store.wait([f"{PREFIX}/answer/{token}"], limit)
+    try:
+        store.wait([f"{PREFIX}/answer/{token}"], limit)
+    except dist.DistStoreError:
+        raise TimeoutError(f"rank 0 did not come to the job within {limit.total_seconds():g} s.") from None
     name = store.get(f"{PREFIX}/answer/{token}").decode()
     store.add(f"{PREFIX}/{name}/confirmed", 1)
     return name
