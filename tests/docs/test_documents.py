@@ -83,7 +83,7 @@ def carried_out(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tu
     (workspace / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
     done = subprocess.run(
         [sys.executable, str(HERE / "docs_worker.py"), str(workspace), str(workspace / "jobs.json")],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=400, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=800, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     results = json.loads(done.stdout.splitlines()[-1])
@@ -91,7 +91,7 @@ def carried_out(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tu
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(820)
 def test_commands_work(carried_out: tuple[Path, list[tuple[Entry, Result]]]) -> None:
     workspace, results = carried_out
     ran = 0
@@ -116,7 +116,7 @@ def test_commands_work(carried_out: tuple[Path, list[tuple[Entry, Result]]]) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(420)
+@pytest.mark.timeout(820)
 def test_the_demo_is_made_of_accepted_commands(carried_out: tuple[Path, list[tuple[Entry, Result]]]) -> None:
     """`make demo` takes minutes: here it starts nothing, and what it would start is read by the tools."""
     assert "$(BIN)/python examples/demo/run.py" in targets()["demo"]

@@ -51,11 +51,11 @@ def committed() -> Counts:
     return dict(json.loads((HERE / "counters.json").read_text(encoding="utf-8")))
 
 
-@pytest.mark.timeout(200)
+@pytest.mark.timeout(420)
 def test_a_step_costs_what_was_committed(committed: Counts) -> None:
     done = subprocess.run(
         [sys.executable, str(HERE / "counters_worker.py")], env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=180, check=False,
+        capture_output=True, text=True, timeout=400, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     found: Counts = json.loads(done.stdout.splitlines()[-1])
