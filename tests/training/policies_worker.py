@@ -42,6 +42,7 @@ RUNS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "left_out": ({"skip_batches": [[4, 4], [9, 9]]}, []),
     "spike": ({"spike": "rollback", **QUICK}, JUMP),
     "never_there": ({"spike": "rollback", **QUICK}, []),
+    "stop": ({}, [{"kind": "nan", "rank": 1, "batch": 2}]),
     "limit": (
         {"nonfinite": "skip", "nonfinite_limit": 2},
         [{"kind": "nan", "rank": 1, "batch": b} for b in (2, 3)],
@@ -56,8 +57,16 @@ def tensors(trainer: Trainer) -> list[torch.Tensor]:
     return [t.detach().clone() for t in (*trainer.model.parameters(), *moments)]
 
 
-def watch_bad_steps(trainer: Trainer, unchanged: list[bool]) -> None:
-    """Compare all tensors before and after every refused step, at the moment it is recovered from."""
+def same(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
+
+
+def watch_bad_steps(trainer: Trainer, unchanged: list[bool]) -> list[torch.Tensor]:
+    """Compare all tensors before and after every refused step, at the moment it is recovered from.
+
+    Returns:
+        What they were before the newest step.
+    """
     before: list[torch.Tensor] = []
     run, recover = trainer.train_step.run, trainer._recover
 
@@ -67,11 +76,12 @@ def watch_bad_steps(trainer: Trainer, unchanged: list[bool]) -> None:
 
     def recovered(fault: StepFaultError) -> None:
         if fault.kind == "nonfinite":
-            unchanged.append(all(torch.equal(a, b) for a, b in zip(before, tensors(trainer), strict=True)))
+            unchanged.append(same(before, tensors(trainer)))
         recover(fault)
 
     trainer.train_step.run = stepped  # type: ignore[method-assign]
     trainer._recover = recovered  # type: ignore[method-assign]
+    return before
 
 
 def main() -> int:
@@ -95,11 +105,13 @@ def main() -> int:
         trainer.log.note = notes.append  # type: ignore[method-assign]
         spoil(trainer, [f for f in faults if f.get("rank", job.rank) == job.rank])
         unchanged: list[bool] = []
-        watch_bad_steps(trainer, unchanged)
+        before = watch_bad_steps(trainer, unchanged)
         try:
             trainer.run()
         except NonFiniteError as error:
             notes.append(f"error: {error}")
+            if name == "stop":  # nothing recovers: compared where the run ended
+                unchanged.append(same(before, tensors(trainer)))
         flags = torch.tensor([len(unchanged), sum(unchanged)])
         everyone = [torch.zeros_like(flags) for _ in range(job.world)]
         dist.all_gather(everyone, flags, group=job.groups.host_control)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -90,33 +91,30 @@ def test_a_run_folder_is_not_overwritten(tmp_path: Path, run_tool: Tool, argumen
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(200)
 def test_missing_and_damaged_data(tmp_path: Path, corpus: Path, run_tool: Tool, arguments: Arguments) -> None:
     """Missing data set, missing shard, cut shard, undecodable picture: named, no traceback, nothing written."""
-
-    def train(folder: Path, *more: str) -> Any:
-        command = arguments(tmp_path / "out", "--data", str(folder), *more)
-        return run_tool(*command)
-
-    done = train(tmp_path / "nowhere")
-    assert done.returncode == 2
-    assert str(tmp_path / "nowhere") in done.stderr
-    broken = tmp_path / "broken"
-    shutil.copytree(corpus / "pairs", broken)
-    shard = sorted(broken.glob("*.tar"))[0]
-    content = shard.read_bytes()
-    shard.unlink()
-    done = train(broken)
-    assert done.returncode == 2
-    assert f"{shard}: is missing" in done.stderr
-    shard.write_bytes(content[:2000])
-    done = train(broken)
-    assert done.returncode == 2
-    assert shard.name in done.stderr
-    assert "Traceback" not in done.stderr
-    shard.write_bytes(content.replace(b"JFIF", b"HTML"))
-    done = train(broken, "data.max_consecutive_failures=1")
-    assert done.returncode == 2
-    assert "doc-0000" in done.stderr
-    assert "picture in a row that cannot be used" in done.stderr
-    assert "Traceback" not in done.stderr
+    first = sorted((corpus / "pairs").glob("*.tar"))[0]
+    content = first.read_bytes()
+    damaged = {"gone": None, "cut": content[:2000], "spoiled": content.replace(b"JFIF", b"HTML")}
+    expected = {"nowhere": (str(tmp_path / "nowhere"),), "gone": (f"{first.name}: is missing",),
+                "cut": (first.name,), "spoiled": ("doc-0000", "picture in a row that cannot be used")}  # fmt: skip
+    cases = []
+    for name in expected:
+        folder = tmp_path / name
+        if name != "nowhere":
+            shutil.copytree(corpus / "pairs", folder)
+            (folder / first.name).unlink()
+            if (left := damaged[name]) is not None:
+                (folder / first.name).write_bytes(left)
+        cases.append(arguments(tmp_path / "out", "--data", str(folder), "data.max_consecutive_failures=1"))
+    file = tmp_path / "cases.json"
+    file.write_text(json.dumps(cases))
+    done = run_tool("tests/training/tool_worker.py", str(file), timeout=180)
+    assert done.returncode == 0, done.stderr
+    for result, (name, words) in zip(json.loads(done.stdout.splitlines()[-1]), expected.items(), strict=True):
+        assert result["code"] == 2, (name, result)
+        for word in words:
+            assert word in result["stderr"], (name, result)
+        assert "Traceback" not in result["stderr"], name
     assert not (tmp_path / "out" / "checkpoints").exists()

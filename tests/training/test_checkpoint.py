@@ -113,21 +113,25 @@ def test_a_malicious_checkpoint_does_not_run(
 
 
 @pytest.mark.distributed
-def test_a_full_disk_keeps_earlier_checkpoints(arguments: Arguments, tmp_path: Path) -> None:
-    """The file-size limit makes every write of a shard fail, as a full disk does."""
+@pytest.mark.timeout(240)
+def test_a_full_disk_keeps_earlier_checkpoints(
+    undisturbed: Path, arguments: Arguments, tmp_path: Path
+) -> None:
+    """The file-size limit makes every write of a shard fail, as a full disk does: twice in a row end the run."""
     out = tmp_path / "run"
-    torchrun(2, *arguments(out, "--steps", "3"))
+    shutil.copytree(undisturbed, out)
     kept = complete_checkpoints(out / "checkpoints")
     limited = torchrun(
-        2, "tests/training/limited_worker.py", *arguments(out, "--steps", "8", "--resume")[1:], check=False
+        2, "tests/training/limited_worker.py", *arguments(out, "--steps", "24", "--resume")[1:], check=False
     )
     assert limited.returncode != 0
     text = limited.stdout + limited.stderr
+    assert f"resume: {kept[-1]}, 20 steps done" in text
+    assert "WARNING checkpoint" in text
     assert "error: checkpoint" in text
     assert "could not be written" in text
     assert "earlier checkpoints are intact" in text
+    assert len(records(out)) == 24
     assert complete_checkpoints(out / "checkpoints") == kept
     assert verify(kept[-1]) == []
     assert not list((out / "checkpoints").glob("*.partial"))
-    torchrun(2, *arguments(out, "--resume"))
-    assert len(records(out)) == 8

@@ -61,6 +61,12 @@ def test_nan_and_spike_on_two_ranks(arguments: Callable[..., list[str]], tmp_pat
     report: dict[str, Any] = json.loads(done.stdout.strip().splitlines()[-1])
     for name in ("skip", "rollback", "fused", "limit"):
         assert report[name]["unchanged"] == [[2, 2], [2, 2]], name  # two bad steps on each rank
+    assert report["stop"]["unchanged"] == [[1, 1], [1, 1]]  # the default: the run ends before the update
+    assert (
+        "error: step 3: gradient norm nan: what rank 1 computed is NaN or Inf" in report["stop"]["notes"][-1]
+    )
+    assert len(records(tmp_path / "stop")) == 2
+    assert not list((tmp_path / "stop" / "checkpoints").glob("step-*"))
     for name in ("skip", "rollback"):
         text = "\n".join(report[name]["notes"])
         assert "gradient norm nan (ranks [1]); batches 4 to 4 are left out" in text

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch import torchrun
-from lcl_mcore.training.checkpoint import complete_checkpoints
+from lcl_mcore.training.checkpoint import complete_checkpoints, read_state, verify
 from runs import ROOT, assert_same_run, records
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -71,26 +71,17 @@ def worker_pids(out: Path) -> list[int]:
     return sorted(found)
 
 
-@pytest.fixture(scope="module")
-def undisturbed(arguments: Arguments, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Eight steps on two ranks, dropout and drop-path on."""
-    out = tmp_path_factory.mktemp("runs") / "undisturbed"
-    torchrun(2, *arguments(out))
-    assert len(records(out)) == 8
-    return out
-
-
 @pytest.mark.timeout(240)
 def test_sigkill_of_everything_then_resume(arguments: Arguments, undisturbed: Path, tmp_path: Path) -> None:
     out = tmp_path / "killed"
-    process = start(2, arguments(out))
+    process = start(2, arguments(out, "--steps", "20"))
     wait_for_file(out / "checkpoints" / "step-00000003" / "manifest.json", process)
     os.killpg(process.pid, signal.SIGKILL)
     for pid in worker_pids(out):
         os.kill(pid, signal.SIGKILL)
     process.wait(30)
     newest = complete_checkpoints(out / "checkpoints")[-1]
-    done = torchrun(2, *arguments(out, "--resume"))
+    done = torchrun(2, *arguments(out, "--steps", "20", "--resume"))
     assert f"resume: {newest}, {int(newest.name[-8:])} steps done" in done.stdout
     assert_same_run(undisturbed, out)
 
@@ -99,33 +90,17 @@ def test_sigkill_of_everything_then_resume(arguments: Arguments, undisturbed: Pa
 def test_sigterm_to_one_rank_saves_and_exits_cleanly(
     arguments: Arguments, undisturbed: Path, tmp_path: Path
 ) -> None:
+    """What the script and its launcher answer; `test_faults` continues such runs."""
     out = tmp_path / "stopped"
-    process = start(2, arguments(out, "--checkpoint-every", "0"))
+    process = start(2, arguments(out, "--steps", "20", "--checkpoint-every", "0"))
     wait_for_step(out, 2, process)
     os.kill(worker_pids(out)[-1], signal.SIGTERM)
     output, _ = process.communicate(timeout=90)
     assert process.returncode == 0, output
     assert "stopped by request" in output
-    stopped_at = len(records(out))
-    assert 2 <= stopped_at <= 7
-    assert (out / "checkpoints" / f"step-{stopped_at:08d}" / "manifest.json").is_file()
-    torchrun(2, *arguments(out, "--checkpoint-every", "0", "--resume"))
-    assert_same_run(undisturbed, out)
-
-
-@pytest.mark.timeout(240)
-def test_another_layout_continues_with_the_same_losses(
-    arguments: Arguments, undisturbed: Path, tmp_path: Path
-) -> None:
-    """Two data-parallel ranks stop at step 3; tensor parallelism with sequence parallelism goes on."""
-    out = tmp_path / "resharded"
-    torchrun(2, *arguments(out, "--steps", "8", "--checkpoint-every", "3", "checkpoint.keep=9"))
-    for later in ("step-00000006", "step-00000008"):
-        (out / "checkpoints" / later / "manifest.json").unlink()
-    done = torchrun(2, *arguments(out, "--tp", "2", "--sequence-parallel", "--resume"))
-    assert "3 steps done" in done.stdout
-    left, right = records(undisturbed), records(out)
-    for step in range(1, 9):
-        assert right[step]["order_hash"] == left[step]["order_hash"]
-        for name in ("loss", "contrastive", "generation"):
-            assert right[step][name] == pytest.approx(left[step][name], rel=1e-5), (step, name)
+    whole, part = records(undisturbed), records(out)
+    assert 2 <= len(part) < 20
+    assert all(record["loss"] == whole[step]["loss"] for step, record in part.items())
+    newest = out / "checkpoints" / f"step-{len(part):08d}"
+    assert verify(newest) == []
+    assert read_state(newest).step == len(part)
