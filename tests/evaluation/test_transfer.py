@@ -232,8 +232,8 @@ def test_the_own_writers_loss_is_that_of_the_plain_model(opened: Opened) -> None
         hidden, _ = writer._hidden(latents[i : i + 1], [row])
         logits = writer.language.norm_final(hidden) @ writer.language.head_weight[:306].T
         steps = range(len(writer.prompt) - 1, len(writer.prompt) + len(row) - 1)
-        expected -= sum(float(logits[s].log_softmax(0)[t]) for s, t in zip(steps, row, strict=True))
-    assert float(writer.loss_sum(latents, ids)) == pytest.approx(expected, rel=1e-5)
+        expected -= sum(float(logits[s].detach().log_softmax(0)[t]) for s, t in zip(steps, row, strict=True))
+    assert writer.loss_sum(latents, ids).item() == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -273,7 +273,7 @@ def test_a_hugging_face_lm_reads_latents_like_tokens(opened: Opened, local_lm: P
             input_ids=whole, labels=torch.where(torch.arange(whole.shape[1]) < 4, -100, whole)
         ).loss
         expected += loss.item() * len(row)
-    assert float(writer.loss_sum(latents, ids)) == pytest.approx(expected, rel=1e-5)
+    assert writer.loss_sum(latents, ids).item() == pytest.approx(expected, rel=1e-5)
     greedy = writer.model.generate(
         torch.cat((torch.full((2, 1), begin), tokens), 1),
         max_new_tokens=6,
