@@ -131,6 +131,7 @@ ENTRIES = (
     read("python tools/gpu_report.py --commit HASH", "tests/test_gpu_report.py::test_dry_run", HASH="1d1f3e5"),
     read("python tests/soak.py --minutes 30"),
     read("python tests/steady.py"),
+    read("python tests/training/detection.py"),
     # --- targets of the Makefile, packages, SLURM, the tests
     shown("make demo", "make demo", "tests/docs/test_documents.py::test_the_demo_is_made_of_accepted_commands"),
     shown("git clone REPOSITORY lcl_mcore", "Makefile"),
