@@ -4,9 +4,10 @@
 
 PLAN.json is a list of faults, each with "kind" and some of
     attempt  of torchrun's restarts, default 0      rank     who is struck
-    step     1-based, as in the log                 phase    "data", "step" or "save"
+    step     1-based, as in the log                 phase    "data", "step", "save" or "evaluate"
     delay    seconds after the phase began          signal   SIGKILL, SIGSTOP, SIGTERM, SIGUSR2
-kind "signal" sends the signal to the rank itself; "sleep" makes every step of the rank longer by `delay`; "read"
+kind "signal" sends the signal to the rank itself, once; "writer" kills it when its part of the checkpoint of `step` is
+written, before it is verified; "sleep" makes every step of the rank longer by `delay`; "read"
 makes reading step `step` last `delay` longer; "nan" spoils the rank's images in batch `batch`; "jump" trains batch
 `batch` with a learning rate 100,000 times too high.
 """
@@ -30,6 +31,7 @@ from lcl_mcore.config.files import check_folder, write_config
 from lcl_mcore.config.restart import is_restart
 from lcl_mcore.data.loader import StepReader
 from lcl_mcore.entry import run_main
+from lcl_mcore.training import checkpoint
 from lcl_mcore.training.recovery import batch_number
 from lcl_mcore.training.trainer import Trainer
 from lcl_mcore.training.watchdog import Watchdog
@@ -46,12 +48,13 @@ def plan_for(path: Path, rank: int) -> list[dict[str, Any]]:
 
 def strike_by_signal(faults: list[dict[str, Any]]) -> None:
     """Signals sent by a timer thread when a phase of a step has begun; says when, for the reports."""
-    mark = Watchdog.mark
+    mark, waiting = Watchdog.mark, [fault for fault in faults if fault["kind"] == "signal"]
 
     def marked(self: Watchdog, phase: str, step: int) -> None:
         mark(self, phase, step)
-        for fault in faults:
-            if fault["kind"] == "signal" and (phase, step + 1) == (fault["phase"], fault["step"]):
+        for fault in list(waiting):
+            if (phase, step + 1) == (fault["phase"], fault["step"]):
+                waiting.remove(fault)
                 number = getattr(signal, fault["signal"])
 
                 def strike(number: int = number, phase: str = phase, step: int = step + 1) -> None:
@@ -61,6 +64,20 @@ def strike_by_signal(faults: list[dict[str, Any]]) -> None:
                 threading.Timer(fault.get("delay", 0.0), strike).start()
 
     Watchdog.mark = marked  # type: ignore[method-assign]
+
+
+def kill_the_writer(faults: list[dict[str, Any]]) -> None:
+    write = checkpoint.write_pieces
+
+    def written(folder: Path, *rest: Any) -> Any:
+        entries = write(folder, *rest)
+        for fault in faults:
+            if fault["kind"] == "writer" and f"step-{fault['step']:08d}" in folder.name:
+                print(f"STRIKE {time.time():.3f} 9 writer {fault['step']}", flush=True)
+                os.kill(os.getpid(), signal.SIGKILL)
+        return entries
+
+    checkpoint.write_pieces = written
 
 
 def slow_reading(faults: list[dict[str, Any]]) -> None:
@@ -115,6 +132,7 @@ def main() -> int:
     faults = plan_for(Path(plan), job.rank)
     strike_by_signal(faults)
     slow_reading(faults)
+    kill_the_writer(faults)
     trainer = Trainer(config, job, resume=resume)
     spoil(trainer, faults)
     dist.barrier(group=job.groups.host_control)

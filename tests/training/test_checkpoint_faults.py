@@ -39,6 +39,7 @@ def test_killed_at_twenty_points_of_a_save(report: dict[str, Any]) -> None:
 
 
 def test_full_disk_at_three_sizes(report: dict[str, Any]) -> None:
+    assert len({case["limit"] for case in report["full"]}) == 3
     assert all(case["problem"].endswith("[Errno 27] File too large") for case in report["full"])
     for case in report["full"]:
         assert case["left"] == ["step-00000001"]

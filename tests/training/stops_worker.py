@@ -1,0 +1,87 @@
+"""One run in one job, stopped again and again by real signals to one rank, and continued each time.
+
+    stops_worker.py ROUNDS.json --recipe ... (the flags of tools/pretrain_lcl.py)
+
+ROUNDS.json is a list of rounds, each a list of faults as in `faults_worker`, and one kind more: "disk" lets the files
+of the rank grow to 1 kB only, from the save of its step until the next save. The last line on rank 0 is JSON: per
+round the notes, and per rank how each save ended.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import signal
+import sys
+from pathlib import Path
+from typing import Any
+
+from faults_worker import slow_reading, strike_by_signal
+from lcl_mcore.config.cli import parse_flags, resolve
+from lcl_mcore.entry import run_main
+from lcl_mcore.evaluation.periodic import periodic_evaluation
+from lcl_mcore.parallel.groups import gather_bytes
+from lcl_mcore.training import trainer as loop
+from lcl_mcore.training.checkpoint import Checkpointer, Outcome, TrainState
+from lcl_mcore.training.signals import StopRequest
+from lcl_mcore.training.trainer import Trainer
+
+
+def full_disk(faults: list[dict[str, Any]]) -> None:
+    """No file of this process may grow while the save of such a step is under way."""
+    start = Checkpointer.start
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def started(self: Checkpointer, state: TrainState) -> None:
+        struck = any(fault["kind"] == "disk" and fault["step"] == state.step for fault in faults)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000 if struck else hard, hard))
+        start(self, state)
+
+    Checkpointer.start = started  # type: ignore[method-assign]
+
+
+def main() -> int:
+    rounds, *arguments = sys.argv[1:]
+    flags = parse_flags(arguments)
+    config = resolve(flags)
+    assert flags.out is not None
+
+    from lcl_mcore.training.launch import start_job
+
+    job = start_job(config, flags.out)
+    flags.out.mkdir(parents=True, exist_ok=True)
+    stop = StopRequest()  # one for the process: an earlier run's would take the next one's signals
+    loop.StopRequest = lambda: stop  # type: ignore[assignment, misc]
+    plan = [[f for f in faults if f["rank"] == job.rank] for faults in json.loads(Path(rounds).read_text())]
+    everything = [fault for faults in plan for fault in faults]
+    strike_by_signal(everything)
+    slow_reading(everything)
+    full_disk(everything)
+    report = []
+    for number in range(len(plan)):
+        stop.received = None
+        trainer = Trainer(config, job, resume=number > 0, evaluation=periodic_evaluation(config, job))
+        notes: list[str] = []
+        outcomes: list[tuple[int, str]] = []
+        settle = trainer._settle
+
+        def settled(
+            outcome: Outcome | None, final: bool, settle: Any = settle, outcomes: Any = outcomes
+        ) -> None:
+            if outcome is not None:
+                outcomes.append((outcome.step, outcome.problem))
+            settle(outcome, final)
+
+        trainer._settle = settled  # type: ignore[method-assign]
+        trainer.log.note = notes.append  # type: ignore[method-assign]
+        assert trainer.run() == 0
+        answers = gather_bytes(json.dumps(outcomes).encode(), job.groups.host_control)
+        report.append({"notes": notes, "saves": [json.loads(answer) for answer in answers]})
+    if job.rank == 0:
+        print(json.dumps(report), flush=True)
+    return 0
+
+
+if __name__ == "__main__":
+    run_main(main)
