@@ -1,7 +1,7 @@
 """Trains several runs in one launch, each in its own layout.
 
 Arguments: a JSON file with a list of [folder, [flags of tools/pretrain_lcl.py]]; a folder that already holds
-checkpoints is resumed.
+checkpoints is resumed. Each rank leaves its parameters in the folder, see `leave_parameters`.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import json
 import sys
 from pathlib import Path
 
+import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
@@ -20,12 +21,25 @@ from lcl_mcore.training.build import Job
 from lcl_mcore.training.trainer import Trainer
 
 
+def leave_parameters(trainer: Trainer, path: Path) -> None:
+    """Full name -> [values, axis along which tensor-parallel ranks share them, or -1]."""
+    if trainer.ddp.ddp_config.overlap_param_gather:
+        trainer.ddp.start_param_sync(force_sync=True)
+    torch.save({
+        trainer.model.canonical_name(name): [
+            p.detach().clone(), p.partition_dim if getattr(p, "tensor_model_parallel", False) else -1,
+        ]
+        for name, p in trainer.model.named_parameters()
+    }, path)  # fmt: skip
+
+
 def main() -> None:
     device = pick_device("cpu")
     store = init_process_group(device, 60)
     rank, world = dist.get_rank(), dist.get_world_size()
-    for folder, flags in json.loads(Path(sys.argv[1]).read_text()):
-        config = resolve(parse_flags(flags))
+    for folder, words in json.loads(Path(sys.argv[1]).read_text()):
+        flags = parse_flags(words)
+        config = resolve(flags)
         config.check_processes(world)
         groups = make_groups(config.parallel.tensor, config.parallel.pipeline, 60, config.train.seed)
         out = Path(folder)
@@ -34,7 +48,9 @@ def main() -> None:
         dist.barrier(group=groups.host_control)
         note = print if rank == 0 else lambda text: None
         job = Job(device, groups, rank, world, out, note, dist.PrefixStore(out.name, store))
-        assert Trainer(config, job, resume=True).run() == 0
+        trainer = Trainer(config, job, resume=flags.init_from is None, init_from=flags.init_from)
+        assert trainer.run() == 0
+        leave_parameters(trainer, out / f"rank{rank}.pt")
         parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 

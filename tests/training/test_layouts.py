@@ -10,13 +10,16 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from launch import torchrun
+from lcl_mcore.training.checkpoint_tool import consolidate
 from runs import records
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 Arguments = Callable[..., list[str]]
 
+SPLIT = "tp2-vision-tensor"
 START, END, HANDOVER = 3, 23, 10
 PLAIN = ("model.vision.drop_path=0", "model.language.dropout=0")
 FOUR_LAYERS = ("model.language.layers=4", "checkpoint.keep=99")
@@ -39,6 +42,11 @@ LAYOUTS: dict[int, dict[str, tuple[str, ...]]] = {
         "tp2-pp2-dp2": ("--tp", "2", "--pp", "2", "--micro-batch-size", "2", "--checkpoint-every", "10"),
     },
 }  # fmt: skip
+# With dropout and drop-path, whose masks are keyed by identity.
+DROPPING: dict[int, dict[str, tuple[str, ...]]] = {
+    2: {"dropping-tp2-sp": ("--tp", "2", "--sequence-parallel")},
+    4: {"dropping-dp4": ("--micro-batch-size", "2")},
+}
 NAMES = [name for layouts in LAYOUTS.values() for name in layouts]
 
 
@@ -82,13 +90,13 @@ def matrix(arguments: Arguments, tmp_path_factory: pytest.TempPathFactory) -> Ma
         jobs = [
             matrix.job(name, *flags, start=("whole", START), rates=PLAIN) for name, flags in layouts.items()
         ]
-        if processes == 4:
-            jobs += [
-                matrix.job("dropping-dp4", "--micro-batch-size", "2", start=("dropping", START), rates=())
-            ]
+        for name, flags in DROPPING.get(processes, {}).items():
+            jobs += [matrix.job(name, *flags, start=("dropping", START), rates=())]
         matrix.launch(processes, jobs)
     back = matrix.job("back", start=("tp2-pp2-dp2", HANDOVER), rates=PLAIN)
-    matrix.launch(1, [back])
+    consolidate(str(matrix.root / SPLIT), matrix.root / "weights")
+    still = ("--steps", "1", "--lr", "1e-30", "--init-from", str(matrix.root / "weights"))
+    matrix.launch(1, [back, matrix.job("from-weights", *still, start=None, rates=PLAIN)])
     return matrix
 
 
@@ -112,8 +120,9 @@ def test_twenty_steps_from_one_checkpoint(matrix: Matrix, name: str) -> None:
 
 
 @pytest.mark.timeout(300)
-def test_data_parallel_ranks_drop_the_same_units(matrix: Matrix) -> None:
-    assert_close(matrix.losses("dropping", START), matrix.losses("dropping-dp4", START), 1e-6, 1e-5)
+@pytest.mark.parametrize("name", [name for layouts in DROPPING.values() for name in layouts])
+def test_other_layouts_drop_the_same_units(matrix: Matrix, name: str) -> None:
+    assert_close(matrix.losses("dropping", START), matrix.losses(name, START), 1e-6, 1e-5)
 
 
 @pytest.mark.timeout(300)
@@ -152,3 +161,25 @@ def test_megatrons_own_loader_reads_what_eight_ranks_saved(matrix: Matrix) -> No
     part = ShardedTensor.from_rank_offsets(f"weights/{name}", torch.full_like(half, torch.nan), (0, 1, 2))
     second = dist_checkpointing.load({"half": part}, str(folder), validate_access_integrity=False)
     assert torch.equal(second["half"], half)
+
+
+@pytest.mark.timeout(300)
+def test_consolidated_weights_are_the_models(matrix: Matrix) -> None:
+    """One file from a run of two tensor-parallel ranks: their parameters, bitwise, and `--init-from` takes them."""
+    ranks = [torch.load(matrix.root / SPLIT / f"rank{rank}.pt") for rank in (0, 1)]
+    whole = load_file(matrix.root / "weights" / "model.safetensors")
+    assert whole.keys() == ranks[0].keys()
+    split = 0
+    for name, value in whole.items():
+        axis = ranks[0][name][1]
+        parts = [rank[name][0] for rank in ranks]
+        model = torch.cat(parts, axis) if axis >= 0 else parts[0]
+        split += axis >= 0
+        if name == "language.token_embedding.weight":  # padding rows are no part of the model
+            assert len(value) == 400 < len(model)
+            model = model[:400]
+        assert torch.equal(value, model), name
+    assert split > 10
+    begun = torch.load(matrix.root / "from-weights" / "rank0.pt")
+    for name, value in whole.items():
+        assert torch.equal(begun[name][0][: len(value)], value), name
