@@ -215,8 +215,9 @@ class Checkpointer:
     def _together(self, action: Callable[[], object]) -> str:
         """Run `action` on every rank; the first problem, those first that are not the echo of another rank's."""
         answers = [a.decode() for a in gather_bytes(self._attempt(action).encode(), self.background)]
-        problems = [(a.startswith(_ECHO), rank, a.removeprefix(_ECHO)) for rank, a in enumerate(answers) if a]
-        return "rank {1}: {2}".format(*min(problems)) if problems else ""
+        own = [f"rank {rank}: {a}" for rank, a in enumerate(answers) if a and not a.startswith(_ECHO)]
+        echoes = [a.removeprefix(_ECHO) for a in answers if a.startswith(_ECHO)]
+        return (own or echoes or [""])[0]
 
     # --- restoring ---
 
@@ -333,8 +334,9 @@ def read_full_weights(path: Path) -> dict[str, torch.Tensor]:
 
 
 def _reason(error: BaseException) -> str:
-    """The telling line of an error; of one that torch wrapped with the tracebacks of all ranks, the last."""
+    """The telling line of an error; of one that torch made of all ranks' failures, the first rank's."""
+    if isinstance(error, CheckpointException) and error.failures:
+        rank = min(error.failures)
+        return f"{_ECHO}rank {rank}: {_reason(error.failures[rank][0])}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    if isinstance(error, CheckpointException):
-        return _ECHO + lines[-1]
     return lines[0] if lines else type(error).__name__

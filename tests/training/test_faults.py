@@ -129,7 +129,7 @@ def test_stop_signals_in_every_phase(
     assert problem.endswith("[Errno 27] File too large")
     warnings = [note for note in report[0]["notes"] if note.startswith("WARNING checkpoint")]
     assert len(warnings) == 1
-    assert "step-00000006: could not be written: rank " in warnings[0]
+    assert "step-00000006: could not be written: rank 1: [Errno 27]" in warnings[0]
     assert "Training goes on" in warnings[0]
     for step, record in right.items():
         for field in ("loss", "grad_norm", "order_hash", "images_seen"):
