@@ -1,12 +1,14 @@
 #!/usr/bin/env python
 """Kill ranks of a training job one after the other; how long until that is noticed, and until it trains again.
 
-    python tests/training/detection.py --kills 10 --ranks 2
+    python tests/training/detection.py --kills 20 --ranks 2
 
 torchrun restarts the job in place. Times are seconds after each SIGKILL: "noticed" is the first message of a
 survivor that names the dead rank; "processes" are the new ranks' start; "ready" is their announcement (imports,
-rendezvous, model, checkpoint verified and loaded); "training" is the end of their first step. Writes
-benchmarks/results/recovery.json; exit code 1 beyond 2 s to notice or 30 s to train again.
+rendezvous, model, checkpoint verified and loaded); "training" is the end of their first step. An undisturbed run
+follows, whose losses, gradient norms and documents must be bitwise the same. Writes benchmarks/results/recovery.json;
+exit code 1 beyond 2 s to notice or 30 s to train again, if a restart lost more than what followed the newest complete
+checkpoint, or if a number differs.
 """
 
 from __future__ import annotations
@@ -32,6 +34,8 @@ sys.path[:0] = [
     str(Path(__file__).resolve().parents[2] / name) for name in ("", "tests", "tests/training", "tests/data")
 ]
 
+from lcl_mcore.config.restart import EVENTS  # noqa: E402
+from lcl_mcore.training.checkpoint_files import complete_checkpoints, step_of  # noqa: E402
 from soak_jobs import ROOT, arguments_of, end_all, workers  # noqa: E402
 from soak_report import commit, machine, quantiles  # noqa: E402
 from tiny import make_corpus  # noqa: E402
@@ -75,13 +79,18 @@ class Output:
         raise RuntimeError(f"no line with {pattern!r}; the last ones:\n{''.join(self.seen[-30:])}")
 
 
-def strike(job: subprocess.Popen[str], output: Output, draw: random.Random) -> dict[str, float]:
-    """Kill one rank at a random moment a few steps after a start; seconds until the phases of `PHASES`."""
+def strike(job: subprocess.Popen[str], output: Output, draw: random.Random, run: Path) -> dict[str, float]:
+    """Kill one rank at a random moment a few steps after a start.
+
+    Returns:
+        Seconds until the phases of `PHASES`, the newest complete checkpoint then, and the step continued from.
+    """
     for _ in range(draw.randint(4, 9)):
         output.wait_for(r"^step ")
     time.sleep(draw.uniform(0.0, 0.3))
     ranks = workers(job)  # type: ignore[arg-type]
     old = {process.pid for process in ranks}
+    complete = max((step_of(path.name) or 0 for path in complete_checkpoints(run / "checkpoints")), default=0)
     struck = time.time()
     draw.choice(ranks).kill()
     moments = {"noticed": output.wait_for(r"error: .*is gone: it was killed")[0]}
@@ -93,47 +102,80 @@ def strike(job: subprocess.Popen[str], output: Output, draw: random.Random) -> d
     moments["processes"] = max(process.create_time() for process in new)
     moments["ready"] = output.wait_for(r"^lcl_mcore  recipe")[0]
     moments["training"] = output.wait_for(r"^step ")[0]
-    return {phase: round(moments[phase] - struck, 2) for phase in PHASES}
+    starts = [json.loads(line) for line in (run / EVENTS).read_text().splitlines()]
+    begun = [event["step"] for event in starts if event["event"] == "start"][-1]
+    times = {phase: round(moments[phase] - struck, 2) for phase in PHASES}
+    return times | {"complete": complete, "continued_from": begun}
 
 
-def measure(kills: int, ranks: int, seed: int, folder: Path) -> list[dict[str, float]]:
-    """One job that is struck `kills` times."""
-    corpus = make_corpus(folder / "corpus")
-    flags = arguments_of(corpus, folder / "run", f"dp{ranks}")
-    flags[flags.index("--steps") + 1] = "100000"
+def launch(ranks: int, kills: int, flags: list[str]) -> subprocess.Popen[str]:
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
                "--max-restarts", str(kills), "tools/pretrain_lcl.py", *flags]  # fmt: skip
-    job = subprocess.Popen(
+    return subprocess.Popen(
         command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT, text=True, start_new_session=True,
     )  # fmt: skip
+
+
+def numbers(run: Path) -> dict[int, list[Any]]:
+    """What must be the same, by step; a line that a kill cut short is left out."""
+    lines = [
+        line for line in (run / "metrics.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")
+    ]
+    read = [json.loads(line) for line in lines]
+    return {line["step"]: [line[name] for name in ("loss", "grad_norm", "order_hash")] for line in read}
+
+
+def measure(kills: int, ranks: int, seed: int, folder: Path) -> tuple[list[dict[str, float]], dict[str, int]]:
+    """One job that is struck `kills` times, and its steps beside those of an undisturbed one."""
+    corpus = make_corpus(folder / "corpus")
+    struck, calm = folder / "struck", folder / "calm"
+
+    def flags(run: Path) -> list[str]:
+        words = arguments_of(corpus, run, f"dp{ranks}")
+        words[words.index("--steps") + 1] = "100000"
+        return words
+
+    job = launch(ranks, kills, flags(struck))
     try:
         output, draw = Output(job), random.Random(seed)
-        return [strike(job, output, draw) for _ in range(kills)]
+        times = [strike(job, output, draw, struck) for _ in range(kills)]
     finally:
         end_all(job)  # type: ignore[arg-type]
+    left = numbers(struck)
+    job = launch(ranks, 0, flags(calm))
+    try:
+        Output(job).wait_for(rf"^step +{max(left)}/")
+    finally:
+        end_all(job)  # type: ignore[arg-type]
+    right = numbers(calm)
+    different = [step for step, values in left.items() if right.get(step) != values]
+    return times, {"steps": len(left), "not_bitwise_equal": len(different)}
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--kills", type=int, default=10)
+    parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=2, choices=(2, 4))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--report", type=Path, default=ROOT / "benchmarks" / "results" / "recovery.json")
     options = parser.parse_args()
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory(prefix="detection-") as folder:
-        times = measure(options.kills, options.ranks, options.seed, Path(folder))
+        times, compared = measure(options.kills, options.ranks, options.seed, Path(folder))
     summary: dict[str, Any] = {phase: quantiles([t[phase] for t in times]) for phase in PHASES}
-    holds = summary["noticed"]["largest"] <= NOTICED and summary["training"]["largest"] <= TRAINING
+    lost = sum(t["continued_from"] < t["complete"] for t in times)
+    fast = summary["noticed"]["largest"] <= NOTICED and summary["training"]["largest"] <= TRAINING
+    holds = fast and not lost and not compared["not_bitwise_equal"]
     report = {
         "command": f"python tests/training/detection.py --kills {options.kills} --ranks {options.ranks} "
                    f"--seed {options.seed}",
         "machine": machine(), "memory_gib": round(psutil.virtual_memory().total / 2**30), "commit": commit(),
         "date": datetime.now(UTC).isoformat(timespec="seconds"), "load_before": round(load, 1),
-        "seconds_after_a_kill": summary, "kills": times,
+        "seconds_after_a_kill": summary, "kills": times, "restarts_that_lost_a_complete_checkpoint": lost,
+        "beside_an_undisturbed_run": compared,
         "bounds": {"noticed": NOTICED, "training": TRAINING}, "holds": holds,
     }  # fmt: skip
     options.report.parent.mkdir(parents=True, exist_ok=True)
