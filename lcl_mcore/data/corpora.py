@@ -33,7 +33,7 @@ def fetch(package: str, folder: Path) -> Path:
     downloads.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(part, ignore_errors=True)
     patience = ["-o", "Acquire::http::Timeout=30", "-o", "Acquire::Retries=2"]
-    _run(["apt-get", *patience, "download", package], downloads)
+    _run(["apt-get", "download", package, *patience], downloads)
     archives = sorted(downloads.glob(f"{package}_*.deb"), key=lambda path: path.stat().st_mtime)
     if not archives:
         raise DataError(explain(package, "was not downloaded", "Run apt-get update first."))
