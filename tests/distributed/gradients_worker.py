@@ -242,7 +242,9 @@ def cases(groups: Groups, parallel: ParallelConfig, last: bool) -> Iterator[dict
     """All cases of one layout; those of other implementations and weights in the `last` one only."""
     most = 8 * parallel.tensor * parallel.pipeline // dist.get_world_size()  # micro-batches of a rank's rows
     for name, shape in SHAPES.items():
-        for micros, mean in ((1, "global"), (2, "global"), (5, "global"), (2 if most > 1 else 1, "rank")):
+        several = 2 if most > 1 else 1
+        ways = ((1, "global"), (2, "global"), (5, "global"), (several, "rank"))
+        for micros, mean in ways if name == "opt" else ((several, "global"),):
             if micros <= most and (micros < 5 or parallel.pipeline == 1):  # a pipeline's have equal sizes
                 case = {"shape": name, "micros": micros, "mean": mean}
                 yield case | run_case(shape, groups, parallel, micros, mean)
