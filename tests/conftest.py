@@ -13,15 +13,11 @@ if TYPE_CHECKING:
 
 
 @pytest.fixture(scope="session")
-def build() -> Callable[..., LclModel]:
-    """Build and initialise an `LclModel` of a `ModelConfig` on the CPU."""
+def groups() -> Any:
+    """megatron-core's groups of one process on the CPU."""
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from lcl_mcore.models.backends import choose_layers
-    from lcl_mcore.models.init import initialize as draw
-    from lcl_mcore.models.lcl import LclModel
-    from lcl_mcore.models.transformer_config import Layout
     from lcl_mcore.parallel.groups import make_groups
     from lcl_mcore.platform.device import init_process_group, pick_device
 
@@ -30,7 +26,16 @@ def build() -> Callable[..., LclModel]:
         init_process_group(device, 60)
     if not parallel_state.is_initialized():
         make_groups(1, 1, 60, 1)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
+    return ProcessGroupCollection.use_mpu_process_groups()
+
+
+@pytest.fixture(scope="session")
+def build(groups: Any) -> Callable[..., LclModel]:
+    """Build and initialise an `LclModel` of a `ModelConfig` on the CPU."""
+    from lcl_mcore.models.backends import choose_layers
+    from lcl_mcore.models.init import initialize as draw
+    from lcl_mcore.models.lcl import LclModel
+    from lcl_mcore.models.transformer_config import Layout
 
     def make(
         shape: Any,

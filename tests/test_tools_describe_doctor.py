@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
@@ -16,7 +17,7 @@ import pytest
 
 from lcl_mcore.config.recipes import RECIPES, load_recipe
 from lcl_mcore.models.count import parameter_counts
-from lcl_mcore.platform import doctor, preflight
+from lcl_mcore.platform import doctor, preflight, probe
 
 TOOLS = Path(__file__).parent.parent / "tools"
 
@@ -91,9 +92,9 @@ def test_doctor_reports_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "transformer-engine" in report["parts"][0]["reason"]
 
 
-def test_doctor_refuses_fp8_without_transformer_engine() -> None:
-    if doctor_module("transformer_engine"):
-        pytest.skip("Transformer Engine is installed")
+def test_doctor_refuses_fp8_without_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    missing = dataclasses.replace(probe.transformer_engine(), usable=False, reason="it is not installed")
+    monkeypatch.setattr(probe, "transformer_engine", lambda: missing)
     layers = doctor.choose_parts("fp8")[0]
     assert not layers.ok
     assert layers.reason.startswith("fp8 needs Transformer Engine: ")

@@ -6,6 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
+from tiny import MODEL
+
 ROOT = Path(__file__).resolve().parents[2]
 
 
@@ -14,12 +16,7 @@ def records(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-SMALL = (
-    "model.vision.image_size=32", "model.vision.width=32", "model.vision.layers=2", "model.vision.heads=4",
-    "model.vision.mlp_width=64", "model.language.width=32", "model.language.layers=1", "model.language.heads=4",
-    "model.language.mlp_width=64", "model.language.vocab_size=400", "model.pool_heads=4",
-    "data.sequence_length=64", "data.decode_backend=cpu", "checkpoint.every=0",
-)  # fmt: skip
+SMALL = (*MODEL, "model.language.layers=1", "checkpoint.every=0", "log.tensorboard=true")
 
 
 def command(corpus: Path, out: Path, *more: str) -> list[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -55,34 +55,19 @@ def coloured(copies: int, seed: int) -> Captioned:
 
 
 @pytest.fixture(scope="module")
-def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
+def opened(build: Callable[..., Any], groups: Any, tmp_path_factory: pytest.TempPathFactory) -> Opened:
     """A model with random weights, as if it had been loaded."""
-    from megatron.core import parallel_state
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
     from corpora import small_tokenizer
-    from lcl_mcore.models.backends import choose_layers
-    from lcl_mcore.models.init import initialize
-    from lcl_mcore.models.lcl import LclModel
-    from lcl_mcore.models.transformer_config import Layout
-    from lcl_mcore.parallel.groups import make_groups
-    from lcl_mcore.platform.device import init_process_group, pick_device
+    from lcl_mcore.platform.device import pick_device
 
     folder = tmp_path_factory.mktemp("transfer")
     small_tokenizer().save(folder / "tokenizer.json")
-    device = pick_device("cpu")
-    if not torch.distributed.is_initialized():
-        init_process_group(device, 60)
-    if not parallel_state.is_initialized():
-        make_groups(1, 1, 60, 1)
-    groups = ProcessGroupCollection.use_mpu_process_groups()
-    model = LclModel(SHAPE, Layout(), choose_layers(torch.float32)[0], groups)
-    initialize(model, SHAPE, 0, 0, 1)
+    device, model = pick_device("cpu"), build(SHAPE, train=False)
     recipe = load_recipe("demo")
     data = replace(recipe.data, tokenizer=TokenizerConfig(kind="file", path=str(folder)), sequence_length=48)
     job: Any = SimpleNamespace(device=device, groups=SimpleNamespace(megatron=groups), note=lambda line: None)
     state: Any = SimpleNamespace(step=0, images_seen=0)
-    return Opened(replace(recipe, model=SHAPE, data=data), model.eval(), job, folder, folder, state)
+    return Opened(replace(recipe, model=SHAPE, data=data), model, job, folder, folder, state)
 
 
 def constant(width: int) -> Encoder:
