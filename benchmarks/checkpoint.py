@@ -21,9 +21,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config.recipes import load_recipe
 from lcl_mcore.config.run import RunConfig
-from lcl_mcore.entry import run_main
 
 
 def config_for(world: int) -> RunConfig:
@@ -47,10 +47,10 @@ def measure(rounds: int, steps: int, folder: Path) -> dict[str, Any]:
     import torch.distributed as dist
 
     from lcl_mcore.benchmarking.step import Bench
-    from lcl_mcore.parallel.groups import make_groups
-    from lcl_mcore.platform.device import init_process_group, pick_device
-    from lcl_mcore.training.checkpoint import Checkpointer, TrainingTensors, TrainState
-    from lcl_mcore.training.checkpoint_store import open_store
+    from lcl_mcore.checkpoint.manager import Checkpointer, TrainingTensors, TrainState
+    from lcl_mcore.checkpoint.store import open_store
+    from lcl_mcore.distributed.device import init_process_group, pick_device
+    from lcl_mcore.distributed.groups import make_groups
 
     device = pick_device()
     init_process_group(device, 300)
@@ -89,24 +89,38 @@ def measure(rounds: int, steps: int, folder: Path) -> dict[str, Any]:
                 break
         written = time.perf_counter() - begun
         stall += seconds(saver.wait)
-        results.append({"quiet_step": statistics.median(quiet), "synchronous": synchronous, "stall": stall,
-                        "ratio": stall / synchronous, "written_after": written, "steps_beside": len(beside),
-                        "slowdown": sum(beside) - len(beside) * statistics.median(quiet)})  # fmt: skip
+        results.append(
+            {
+                "quiet_step": statistics.median(quiet),
+                "synchronous": synchronous,
+                "stall": stall,
+                "ratio": stall / synchronous,
+                "written_after": written,
+                "steps_beside": len(beside),
+                "slowdown": sum(beside) - len(beside) * statistics.median(quiet),
+            }
+        )
     path, notes = saver.find()
     assert path is not None, notes
     assert saver.snapshot is not None
     return {
-        "device": device.name, "processes": world,
+        "device": device.name,
+        "processes": world,
         "parameters": sum(p.numel() for p in bench.model.parameters()),
-        "bytes_of_this_rank": saver.snapshot.nbytes, "allocation_before_the_first_save": allocation,
-        "rounds": results, "find_and_verify": seconds(saver.find), "load": seconds(lambda: saver.load(path)),
-        **{f"median_{name}": statistics.median(r[name] for r in results)
-           for name in ("synchronous", "stall", "ratio", "slowdown", "quiet_step")},
-    }  # fmt: skip
+        "bytes_of_this_rank": saver.snapshot.nbytes,
+        "allocation_before_the_first_save": allocation,
+        "rounds": results,
+        "find_and_verify": seconds(saver.find),
+        "load": seconds(lambda: saver.load(path)),
+        **{
+            f"median_{name}": statistics.median(r[name] for r in results)
+            for name in ("synchronous", "stall", "ratio", "slowdown", "quiet_step")
+        },
+    }
 
 
 def _first_says(done: bool, group: Any) -> bool:
-    from lcl_mcore.parallel.groups import gather_bytes
+    from lcl_mcore.distributed.groups import gather_bytes
 
     return gather_bytes(b"1" if done else b"", group)[0] == b"1"
 
@@ -123,7 +137,7 @@ def main() -> int:
 
     import torch.distributed as dist
 
-    from lcl_mcore.benchmarking import environment
+    from lcl_mcore.diagnostics import environment
 
     if dist.get_rank() == 0:
         text = json.dumps(environment.describe() | result, indent=1)

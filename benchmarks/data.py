@@ -49,7 +49,7 @@ FIGURES = {
 def make_set(photos: Path, work: Path) -> None:
     """Pairs from all JPEGs of a folder (named after their files), prepared; and a tokenizer."""
     from lcl_mcore.data.prepare.engine import Options, prepare
-    from lcl_mcore.data.prepare.normalise import PictureLimits
+    from lcl_mcore.data.prepare.normalise import ImageLimits
     from lcl_mcore.data.prepare.pairs import PairReader
     from lcl_mcore.data.tokenizer import train_bpe
 
@@ -62,7 +62,7 @@ def make_set(photos: Path, work: Path) -> None:
                 info = tarfile.TarInfo(name)
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
-    options = Options(limits=PictureLimits(min_side=200))
+    options = Options(limits=ImageLimits(min_side=200))
     prepare(PairReader(work / "photos.tar"), work / "set", options, workers=1, quiet=True)
     train_bpe(words, 2000).save(work / "tokenizer.json")
 
@@ -76,8 +76,8 @@ def plain(work: Path) -> Iterator[tuple[int, int, int]]:
 
     from lcl_mcore.config.data import TokenizerConfig
     from lcl_mcore.data.crop import random_window
-    from lcl_mcore.data.keyed import KeyedRandom
     from lcl_mcore.data.tokenizer import build_tokenizer
+    from lcl_mcore.rng import KeyedRandom
 
     tokenizer = build_tokenizer(TokenizerConfig(path=str(work / "tokenizer.json")))
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
@@ -86,10 +86,10 @@ def plain(work: Path) -> Iterator[tuple[int, int, int]]:
     images, rows, used = [], [], 0
     for sample in samples:
         name = next(name for name in sample if name.startswith("0."))
-        picture = Image.open(io.BytesIO(sample[name])).convert("RGB")
-        window = random_window(*picture.size, (0.9, 1.0), (0.75, 4 / 3), KeyedRandom(random.random().hex()))
+        image = Image.open(io.BytesIO(sample[name])).convert("RGB")
+        window = random_window(*image.size, (0.9, 1.0), (0.75, 4 / 3), KeyedRandom(random.random().hex()))
         left, top = window.left, window.top
-        cropped = picture.crop((left, top, left + window.width, top + window.height))
+        cropped = image.crop((left, top, left + window.width, top + window.height))
         resized = cropped.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
         pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float().div(255)
         images.append((pixels - mean) / std)
@@ -121,9 +121,16 @@ def ours(work: Path, backend: str, *, packed: bool) -> Iterator[tuple[int, int, 
     )
     rows = PACKED_ROWS if packed else PLAIN_ROWS
     loader = build_loader(
-        config, tokenizer=build_tokenizer(config.tokenizer), image_size=SIDE, tokens_per_image=LATENTS,
-        global_batch_size=rows, micro_batch_size=rows, dp_rank=0, dp_size=1, seed=0,
-    )  # fmt: skip
+        config,
+        tokenizer=build_tokenizer(config.tokenizer),
+        image_size=SIDE,
+        tokens_per_image=LATENTS,
+        global_batch_size=rows,
+        micro_batch_size=rows,
+        dp_rank=0,
+        dp_size=1,
+        seed=0,
+    )
     try:
         for step in loader:
             yield sum(step.counts.images), rows, sum(step.counts.tokens)
@@ -218,7 +225,7 @@ def main() -> None:
             {name: run_once(name, work, args.images) for name in CONTENDERS} for _ in range(args.rounds)
         ]
         results: dict[str, Any] = {name: median_of([r[name] for r in rounds]) for name in CONTENDERS}
-        pictures = json.loads((work / "set" / "dataset.json").read_text())["images"]
+        images = json.loads((work / "set" / "dataset.json").read_text())["images"]
     table = comparison(results)
     print(f"{'':32s}{'plain':>10s}{'ours':>10s}{'dali':>10s}")
     for figure, row in table.items():
@@ -238,8 +245,8 @@ def main() -> None:
         "load_average": [round(value, 1) for value in os.getloadavg()],
         "rounds": args.rounds,
         "row_tokens": ROW,
-        "image_side": SIDE,
-        "pictures": pictures,
+        "image_embeds": SIDE,
+        "images": images,
     }
     if args.output:
         args.output.parent.mkdir(parents=True, exist_ok=True)

@@ -3,11 +3,11 @@
     python benchmarks/step.py --recipe paper-l14 --precision bf16 --steps 20
     python benchmarks/step.py --recipe released-b16-laion --precision bf16 --rows 64 --micro-batches 2
 
-Model, losses, gradient buffers and optimizer are those of training (`lcl_mcore.training.step`); only the data
+Model, losses, gradient buffers and optimizer are those of training (`lcl_mcore.train_step`); only the data
 engine is left out. Without `--rows` the largest micro-batch that fits in the GPU's memory is used. On a CPU, or
 with `--dry`, the model is cut down to two narrow layers: that checks the code, its numbers mean nothing.
 
-Model FLOPs are counted by `lcl_mcore.models.count`: matrix products that the model needs, without recompute. One
+Model FLOPs are counted by `lcl_mcore.models.flops`: matrix products that the model needs, without recompute. One
 device has its own micro-batches as negatives only, so the contrastive loss costs less than in a large job:
 `benchmarks/contrastive.py` measures it at its full size.
 """
@@ -18,8 +18,8 @@ import argparse
 import json
 from pathlib import Path
 
+from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config.recipes import RECIPES
-from lcl_mcore.entry import run_main
 
 
 def main() -> int:
@@ -40,10 +40,18 @@ def main() -> int:
 
     from lcl_mcore.benchmarking.step import Request, measure
 
-    result = measure(Request(
-        args.recipe, args.precision, args.rows, args.steps, args.micro_batches, args.recompute, args.backend,
-        dry=args.dry or not torch.cuda.is_available(),
-    ))  # fmt: skip
+    result = measure(
+        Request(
+            args.recipe,
+            args.precision,
+            args.rows,
+            args.steps,
+            args.micro_batches,
+            args.recompute,
+            args.backend,
+            dry=args.dry or not torch.cuda.is_available(),
+        )
+    )
     text = json.dumps(result)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

@@ -4,7 +4,7 @@
     python benchmarks/train_step.py --processes 1 --precision bf16   # one GPU
     python benchmarks/train_step.py --small --steps 1                # checks the code; its numbers mean nothing
 
-Both run in one command, in turn, each round in fresh processes: the same towers, the same rows (one picture and its
+Both run in one command, in turn, each round in fresh processes: the same towers, the same rows (one image and its
 caption each, 280 positions), the same precision, number of rows and processes. The plain one is
 `lcl_mcore.benchmarking.plain`: open_clip's ViT, pooler and contrastive loss, Hugging Face's OPT, DDP, fused AdamW.
 """
@@ -19,7 +19,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from lcl_mcore.entry import run_main
+from lcl_mcore.commands.entry import run_main
 
 
 def main() -> int:
@@ -63,10 +63,16 @@ def compare(args: argparse.Namespace) -> int:
     memory = ours["peak_bytes"] / plain["peak_bytes"]
     print(f"ours / plain: {speed:.2f} times the samples/s, {memory:.2f} times the peak memory (medians)")
     if args.out:
-        from lcl_mcore.benchmarking.environment import describe
+        from lcl_mcore.diagnostics.environment import describe
 
-        content = {"command": " ".join(sys.argv), "environment": describe(), "rounds": rounds, "medians": medians,
-                   "samples_per_second_ratio": speed, "peak_memory_ratio": memory}  # fmt: skip
+        content = {
+            "command": " ".join(sys.argv),
+            "environment": describe(),
+            "rounds": rounds,
+            "medians": medians,
+            "samples_per_second_ratio": speed,
+            "peak_memory_ratio": memory,
+        }
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return 0
@@ -76,10 +82,23 @@ def one_round(args: argparse.Namespace, side: str) -> dict[str, float]:
     """One side in fresh processes; its last line on rank 0 is JSON."""
     threads = max(1, (os.cpu_count() or 1) // args.processes)
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.processes),
-        __file__, "--side", side, "--rows", str(args.rows), "--steps", str(args.steps),
-        "--precision", args.precision, *(["--small"] if args.small else []),
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(args.processes),
+        __file__,
+        "--side",
+        side,
+        "--rows",
+        str(args.rows),
+        "--steps",
+        str(args.steps),
+        "--precision",
+        args.precision,
+        *(["--small"] if args.small else []),
+    ]
     environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
     done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
     if done.returncode:

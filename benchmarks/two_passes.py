@@ -17,8 +17,8 @@ import statistics
 import sys
 from pathlib import Path
 
+from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config.recipes import RECIPES
-from lcl_mcore.entry import run_main
 
 SIDES = {
     "one batch": (1, "global_batch"),
@@ -40,10 +40,10 @@ def main() -> int:
     if args.rows % args.parts:
         parser.error(f"--rows {args.rows}: not a multiple of --parts {args.parts}")
 
-    from lcl_mcore.benchmarking.environment import describe
     from lcl_mcore.benchmarking.step import Bench, Request, run_config
-    from lcl_mcore.parallel.groups import make_groups
-    from lcl_mcore.platform.device import init_process_group, pick_device
+    from lcl_mcore.diagnostics.environment import describe
+    from lcl_mcore.distributed.device import init_process_group, pick_device
+    from lcl_mcore.distributed.groups import make_groups
 
     device = pick_device()
     init_process_group(device, 120)
@@ -65,9 +65,14 @@ def main() -> int:
     for side, value in medians.items():
         print(f"{side:<22}{value:8.3f} s a step   {ratios[side]:.2f}")
     settings = {"recipe": args.recipe, "precision": args.precision, "rows": args.rows, "parts": args.parts}
-    result = {"command": " ".join(sys.argv), "settings": settings,
-              "median_seconds": medians, "ratio_to_one_batch": ratios,
-              "seconds": seconds, "environment": describe()}  # fmt: skip
+    result = {
+        "command": " ".join(sys.argv),
+        "settings": settings,
+        "median_seconds": medians,
+        "ratio_to_one_batch": ratios,
+        "seconds": seconds,
+        "environment": describe(),
+    }
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")

@@ -79,7 +79,7 @@ def unmasked_keys(ids: Tensor, groups: Tensor | None) -> Tensor:
     Args:
         ids: ``[n]`` integer, the pair's global number; image i and text i share it.
         groups: ``[n]`` integer or None. Rows with the same id >= 0 are not each other's negatives (same
-            document, duplicate picture); a negative id means "in no group".
+            document, duplicate image); a negative id means "in no group".
     """
     ids = ids.to(torch.int64)
     if groups is None:

@@ -240,7 +240,7 @@ class _Local(NamedTuple):
     y: Tensor
     s: Tensor
     cos: Tensor
-    row_keys: Tensor
+    sequence_keys: Tensor
     col_keys: Tensor
     v: Tensor | None
     """[n] weights relative to the largest one; None when all are equal."""
@@ -280,12 +280,12 @@ class _DistributedInfoNCE(torch.autograd.Function):
 
 def _prepare(step: PendingInfoNCE, image: Tensor, text: Tensor, s: Tensor, relative: list[float]) -> _Local:
     x, y = (operand(e, step.owner.precision, s.dtype) for e in (image, text))
-    row_keys, col_keys = step.keys(image)
+    sequence_keys, col_keys = step.keys(image)
     v = v_columns = None
     if step.owner.weighting == "rank":
         v = torch.full((step.layout.rows,), relative[step.layout.rank], dtype=s.dtype, device=s.device)
         v_columns = step.layout.per_column(relative, image, s.dtype)
-    return _Local(x, y, s, row_dot(x, y, s.dtype), row_keys, col_keys, v, v_columns)
+    return _Local(x, y, s, row_dot(x, y, s.dtype), sequence_keys, col_keys, v, v_columns)
 
 
 def _reduce_scatter(
@@ -296,7 +296,7 @@ def _reduce_scatter(
     positive = local.s * local.cos
     positives = step.gather_now(positive)  # overlaps with the sums
     columns = step.gathered("text")
-    block = (local.x, columns, local.row_keys, local.col_keys, local.s)
+    block = (local.x, columns, local.sequence_keys, local.col_keys, local.s)
     lr, lc = engine.block_lse(*block, precision=owner.precision)
     lc = merge_lse_reduced(lc, owner.dp_group)
     # This TP rank knows the column sums of its slice only; -inf elsewhere makes the merge a gather.
@@ -319,7 +319,7 @@ def _gather_both(
     step: PendingInfoNCE, local: _Local, with_gradients: bool
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     engine = step.engine(local.x)
-    rest = (local.row_keys, local.col_keys, local.s)
+    rest = (local.sequence_keys, local.col_keys, local.s)
     precision = step.owner.precision
     # Text rows first: they need the image gather, which started earlier than that of the texts.
     images = step.gathered("image")

@@ -199,7 +199,7 @@ def _rescue(
     shape = _shape("rescue", x, precision)
     block = 256
     for part, row_part, col_part, grid, per_split in _partials(x, y, shape, lc is not None):
-        ops.rescue_kernel[grid](
+        ops.fallback_lse_kernel[grid](
             x[part],
             y,
             x_keys[part],

@@ -98,7 +98,7 @@ def sums_kernel(
 
 
 @triton.jit
-def rescue_kernel(
+def fallback_lse_kernel(
     X,
     Y,
     XKey,

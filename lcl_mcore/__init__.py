@@ -1,6 +1,6 @@
 """Latent Compression Learning (NeurIPS 2024) pre-training on megatron-core."""
 
-from lcl_mcore.platform import late_compile
+from lcl_mcore.distributed import late_compile
 
 __version__ = "0.1.0"
 

@@ -18,8 +18,8 @@ def groups() -> Any:
     from megatron.core import parallel_state
     from megatron.core.process_groups_config import ProcessGroupCollection
 
-    from lcl_mcore.parallel.groups import make_groups
-    from lcl_mcore.platform.device import init_process_group, pick_device
+    from lcl_mcore.distributed.device import init_process_group, pick_device
+    from lcl_mcore.distributed.groups import make_groups
 
     device = pick_device("cpu")
     if not torch.distributed.is_initialized():

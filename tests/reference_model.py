@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lcl_mcore.batch import MicroBatch
 from lcl_mcore.config.model import LanguageConfig, ModelConfig, VisionConfig
-from lcl_mcore.data.batch import MicroBatch
 
 MEAN = torch.tensor([0.48145466, 0.4578275, 0.40821073]).view(3, 1, 1)
 STD = torch.tensor([0.26862954, 0.26130258, 0.27577711]).view(3, 1, 1)
@@ -237,10 +237,10 @@ class ReferenceLcl(nn.Module):
                 pooled, latents = self.encode(batch.images)
                 hidden = self.read(batch, latents)
                 images.append(F.normalize(pooled[batch.context_images], dim=-1))
-                contexts.append(F.normalize(self.contexts(hidden, batch.context_rows), dim=-1))
+                contexts.append(F.normalize(self.contexts(hidden, batch.context_positions), dim=-1))
                 groups.append(batch.group_ids)
-                rank_images += len(batch.context_rows)
-                logits = self.logits(hidden, batch.target_rows)
+                rank_images += len(batch.context_positions)
+                logits = self.logits(hidden, batch.target_positions)
                 rank_nll.append(F.cross_entropy(logits, batch.target_labels, reduction="none"))
             nll.append(torch.cat(rank_nll))
             counts.append(rank_images)
@@ -306,20 +306,26 @@ def worst_gradient(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> tuple[
 
 
 _BLOCK = {
-    "ln_1": "input_layernorm", "ln_2": "pre_mlp_layernorm", "attn.out_proj": "self_attention.linear_proj",
-    "mlp.c_fc": "mlp.linear_fc1", "mlp.c_proj": "mlp.linear_fc2",
-}  # fmt: skip
+    "ln_1": "input_layernorm",
+    "ln_2": "pre_mlp_layernorm",
+    "attn.out_proj": "self_attention.linear_proj",
+    "mlp.c_fc": "mlp.linear_fc1",
+    "mlp.c_proj": "mlp.linear_fc2",
+}
 _REST = {
     "visual.class_embedding": "vision.class_token",
     "visual.positional_embedding": "vision.position_embedding",
-    "visual.ln_pre": "vision.norm_pre", "visual.ln_post": "vision.norm_post",
-    "pool_project.query_token": "pool.query", "text.positional_embedding": "language.position_embedding",
-    "text.ln_final": "language.norm_final", "text.text_projection": "language.context_projection",
+    "visual.ln_pre": "vision.norm_pre",
+    "visual.ln_post": "vision.norm_post",
+    "pool_project.query_token": "pool.query",
+    "text.positional_embedding": "language.position_embedding",
+    "text.ln_final": "language.norm_final",
+    "text.text_projection": "language.context_projection",
     "lm_head.0": "language.norm_head",
     **{f"pool_project.pooler.norm1_{x}": f"pool.norm_{x}" for x in "qkv"},
     **{f"pool_project.pooler.cross_attn.{x}": f"pool.linear_{x}" for x in "qkv"},
     "pool_project.pooler.cross_attn.proj": "pool.linear_out",
-}  # fmt: skip
+}
 _ODD = {
     "visual.conv1.weight": ("vision.patch_embedding", "conv"),
     "text.token_embedding.weight": ("language.token_embedding.weight", "vocab"),
@@ -345,7 +351,7 @@ def _names(reference: ReferenceLcl) -> dict[str, tuple[str, str]]:
                 kind = "vision_qkv" if tower == "visual" else "language_qkv"
                 names[name] = (f"{layer}.self_attention.linear_qkv.{leaf.removeprefix('in_proj_')}", kind)
             elif stem in ("ls_1", "ls_2"):
-                names[name] = (f"{layer}.{'self_attn' if stem == 'ls_1' else 'mlp'}_bda.gain", "same")
+                names[name] = (f"{layer}.{'self_attn' if stem == 'ls_1' else 'mlp'}_bda.gamma", "same")
             else:
                 names[name] = (f"{layer}.{_BLOCK[stem]}.{leaf}", "same")
         else:

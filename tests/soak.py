@@ -34,7 +34,7 @@ sys.path[:0] = [
     str(Path(__file__).resolve().parents[1] / name) for name in ("", "tests", "tests/training", "tests/data")
 ]
 
-from lcl_mcore.config.restart import EVENTS  # noqa: E402
+from lcl_mcore.fault_tolerance.restart import EVENTS  # noqa: E402
 from soak_jobs import (  # noqa: E402
     EVERY,
     LAYOUTS,
@@ -203,8 +203,11 @@ def main() -> int:
             "kills": struck.kills,
         }
         tally.rounds.append(result)
-        print(f"round {number}: {' > '.join(struck.used)}: {'holds' if result['holds'] else 'DOES NOT HOLD'}, largest "
-              f"relative difference {result['largest_relative_difference']:.1e}", flush=True)  # fmt: skip
+        print(
+            f"round {number}: {' > '.join(struck.used)}: {'holds' if result['holds'] else 'DOES NOT HOLD'}, largest "
+            f"relative difference {result['largest_relative_difference']:.1e}",
+            flush=True,
+        )
         if not result["holds"]:
             tally.problems.append(f"round {number} differs at steps {result['different'][:5]}")
     report = summary(tally, layouts, options, time.monotonic() - began)

@@ -35,11 +35,33 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 
 def arguments_of(corpus: Path, out: Path, layout: str) -> list[str]:
     return [
-        "--recipe", "demo", "--data", str(corpus / "pairs"), "--tokenizer", str(corpus), "--out", str(out),
-        "--steps", str(STEPS), "--micro-batch-size", "2", "--global-batch-size", "8", "--lr", "1e-3",
-        "--checkpoint-every", str(EVERY), "--log-every", "1", "--timeout", str(TIMEOUT), "--set", *MODEL, *PLAIN,
+        "--recipe",
+        "demo",
+        "--data",
+        str(corpus / "pairs"),
+        "--tokenizer",
+        str(corpus),
+        "--out",
+        str(out),
+        "--steps",
+        str(STEPS),
+        "--micro-batch-size",
+        "2",
+        "--global-batch-size",
+        "8",
+        "--lr",
+        "1e-3",
+        "--checkpoint-every",
+        str(EVERY),
+        "--log-every",
+        "1",
+        "--timeout",
+        str(TIMEOUT),
+        "--set",
+        *MODEL,
+        *PLAIN,
         *LAYOUTS[layout][1],
-    ]  # fmt: skip
+    ]
 
 
 def accepted(corpus: Path, out: Path, ranks: int) -> list[str]:
@@ -57,12 +79,23 @@ def accepted(corpus: Path, out: Path, ranks: int) -> list[str]:
 
 
 def start(count: int, arguments: list[str], log: Any) -> subprocess.Popen[bytes]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
-               "tools/pretrain_lcl.py"]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(count),
+        "tools/pretrain_lcl.py",
+    ]
     return subprocess.Popen(
-        [*command, *arguments], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
-    )  # fmt: skip
+        [*command, *arguments],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=log,
+        stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )
 
 
 def workers(job: subprocess.Popen[bytes]) -> list[psutil.Process]:

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from lcl_mcore.platform.device import cpu_name
-from lcl_mcore.platform.probe import megatron_version
+from lcl_mcore.distributed.device import cpu_name
+from lcl_mcore.optional_packages import megatron_version
 from runs import records
 from soak_jobs import ROOT
 
@@ -46,8 +46,12 @@ def compare(out: Path, undisturbed: Path, *, bitwise: bool) -> dict[str, Any]:
     worst = max(abs(right[s]["loss"] - left[s]["loss"]) / abs(left[s]["loss"]) for s in left)
     names = ("loss", "grad_norm", "contrastive", "generation", "order_hash") if bitwise else ("order_hash",)
     different = [s for s in left if any(left[s][name] != right[s][name] for name in names)]
-    return {"steps": len(left), "different": different, "largest_relative_difference": worst,
-            "holds": not different and worst <= 1e-5}  # fmt: skip
+    return {
+        "steps": len(left),
+        "different": different,
+        "largest_relative_difference": worst,
+        "holds": not different and worst <= 1e-5,
+    }
 
 
 def summary(tally: Tally, layouts: list[str], options: argparse.Namespace, seconds: float) -> dict[str, Any]:
@@ -66,22 +70,26 @@ def summary(tally: Tally, layouts: list[str], options: argparse.Namespace, secon
         "layouts_offered": layouts,
         "starts_by_layout": dict(tally.starts),
         "same_layout": {
-            "rounds": len(same), "kills": sum(r["kills"] for r in same),
+            "rounds": len(same),
+            "kills": sum(r["kills"] for r in same),
             "steps_compared": sum(r["steps"] for r in same),
             "steps_not_bitwise_equal": sum(len(r["different"]) for r in same),
         },
         "changing_layout": {
-            "rounds": len(changed), "kills": sum(r["kills"] for r in changed),
+            "rounds": len(changed),
+            "kills": sum(r["kills"] for r in changed),
             "steps_compared": sum(r["steps"] for r in changed),
             "steps_with_other_documents": sum(len(r["different"]) for r in changed),
-            "largest_relative_difference": max((r["largest_relative_difference"] for r in changed), default=0.0),
+            "largest_relative_difference": max(
+                (r["largest_relative_difference"] for r in changed), default=0.0
+            ),
         },
         "steps_lost_beyond_last_checkpoint": sum("continued at" in p for p in tally.problems),
         "most_steps_done_again": max(tally.redone, default=0),
         "seconds_from_strike_to_end_of_job": quantiles(tally.ended_after),
         "seconds_from_start_to_first_step": quantiles(tally.training_after),
         "problems": tally.problems,
-    }  # fmt: skip
+    }
 
 
 def machine() -> str:
@@ -108,14 +116,20 @@ def quantiles(values: list[float]) -> dict[str, float]:
 def markdown(report: dict[str, Any]) -> str:
     same, changed = report["same_layout"], report["changing_layout"]
     lines = [
-        "# Soak test", "",
+        "# Soak test",
+        "",
         f"`python tests/soak.py`, seed {report['seed']}, {report['minutes']} minutes on {report['machine']}; "
         f"commit {report['commit']}.",
         "",
-        "| | |", "|---|---|",
-        f"| strikes | {report['strikes_total']}: " + ", ".join(f"{v} {k}" for k, v in report["strikes"].items()) + " |",
+        "| | |",
+        "|---|---|",
+        f"| strikes | {report['strikes_total']}: "
+        + ", ".join(f"{v} {k}" for k, v in report["strikes"].items())
+        + " |",
         f"| rounds, starts, restarts | {report['rounds']}, {report['starts']}, {report['restarts']} |",
-        "| layouts (starts) | " + ", ".join(f"{k} ({v})" for k, v in report["starts_by_layout"].items()) + " |",
+        "| layouts (starts) | "
+        + ", ".join(f"{k} ({v})" for k, v in report["starts_by_layout"].items())
+        + " |",
         f"| same layout: SIGKILLs, steps compared, not bitwise equal | {same['kills']}, {same['steps_compared']}, "
         f"{same['steps_not_bitwise_equal']} |",
         f"| changing layout: SIGKILLs, steps compared, other documents | {changed['kills']}, "
@@ -128,6 +142,7 @@ def markdown(report: dict[str, Any]) -> str:
         f"| seconds from strike to the end of the job (timeout left out) | "
         f"{report['seconds_from_strike_to_end_of_job']} |",
         f"| seconds from start to the first step | {report['seconds_from_start_to_first_step']} |",
-        f"| problems | {'; '.join(report['problems']) or 'none'} |", "",
-    ]  # fmt: skip
+        f"| problems | {'; '.join(report['problems']) or 'none'} |",
+        "",
+    ]
     return "\n".join(lines)

@@ -83,10 +83,15 @@ def judge(samples: list[tuple[int, ...]]) -> dict[str, float | int | bool]:
         for column in (2, 3)
     )
     return {
-        "samples": len(later), "mib_per_100_steps": round(mib, 3), "resident_mib": round(later[-1][1] / 2**20, 1),
-        "files": later[-1][2], "files_more": files, "threads": later[-1][3], "threads_more": threads,
+        "samples": len(later),
+        "mib_per_100_steps": round(mib, 3),
+        "resident_mib": round(later[-1][1] / 2**20, 1),
+        "files": later[-1][2],
+        "files_more": files,
+        "threads": later[-1][3],
+        "threads_more": threads,
         "holds": mib <= MIB_PER_100_STEPS and files <= 0 and threads <= 0,
-    }  # fmt: skip
+    }
 
 
 def main() -> int:
@@ -104,12 +109,18 @@ def main() -> int:
     fifth = len(lines) // 5
     report = {
         "command": f"python tests/steady.py --steps {options.steps} --ranks {options.ranks}",
-        "machine": machine(), "commit": commit(), "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "steps": len(lines), "bound_mib_per_100_steps": MIB_PER_100_STEPS, "ranks": ranks,
+        "machine": machine(),
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "steps": len(lines),
+        "bound_mib_per_100_steps": MIB_PER_100_STEPS,
+        "ranks": ranks,
         "minutes": round((time.monotonic() - began) / 60, 1),
-        "median_step_seconds_second_fifth": statistics.median(r["step_seconds"] for r in lines[fifth : 2 * fifth]),
+        "median_step_seconds_second_fifth": statistics.median(
+            r["step_seconds"] for r in lines[fifth : 2 * fifth]
+        ),
         "median_step_seconds_last_fifth": statistics.median(r["step_seconds"] for r in lines[-fifth:]),
-    }  # fmt: skip
+    }
     options.report.parent.mkdir(parents=True, exist_ok=True)
     options.report.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=1))

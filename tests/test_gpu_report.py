@@ -31,9 +31,17 @@ H100 = {
 }
 BARE: dict[str, Any] = {"gpu": None}
 FULL_PARTS = {
-    "gpu tests", "rates", "step released-b16-laion bf16", "step released-b16-laion fp8", "step paper-l14 bf16",
-    "step paper-l14 fp8", "plan paper-l14", "contrastive 32768", "contrastive 65536", "contrastive 131072",
-}  # fmt: skip
+    "gpu tests",
+    "rates",
+    "step released-b16-laion bf16",
+    "step released-b16-laion fp8",
+    "step paper-l14 bf16",
+    "step paper-l14 fp8",
+    "plan paper-l14",
+    "contrastive 32768",
+    "contrastive 65536",
+    "contrastive 131072",
+}
 
 
 def script(code: str, seconds: float = 30.0) -> Part:
@@ -120,7 +128,7 @@ def test_contenders_without_memory_are_results_and_other_errors_are_not(tmp_path
 def test_largest_micro_batch(monkeypatch: pytest.MonkeyPatch, state: int, row: float, expected: int) -> None:
     """80 units of memory, `state` of them taken by the model and `row` by each row."""
     from lcl_mcore.benchmarking import step
-    from lcl_mcore.platform.device import Device
+    from lcl_mcore.distributed.device import Device
 
     def peak(_: Any, rows: int, *unused: Any) -> float:
         if state + row * rows > 80:
@@ -139,7 +147,7 @@ def test_largest_micro_batch(monkeypatch: pytest.MonkeyPatch, state: int, row: f
 
 def test_rows_are_full_and_shaped_like_the_recipes() -> None:
     from lcl_mcore.benchmarking.step import Request, run_config
-    from lcl_mcore.benchmarking.synthetic import SyntheticRows
+    from lcl_mcore.data.synthetic import SyntheticRows
 
     for recipe, rows, images, contexts in [("paper-l14", 3, 16, 13), ("released-b16-laion", 4, 4, 2)]:
         config = run_config(Request(recipe, "bf16"), rows)

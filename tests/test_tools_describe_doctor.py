@@ -15,9 +15,10 @@ from pathlib import Path
 
 import pytest
 
+from lcl_mcore import optional_packages as probe
 from lcl_mcore.config.recipes import RECIPES, load_recipe
-from lcl_mcore.models.count import parameter_counts
-from lcl_mcore.platform import doctor, preflight, probe
+from lcl_mcore.diagnostics import doctor, preflight
+from lcl_mcore.models.flops import parameter_counts
 
 TOOLS = Path(__file__).parent.parent / "tools"
 
@@ -124,8 +125,10 @@ def test_doctor_names_versions_that_do_not_fit() -> None:
         ["torch>=99", "no-such-package>=1", "numpy", "flash-attn>=2.8; extra == 'flash-attn'"], "Do this."
     )
     assert [(line.name, line.ok) for line in lines] == [
-        ("torch", False), ("no-such-package", False), ("numpy", True),
-    ]  # fmt: skip
+        ("torch", False),
+        ("no-such-package", False),
+        ("numpy", True),
+    ]
     assert lines[0].reason == "torch>=99 is required. Do this."
     assert lines[1].found == "missing"
 
@@ -146,8 +149,12 @@ def test_doctor_checks_links_clocks_and_the_run_folder_over_the_processes_of_tor
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*command, str(TOOLS / "doctor.py"), "--json", "--folder", str(tmp_path / "run"), "--megabytes", "4"],
-        capture_output=True, text=True, timeout=200, check=False, env=environment,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+        env=environment,
+    )
     assert done.returncode == 0, done.stderr
     found = json.loads(done.stdout)["preflight"]
     ranks = found["ranks"]
@@ -167,8 +174,9 @@ def test_preflight_names_the_nodes_that_differ() -> None:
     nodes = ["n1", "n1", "n2", "n3"]
     assert preflight.compare_facts(nodes, [same] * 4) == []
     assert preflight.compare_facts(nodes, [same, same, {**same, "nccl": "2.27"}, {"torch": "2.13.0"}]) == [
-        "nccl is 2.27 on n2, 2.28 elsewhere", "nccl is none on n3, 2.28 elsewhere",
-    ]  # fmt: skip
+        "nccl is 2.27 on n2, 2.28 elsewhere",
+        "nccl is none on n3, 2.28 elsewhere",
+    ]
 
 
 def test_preflight_tells_shared_storage_from_two_folders(tmp_path: Path) -> None:

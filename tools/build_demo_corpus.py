@@ -1,4 +1,4 @@
-"""Render the demo corpus (OpenMoji pictures with their names) into a folder.
+"""Render the demo corpus (OpenMoji images with their names) into a folder.
 
     python tools/build_demo_corpus.py OUT
 
@@ -23,7 +23,7 @@ def main() -> int:
     parser.add_argument(
         "--heldout-share", type=float, default=0.1, help="share of the concepts kept for evaluation"
     )
-    parser.add_argument("--variants", type=int, default=6, help="pictures per concept, skin tones included")
+    parser.add_argument("--variants", type=int, default=6, help="images per concept, skin tones included")
     parser.add_argument("--vocabulary", type=int, default=1_500, help="text ids of the trained tokenizer")
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--quiet", action="store_true", help="no progress line")

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lcl_mcore.entry import run_main
+from lcl_mcore.commands.entry import run_main
 
 
 def main() -> int:
@@ -28,7 +28,7 @@ def main() -> int:
     if (flags.command == "consolidate") != (flags.out is not None):
         parser.error("consolidate needs --out, the other commands take none")
 
-    from lcl_mcore.training import checkpoint_tool
+    from lcl_mcore.checkpoint import consolidate as checkpoint_tool
 
     if flags.command == "list":
         for row in checkpoint_tool.list_checkpoints(flags.path):

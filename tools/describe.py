@@ -12,10 +12,10 @@ import json
 from pathlib import Path
 from typing import Any
 
+from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config.files import read_config
 from lcl_mcore.config.recipes import load_recipe
-from lcl_mcore.entry import run_main
-from lcl_mcore.models.count import describe_model
+from lcl_mcore.models.flops import describe_model
 
 UNITS = ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 

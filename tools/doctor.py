@@ -12,8 +12,8 @@ import json
 import os
 from pathlib import Path
 
-from lcl_mcore.entry import run_main
-from lcl_mcore.platform.doctor import examine, format_report
+from lcl_mcore.commands.entry import run_main
+from lcl_mcore.diagnostics.doctor import examine, format_report
 
 
 def main() -> int:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import sys
 
-from lcl_mcore.entry import run_main
+from lcl_mcore.commands.entry import run_main
 from lcl_mcore.evaluation.commands import parse, run
 
 

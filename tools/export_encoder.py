@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from lcl_mcore.entry import run_main
+from lcl_mcore.commands.entry import run_main
 
 
 def main() -> int:
@@ -20,12 +20,15 @@ def main() -> int:
     parser.add_argument("model", type=Path, help="run, checkpoint, or folder with model.safetensors")
     parser.add_argument("--out", type=Path, required=True, help="folder to write")
     parser.add_argument(
-        "--formats", nargs="*", default=[], choices=["timm", "open_clip", "transformers", "full", "released"],
+        "--formats",
+        nargs="*",
+        default=[],
+        choices=["timm", "open_clip", "transformers", "full", "released"],
         help="default: every package's format that can hold the encoder, and full",
-    )  # fmt: skip
+    )
     flags = parser.parse_args()
 
-    from lcl_mcore.export.encoder import export
+    from lcl_mcore.interop.export import export
 
     summary = export(flags.model, flags.out, flags.formats)
     for name, facts in summary["written"].items():

@@ -12,7 +12,7 @@ import json
 from pathlib import Path
 
 from lcl_mcore.benchmarking.gpu_report import default_path, make_report
-from lcl_mcore.entry import run_main
+from lcl_mcore.commands.entry import run_main
 
 
 def main() -> int:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config.base import from_dict, to_dict
 from lcl_mcore.config.data import DataConfig, TokenizerConfig
 from lcl_mcore.config.files import FILE as CONFIG_FILE
@@ -19,7 +20,6 @@ from lcl_mcore.config.files import write_config
 from lcl_mcore.config.model import ModelConfig
 from lcl_mcore.config.recipes import RECIPES, load_recipe
 from lcl_mcore.config.run import LossConfig, RunConfig
-from lcl_mcore.entry import run_main
 
 
 def config_for(shape: ModelConfig) -> RunConfig:
@@ -38,7 +38,7 @@ def config_for(shape: ModelConfig) -> RunConfig:
             packing="off",
             context_rule="index0",
         ),
-        loss=LossConfig(mean="rank"),
+        loss=LossConfig(averaging="rank"),
     )
 
 
@@ -52,8 +52,8 @@ def main() -> int:
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size in config.yaml")
     args = parser.parse_args()
 
-    from lcl_mcore.models.count import parameter_counts
-    from lcl_mcore.models.released import from_released, read_released, shape_of_released, write_full_state
+    from lcl_mcore.interop.released import from_released, read_released, shape_of_released, write_full_state
+    from lcl_mcore.models.flops import parameter_counts
 
     released = read_released(args.checkpoint)
     shape = shape_of_released(released)

@@ -14,7 +14,7 @@ import time
 from datetime import UTC, datetime
 
 from lcl_mcore.benchmarking.gpu_report import commit
-from lcl_mcore.entry import run_main
+from lcl_mcore.commands.entry import run_main
 
 
 def main() -> int:

@@ -14,11 +14,11 @@ import os
 import sys
 from pathlib import Path
 
-from lcl_mcore.data.pictures import MAX_PIXELS
+from lcl_mcore.data.images import MAX_PIXELS
 from lcl_mcore.data.prepare.engine import Options, Reader, prepare
 from lcl_mcore.data.prepare.html import HtmlReader
 from lcl_mcore.data.prepare.mmc4 import Mmc4Reader
-from lcl_mcore.data.prepare.normalise import PictureLimits
+from lcl_mcore.data.prepare.normalise import ImageLimits
 from lcl_mcore.data.prepare.pairs import PairReader
 from lcl_mcore.data.prepare.parquet import ParquetReader
 from lcl_mcore.data.prepare.split import split
@@ -42,27 +42,25 @@ def main() -> int:
     parser.add_argument("format", choices=["mmc4", "obelics", "omnicorpus", "pairs", "html", "split"])
     parser.add_argument("input", type=Path)
     parser.add_argument("output", type=Path)
-    parser.add_argument(
-        "--images", type=Path, help="folder of the downloaded pictures (default: INPUT/images)"
-    )
-    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="larger pictures are dropped")
-    parser.add_argument("--min-side", type=int, help="smaller pictures are dropped (default: by format)")
-    parser.add_argument("--max-aspect", type=float, default=20.0, help="narrower pictures are dropped")
+    parser.add_argument("--images", type=Path, help="folder of the downloaded images (default: INPUT/images)")
+    parser.add_argument("--max-pixels", type=int, default=MAX_PIXELS, help="larger images are dropped")
+    parser.add_argument("--min-side", type=int, help="smaller images are dropped (default: by format)")
+    parser.add_argument("--max-aspect", type=float, default=20.0, help="narrower images are dropped")
     parser.add_argument("--shrink-to", type=int, default=0, help="shorter side after shrinking (0: keep)")
     parser.add_argument(
-        "--max-repeats", type=int, default=0, help="drop pictures used in more documents than this"
+        "--max-repeats", type=int, default=0, help="drop images used in more documents than this"
     )
     parser.add_argument(
         "--max-duplicates", type=int, default=0, help="omnicorpus: largest allowed *_dup_count"
     )
-    parser.add_argument("--keep-text-only", action="store_true", help="keep documents left without a picture")
+    parser.add_argument("--keep-text-only", action="store_true", help="keep documents left without a image")
     parser.add_argument("--heldout-share", type=float, default=0.1, help="split: share of the documents")
     parser.add_argument("--seed", type=int, default=0, help="split: which documents are held out")
     parser.add_argument("--shard-megabytes", type=int, default=1024)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--quiet", action="store_true", help="no progress line")
     args = parser.parse_args()
-    limits = PictureLimits(
+    limits = ImageLimits(
         max_pixels=args.max_pixels,
         min_side=MIN_SIDES.get(args.format, 32) if args.min_side is None else args.min_side,
         max_aspect=args.max_aspect,

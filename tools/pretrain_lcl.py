@@ -12,10 +12,10 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config.cli import parse_flags, resolve
 from lcl_mcore.config.files import check_folder, write_config
-from lcl_mcore.config.restart import is_restart
-from lcl_mcore.entry import run_main
+from lcl_mcore.fault_tolerance.restart import is_restart
 
 
 def main() -> int:
@@ -27,15 +27,15 @@ def main() -> int:
     check_folder(folder, resume)
 
     # Imported only now, so that a mistake above is answered at once.
+    from lcl_mcore.distributed.context import start
     from lcl_mcore.evaluation.periodic import periodic_evaluation
-    from lcl_mcore.training.launch import start_job
-    from lcl_mcore.training.trainer import Trainer
+    from lcl_mcore.trainer import Trainer
 
-    job = start_job(config, folder)
-    if job.rank == 0:
+    context = start(config, folder)
+    if context.rank == 0:
         write_config(config, folder)
-    evaluation = periodic_evaluation(config, job)
-    return Trainer(config, job, resume=resume, init_from=flags.init_from, evaluation=evaluation).run()
+    evaluation = periodic_evaluation(config, context)
+    return Trainer(config, context, resume=resume, init_from=flags.init_from, evaluation=evaluation).run()
 
 
 if __name__ == "__main__":

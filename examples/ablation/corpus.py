@@ -1,6 +1,6 @@
-"""Interleaved documents for the ablation: pages of Debian's documentation packages, with the words near each picture.
+"""Interleaved documents for the ablation: pages of Debian's documentation packages, with the words near each image.
 
-A page's text is far longer than what minutes on a CPU can read, so of the text between two pictures only the last
+A page's text is far longer than what minutes on a CPU can read, so of the text between two images only the last
 words are kept. Whole pages are held out.
 """
 
@@ -12,14 +12,16 @@ from pathlib import Path
 from typing import Any
 
 from lcl_mcore.data.dataset import NativeDataset
-from lcl_mcore.data.keyed import key64
 from lcl_mcore.data.prepare.engine import Dropped, Job, Options, RawDocument, prepare
 from lcl_mcore.data.prepare.html import HtmlReader
-from lcl_mcore.data.prepare.normalise import PictureLimits
+from lcl_mcore.data.prepare.normalise import ImageLimits
 from lcl_mcore.data.tokenizer import train_bpe
+from lcl_mcore.rng import key64
 
 WORDS = 24
-SIDE = 96  # pictures are stored near the size that is trained on: decoding large ones would take most of the time
+SIDE = (
+    96  # images are stored near the size that is trained on: decoding large ones would take most of the time
+)
 HELDOUT_SHARE = 10  # one page in so many
 PACKAGES = ("python-skimage-doc", "python-sklearn-doc", "opencv-doc")
 
@@ -49,7 +51,7 @@ class NearbyWords(HtmlReader):
 
 
 def shorten(document: RawDocument) -> RawDocument:
-    """Keep the last words before every picture; a picture right behind another keeps that place."""
+    """Keep the last words before every image; a image right behind another keeps that place."""
     texts: list[str] = []
     images, previous = [], 0
     for image in sorted(document.images, key=lambda image: image.text_index):
@@ -64,7 +66,7 @@ def shorten(document: RawDocument) -> RawDocument:
 
 def build(pages: Path, output: Path, vocabulary: int) -> None:
     """`train/`, `heldout/` and `tokenizer.json` in `output`; what is done already is left alone."""
-    options = Options(limits=PictureLimits(min_side=32, shrink_to=SIDE), max_repeats=30)
+    options = Options(limits=ImageLimits(min_side=32, shrink_to=SIDE), max_repeats=30)
     for name in ("train", "heldout"):
         prepare(NearbyWords(pages, heldout=name == "heldout"), output / name, options, workers=2, quiet=True)
     path = output / "tokenizer.json"

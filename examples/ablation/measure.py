@@ -7,8 +7,8 @@ import argparse
 import json
 from pathlib import Path
 
+from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config.evaluation import ProbeConfig
-from lcl_mcore.entry import run_main
 
 
 def main() -> int:
@@ -16,7 +16,7 @@ def main() -> int:
     parser.add_argument("run", type=Path)
     parser.add_argument("--heldout", required=True)
     parser.add_argument("--labelled", type=Path, required=True)
-    parser.add_argument("--pictures", type=int, required=True)
+    parser.add_argument("--images", type=int, required=True)
     parser.add_argument("--epochs", type=float, required=True)
     parser.add_argument("--untrained", action="store_true", help="also the weights that the run started from")
     flags = parser.parse_args()
@@ -24,9 +24,10 @@ def main() -> int:
     from lcl_mcore.evaluation.loading import open_model, reset_weights
     from lcl_mcore.evaluation.overview import overview
 
-    # The same pictures for every run; small sets want a higher rate than the paper's 8192 pictures a step.
-    probe = ProbeConfig(epochs=flags.epochs, batch_size=250, lr=1e-3, train_limit=flags.pictures,
-                        test_limit=flags.pictures)  # fmt: skip
+    # The same images for every run; small sets want a higher rate than the paper's 8192 images a step.
+    probe = ProbeConfig(
+        epochs=flags.epochs, batch_size=250, lr=1e-3, train_limit=flags.images, test_limit=flags.images
+    )
     opened = open_model(flags.run)
     result = {"trained": overview(opened, flags.heldout, flags.labelled, probe)}
     if flags.untrained:

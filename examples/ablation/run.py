@@ -22,7 +22,7 @@ from study import FULL, ROOT, SETTINGS, VOCABULARY, Study
 from summary import write
 
 from lcl_mcore.data.corpora import fetch
-from lcl_mcore.platform.device import cpu_name
+from lcl_mcore.distributed.device import cpu_name
 
 FASHION = Path("usr/share/datasets/fashion-mnist")
 
@@ -38,7 +38,7 @@ def facts(study: Study, workers: int) -> dict[str, object]:
         "date": datetime.date.today().isoformat(),
         "hardware": f"{cpu_name()}, {workers} runs at a time, one thread each",
         "budget": asdict(study.budget),
-        "corpus": f"{', '.join(PACKAGES)}; the last {WORDS} words before each picture; one page in ten held out",
+        "corpus": f"{', '.join(PACKAGES)}; the last {WORDS} words before each image; one page in ten held out",
     }
 
 
@@ -50,13 +50,13 @@ def main() -> None:
     )
     parser.add_argument("--data", type=Path, default=Path("data/ablation"), help="folder of the corpus")
     parser.add_argument("--pages", type=Path, help="folder of HTML pages instead of the fetched packages")
-    parser.add_argument("--labelled", type=Path, help="labelled pictures instead of Fashion-MNIST")
+    parser.add_argument("--labelled", type=Path, help="labelled images instead of Fashion-MNIST")
     parser.add_argument(
         "--settings", nargs="*", default=[s.name for s in SETTINGS], help="some settings only"
     )
     parser.add_argument("--steps", type=int, default=FULL.steps)
     parser.add_argument("--seeds", type=int, default=FULL.seeds)
-    parser.add_argument("--probe-pictures", type=int, default=FULL.probe_pictures)
+    parser.add_argument("--probe-images", type=int, default=FULL.probe_images)
     parser.add_argument("--workers", type=int, default=2, help="runs at a time")
     flags = parser.parse_args()
     places = [p.resolve() for p in (flags.data, flags.out, flags.report)]
@@ -68,7 +68,7 @@ def main() -> None:
             fetch(package, pages)
     labelled = flags.labelled or fetch("dataset-fashion-mnist", data / "labelled") / FASHION
     build(pages, data / "corpus", VOCABULARY)
-    budget = replace(FULL, steps=flags.steps, seeds=flags.seeds, probe_pictures=flags.probe_pictures)
+    budget = replace(FULL, steps=flags.steps, seeds=flags.seeds, probe_images=flags.probe_images)
     study = Study(data / "corpus", labelled.resolve(), out, budget)
     chosen = tuple(s for s in SETTINGS if s.name in flags.settings)
     results = study.run_all(chosen, flags.workers)

@@ -45,17 +45,17 @@ class Budget:
     """What every run gets.
 
     steps           optimizer steps of 4 rows of 512 tokens
-    probe_pictures  pictures for training and for testing the probe
-    probe_epochs    passes of the probe over its training pictures
+    probe_images  images for training and for testing the probe
+    probe_epochs    passes of the probe over its training images
     """
 
     steps: int
-    probe_pictures: int
+    probe_images: int
     probe_epochs: float
     seeds: int
 
 
-FULL = Budget(steps=250, probe_pictures=4000, probe_epochs=12, seeds=3)
+FULL = Budget(steps=250, probe_images=4000, probe_epochs=12, seeds=3)
 
 
 def config_of(setting: Setting, seed: int, corpus: Path, budget: Budget) -> RunConfig:
@@ -68,15 +68,20 @@ def config_of(setting: Setting, seed: int, corpus: Path, budget: Budget) -> RunC
         recipe="ablation",
         model=replace(base.model, language=language),
         data=DataConfig(
-            sources=(source,), tokenizer=TokenizerConfig(kind="file", path=str(corpus)), sequence_length=512,
-            decode_threads=1, decode_backend="cpu",
+            sources=(source,),
+            tokenizer=TokenizerConfig(kind="file", path=str(corpus)),
+            sequence_length=512,
+            decode_threads=1,
+            decode_backend="cpu",
         ),
         loss=LossConfig(contrastive_weight=setting.contrastive, generation_weight=setting.generation),
         optim=OptimConfig(lr=1e-3, warmup_steps=max(budget.steps // 10, 1)),
-        train=TrainConfig(steps=budget.steps, micro_batch_size=4, global_batch_size=4, seed=seed, device="cpu"),
+        train=TrainConfig(
+            steps=budget.steps, micro_batch_size=4, global_batch_size=4, seed=seed, device="cpu"
+        ),
         checkpoint=CheckpointConfig(every=0, keep=1),
         log=LogConfig(every=50, tensorboard=False),
-    )  # fmt: skip
+    )
 
 
 @dataclass(frozen=True)
@@ -113,23 +118,40 @@ class Study:
             started = time.perf_counter()
             write_config(config_of(setting, seed, self.corpus, self.budget), folder / "wanted")
             call(
-                "tools/pretrain_lcl.py", "--config", str(folder / "wanted" / "config.yaml"), "--out", str(folder),
-                "--resume", log=folder / "train.log",
-            )  # fmt: skip
+                "tools/pretrain_lcl.py",
+                "--config",
+                str(folder / "wanted" / "config.yaml"),
+                "--out",
+                str(folder),
+                "--resume",
+                log=folder / "train.log",
+            )
             trained = time.perf_counter()
             extra = ["--untrained"] if untrained else []
             call(
-                "examples/ablation/measure.py", str(folder), "--heldout", str(self.corpus / "heldout"),
-                "--labelled", str(self.labelled), "--pictures", str(self.budget.probe_pictures),
-                "--epochs", str(self.budget.probe_epochs), *extra,
+                "examples/ablation/measure.py",
+                str(folder),
+                "--heldout",
+                str(self.corpus / "heldout"),
+                "--labelled",
+                str(self.labelled),
+                "--images",
+                str(self.budget.probe_images),
+                "--epochs",
+                str(self.budget.probe_epochs),
+                *extra,
                 log=folder / "measure.log",
-            )  # fmt: skip
+            )
             measured = json.loads((folder / "measured.json").read_text(encoding="utf-8"))
             record = {
-                "setting": setting.name, "contrastive": setting.contrastive, "generation": setting.generation,
-                "seed": seed, **measured, "train_seconds": round(trained - started, 1),
+                "setting": setting.name,
+                "contrastive": setting.contrastive,
+                "generation": setting.generation,
+                "seed": seed,
+                **measured,
+                "train_seconds": round(trained - started, 1),
                 "measure_seconds": round(time.perf_counter() - trained, 1),
-            }  # fmt: skip
+            }
             part = result.with_suffix(".part")
             part.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
             part.replace(result)

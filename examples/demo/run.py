@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""The demo: OpenMoji pictures to a trained vision encoder, in minutes, on whatever this machine has.
+"""The demo: OpenMoji images to a trained vision encoder, in minutes, on whatever this machine has.
 
 Builds the corpus, pre-trains on two processes (one per GPU where there are GPUs), evaluates on held-out
 concepts and writes runs/demo/report.html. Interrupted at any moment, it continues when started again.
@@ -35,9 +35,18 @@ def main() -> int:
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     corpus = [sys.executable, "tools/build_demo_corpus.py", str(CORPUS), "--quiet"]
     train = torchrun(
-        processes(), "tools/pretrain_lcl.py", "--recipe", "demo", "--data", str(CORPUS / "train"),
-        "--tokenizer", str(CORPUS), "--out", str(RUN), "--resume",
-    )  # fmt: skip
+        processes(),
+        "tools/pretrain_lcl.py",
+        "--recipe",
+        "demo",
+        "--data",
+        str(CORPUS / "train"),
+        "--tokenizer",
+        str(CORPUS),
+        "--out",
+        str(RUN),
+        "--resume",
+    )
     evaluate = [sys.executable, "tools/evaluate.py", str(RUN), "--data", str(CORPUS / "heldout")]
     for title, command in (
         ("1/3  building the corpus", corpus),

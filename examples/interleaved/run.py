@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Real interleaved documents: HTML pages with pictures, rows of 2048 tokens.
+"""Real interleaved documents: HTML pages with images, rows of 2048 tokens.
 
 Fetches scikit-image's documentation (a Debian package, not installed; --packages takes more), turns its
-pages into documents, holds a tenth of them out (none shares a picture with the others), learns a vocabulary
+pages into documents, holds a tenth of them out (none shares a image with the others), learns a vocabulary
 on the rest, and pre-trains a small model on two processes; data/interleaved/heldout is for evaluation. Each
 stage that is already done is skipped, so an interrupted run continues. Needs `apt-get download`; give a
 folder of HTML pages instead with --pages.
@@ -49,7 +49,7 @@ def main() -> None:
     parser.add_argument(
         "--packages", nargs="+", default=["python-skimage-doc"], help="see tools/fetch_corpora.py"
     )
-    parser.add_argument("--pages", type=Path, help="folder of HTML pages with pictures (default: fetched)")
+    parser.add_argument("--pages", type=Path, help="folder of HTML pages with images (default: fetched)")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--processes", type=int, default=2)
     args = parser.parse_args()
@@ -62,13 +62,35 @@ def main() -> None:
     call("tools/prepare_data.py", "split", str(CORPUS / "all"), str(CORPUS), "--heldout-share", "0.1")
     tokenizer = learn_vocabulary()
     call(
-        "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.processes),
-        "tools/pretrain_lcl.py", "--recipe", "demo", "--data", str(CORPUS / "train"),
-        "--tokenizer", str(tokenizer), "--out", str(RUN), "--resume", "--steps", str(args.steps),
-        "--micro-batch-size", "1", "--global-batch-size", "4", "--log-every", "1",
-        "--set", "data.sequence_length=2048", "model.language.max_positions=2048",
-        "model.language.vocab_size=8192", "optim.warmup_steps=10",
-    )  # fmt: skip
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(args.processes),
+        "tools/pretrain_lcl.py",
+        "--recipe",
+        "demo",
+        "--data",
+        str(CORPUS / "train"),
+        "--tokenizer",
+        str(tokenizer),
+        "--out",
+        str(RUN),
+        "--resume",
+        "--steps",
+        str(args.steps),
+        "--micro-batch-size",
+        "1",
+        "--global-batch-size",
+        "4",
+        "--log-every",
+        "1",
+        "--set",
+        "data.sequence_length=2048",
+        "model.language.max_positions=2048",
+        "model.language.vocab_size=8192",
+        "optim.warmup_steps=10",
+    )
 
 
 if __name__ == "__main__":

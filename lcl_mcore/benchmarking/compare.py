@@ -12,30 +12,35 @@ from typing import Literal
 
 import torch.distributed as dist
 
+from lcl_mcore.batch import StepBatch
 from lcl_mcore.benchmarking.plain import PlainStep
 from lcl_mcore.benchmarking.step import dry_shape
-from lcl_mcore.benchmarking.synthetic import synthetic_step
+from lcl_mcore.build import DTYPES, build_model
 from lcl_mcore.config.model import LanguageConfig, ModelConfig, VisionConfig
 from lcl_mcore.config.recipes import load_recipe
 from lcl_mcore.config.run import LossConfig, OptimConfig, RunConfig
-from lcl_mcore.data.batch import StepBatch
-from lcl_mcore.parallel.groups import Groups, make_groups
-from lcl_mcore.platform.device import Device, init_process_group, pick_device
-from lcl_mcore.training.build import DTYPES, build_model
-from lcl_mcore.training.optimizer import Optimizer, wrap_data_parallel
-from lcl_mcore.training.step import TrainStep
+from lcl_mcore.data.synthetic import synthetic_step
+from lcl_mcore.distributed.device import Device, init_process_group, pick_device
+from lcl_mcore.distributed.groups import Groups, make_groups
+from lcl_mcore.optimizer import Optimizer, wrap_data_parallel
+from lcl_mcore.train_step import TrainStep
 
 Precision = Literal["fp32", "bf16"]
 
 
 def pair_config(rows: int, world: int, precision: Precision, small: bool) -> RunConfig:
-    """ViT-B/16 + OPT-125M on rows of one picture and its caption, as the released code feeds pairs."""
+    """ViT-B/16 + OPT-125M on rows of one image and its caption, as the released code feeds pairs."""
     config = load_recipe("released-b16-laion")
     shape = ModelConfig(vision=VisionConfig(layer_scale=None), language=LanguageConfig(max_positions=512))
     config = replace(
-        config, model=shape, loss=LossConfig(), optim=OptimConfig(),
-        train=replace(config.train, micro_batch_size=rows, global_batch_size=rows * world, precision=precision),
-    )  # fmt: skip
+        config,
+        model=shape,
+        loss=LossConfig(),
+        optim=OptimConfig(),
+        train=replace(
+            config.train, micro_batch_size=rows, global_batch_size=rows * world, precision=precision
+        ),
+    )
     return dry_shape(config) if small else config
 
 
@@ -69,11 +74,15 @@ def measure_side(side: str, rows: int, steps: int, precision: Precision, small: 
         seconds.append(time.perf_counter() - started)
     median = statistics.median(seconds)
     if dist.get_rank() == 0:
-        print(json.dumps({
-            "step_seconds": median,
-            "samples_per_second": rows * world / median,
-            "peak_bytes": float(device.peak_memory()),
-        }))  # fmt: skip
+        print(
+            json.dumps(
+                {
+                    "step_seconds": median,
+                    "samples_per_second": rows * world / median,
+                    "peak_bytes": float(device.peak_memory()),
+                }
+            )
+        )
     dist.destroy_process_group()
 
 

@@ -66,9 +66,15 @@ def run_process(command: tuple[str, ...], seconds: float, environment: dict[str,
     """Run a command from the repository's root; at its time limit it ends with all its children."""
     started = time.perf_counter()
     process = subprocess.Popen(
-        command, cwd=ROOT, env={**os.environ, **environment}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, errors="replace", start_new_session=True,
-    )  # fmt: skip
+        command,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+        start_new_session=True,
+    )
     try:
         output, _ = process.communicate(timeout=seconds)
         code: int | None = process.returncode
@@ -174,27 +180,62 @@ def parts(environment: Result, quick: bool) -> Iterator[Part]:
         return Part(name, (sys.executable, *words), seconds if gpu else 2 * seconds, read, variables, not_run)
 
     yield part(
-        "gpu tests", 170, read_tests, "-m", "pytest", "-q", "-m", "gpu", "-p", "no:cacheprovider",
-        "-o", "junit_family=xunit2", "--junitxml", "{out}", *gpu_test_files(),
-    )  # fmt: skip
-    yield part("rates", 40, read_json_line, "-m", "lcl_mcore.benchmarking.environment", "--rates")
+        "gpu tests",
+        170,
+        read_tests,
+        "-m",
+        "pytest",
+        "-q",
+        "-m",
+        "gpu",
+        "-p",
+        "no:cacheprovider",
+        "-o",
+        "junit_family=xunit2",
+        "--junitxml",
+        "{out}",
+        *gpu_test_files(),
+    )
+    yield part("rates", 40, read_json_line, "-m", "lcl_mcore.diagnostics.environment", "--rates")
     for recipe in STEP_RECIPES:
         for precision in ("bf16", "fp8"):
             counts = ["--steps", "5" if quick else "10"] if gpu else ["--steps", "1", "--dry"]
             yield part(
-                f"step {recipe} {precision}", 75, read_json_line, "benchmarks/step.py", "--recipe", recipe,
-                "--precision", precision, *counts,
+                f"step {recipe} {precision}",
+                75,
+                read_json_line,
+                "benchmarks/step.py",
+                "--recipe",
+                recipe,
+                "--precision",
+                precision,
+                *counts,
                 not_run=why_no_fp8(environment) if precision == "fp8" else "",
-            )  # fmt: skip
+            )
     yield part(
-        "plan paper-l14", 75, read_json_line, "-m", "lcl_mcore.planning.check", "--recipe", "paper-l14",
+        "plan paper-l14",
+        75,
+        read_json_line,
+        "-m",
+        "lcl_mcore.planning.check",
+        "--recipe",
+        "paper-l14",
         *(["--rows", "4"] if gpu else ["--rows", "1", "--dry"]),
-    )  # fmt: skip
+    )
     for n, options in _contrastive_sizes(gpu, quick):
         yield part(
-            f"contrastive {n}", 75, read_contrastive, "benchmarks/contrastive.py", "--n", str(n), *options,
-            "--timeout", "60", "--out", "{out}",
-        )  # fmt: skip
+            f"contrastive {n}",
+            75,
+            read_contrastive,
+            "benchmarks/contrastive.py",
+            "--n",
+            str(n),
+            *options,
+            "--timeout",
+            "60",
+            "--out",
+            "{out}",
+        )
 
 
 def gpu_test_files() -> list[str]:
@@ -267,7 +308,7 @@ def make_report(quick: bool, note: Callable[[str], None]) -> Result:
     """Run all parts. The report's `status` is "failed" if one of them is."""
     started = time.perf_counter()
     asked = Part(
-        "environment", (sys.executable, "-m", "lcl_mcore.benchmarking.environment"), 90, read_json_line
+        "environment", (sys.executable, "-m", "lcl_mcore.diagnostics.environment"), 90, read_json_line
     )
     environment = run_part(asked, asked.seconds)
     gpu = bool(environment.get("gpu"))

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
+from lcl_mcore.batch import MicroBatch
 from lcl_mcore.config.run import RunConfig
-from lcl_mcore.data.batch import MicroBatch
+from lcl_mcore.distributed.torchvision_ops import make_importable
 from lcl_mcore.models.lcl import INITIAL_LOG_SCALE
 from lcl_mcore.models.vision import PIXEL_MEAN, PIXEL_STD
-from lcl_mcore.platform.torchvision_ops import make_importable
 
 
 class PlainLcl(nn.Module):
@@ -31,18 +31,30 @@ class PlainLcl(nn.Module):
 
         vision, language = config.model.vision, config.model.language
         self.visual = VisionTransformer(
-            vision.image_size, vision.patch_size, vision.width, vision.layers, vision.heads,
-            vision.mlp_width / vision.width, output_tokens=True, output_dim=language.width,
+            vision.image_size,
+            vision.patch_size,
+            vision.width,
+            vision.layers,
+            vision.heads,
+            vision.mlp_width / vision.width,
+            output_tokens=True,
+            output_dim=language.width,
             ls_init_value=vision.layer_scale,
-        )  # fmt: skip
+        )
         self.visual.proj = None
         self.pool = AttentionalPooler(language.width, vision.width, config.model.pool_heads, n_queries=1)
         self.project = nn.Linear(vision.width, language.width)
         opt = OPTConfig(
-            vocab_size=language.padded_vocab_size, hidden_size=language.width, num_hidden_layers=language.layers,
-            num_attention_heads=language.heads, ffn_dim=language.mlp_width, dropout=language.dropout,
-            max_position_embeddings=language.max_positions, word_embed_proj_dim=language.width, use_cache=False,
-        )  # fmt: skip
+            vocab_size=language.padded_vocab_size,
+            hidden_size=language.width,
+            num_hidden_layers=language.layers,
+            num_attention_heads=language.heads,
+            ffn_dim=language.mlp_width,
+            dropout=language.dropout,
+            max_position_embeddings=language.max_positions,
+            word_embed_proj_dim=language.width,
+            use_cache=False,
+        )
         opt._attn_implementation = "sdpa"
         self.lm = OPTModel(opt)
         self.context = nn.Linear(language.width, language.width, bias=False)
@@ -66,7 +78,7 @@ class PlainLcl(nn.Module):
         ).flatten()
         x = x.flatten(0, 1).index_copy(0, places, latents.flatten(0, 1).to(x.dtype)).view(x.shape)
         hidden = self.lm(inputs_embeds=x).last_hidden_state.flatten(0, 1)
-        context = self.context(hidden[batch.context_rows])
+        context = self.context(hidden[batch.context_positions])
         contrastive = self.contrastive(
             F.normalize(image[batch.context_images].float(), dim=-1),
             F.normalize(context.float(), dim=-1),
@@ -74,7 +86,7 @@ class PlainLcl(nn.Module):
         )
         logits = hidden @ self.lm.get_input_embeddings().weight.T  # of every position, as usual
         labels = tokens.new_full((tokens.numel(),), -100)
-        labels[batch.target_rows] = batch.target_labels
+        labels[batch.target_positions] = batch.target_labels
         generation = F.cross_entropy(logits.float(), labels)
         return self.weights.contrastive_weight * contrastive + self.weights.generation_weight * generation
 
@@ -88,9 +100,13 @@ class PlainStep:
         self.ddp = DistributedDataParallel(self.model, device_ids=ids, process_group=group)
         optim = config.optim
         self.optimizer = torch.optim.AdamW(
-            self.model.parameters(), lr=1e-6, betas=(optim.beta1, optim.beta2), eps=optim.eps,
-            weight_decay=optim.weight_decay, fused=True,
-        )  # fmt: skip
+            self.model.parameters(),
+            lr=1e-6,
+            betas=(optim.beta1, optim.beta2),
+            eps=optim.eps,
+            weight_decay=optim.weight_decay,
+            fused=True,
+        )
         self.device, self.clip = device, optim.clip_grad
         self.half = config.train.precision == "bf16"
 

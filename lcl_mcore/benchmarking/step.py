@@ -15,17 +15,17 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lcl_mcore.benchmarking.synthetic import synthetic_step
+from lcl_mcore import optional_packages as probe
+from lcl_mcore.batch import MicroBatch
+from lcl_mcore.build import DTYPES, build_model
 from lcl_mcore.config.recipes import load_recipe
 from lcl_mcore.config.run import RunConfig
-from lcl_mcore.data.batch import MicroBatch
-from lcl_mcore.models.count import FlopCounter
-from lcl_mcore.parallel.groups import Groups, make_groups
-from lcl_mcore.platform import probe
-from lcl_mcore.platform.device import Device, init_process_group, pick_device
-from lcl_mcore.training.build import DTYPES, build_model
-from lcl_mcore.training.optimizer import Optimizer, wrap_data_parallel
-from lcl_mcore.training.step import TrainStep
+from lcl_mcore.data.synthetic import synthetic_step
+from lcl_mcore.distributed.device import Device, init_process_group, pick_device
+from lcl_mcore.distributed.groups import Groups, make_groups
+from lcl_mcore.models.flops import FlopCounter
+from lcl_mcore.optimizer import Optimizer, wrap_data_parallel
+from lcl_mcore.train_step import TrainStep
 
 # Rows of a micro-batch that are tried on a GPU, by the length of a row.
 LONG_ROWS, CANDIDATES_LONG = 1024, (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
@@ -52,12 +52,18 @@ class Request:
 
 
 def dry_shape(config: RunConfig) -> RunConfig:
-    """The recipe with towers of two narrow layers; rows, pictures and vocabulary keep their sizes."""
+    """The recipe with towers of two narrow layers; rows, images and vocabulary keep their sizes."""
     model = config.model
     small: dict[str, Any] = {"width": 64, "layers": 2, "heads": 4, "mlp_width": 128}
-    return replace(config, model=replace(
-        model, vision=replace(model.vision, **small), language=replace(model.language, **small), pool_heads=4
-    ))  # fmt: skip
+    return replace(
+        config,
+        model=replace(
+            model,
+            vision=replace(model.vision, **small),
+            language=replace(model.language, **small),
+            pool_heads=4,
+        ),
+    )
 
 
 def run_config(request: Request, rows: int) -> RunConfig:
@@ -65,11 +71,19 @@ def run_config(request: Request, rows: int) -> RunConfig:
     config = load_recipe(request.recipe)
     config = dry_shape(config) if request.dry else config
     train = replace(
-        config.train, micro_batch_size=rows, global_batch_size=rows * request.micro_batches,
-        precision=request.precision, backend=request.backend,
-    )  # fmt: skip
-    parallel = replace(config.parallel, tensor=1, sequence=False, recompute_vision=request.recompute,
-                       recompute_language=request.recompute)  # fmt: skip
+        config.train,
+        micro_batch_size=rows,
+        global_batch_size=rows * request.micro_batches,
+        precision=request.precision,
+        backend=request.backend,
+    )
+    parallel = replace(
+        config.parallel,
+        tensor_parallel_size=1,
+        sequence_parallel=False,
+        recompute_vision=request.recompute,
+        recompute_language=request.recompute,
+    )
     return replace(config, train=train, parallel=parallel)
 
 

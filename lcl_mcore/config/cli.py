@@ -40,7 +40,6 @@ class Flags:
 
     tp: Annotated[int | None, tyro.conf.arg(help="Tensor-parallel size.")] = None
     pp: Annotated[int | None, tyro.conf.arg(help="Pipeline stages.")] = None
-    cp: Annotated[int | None, tyro.conf.arg(help="Context-parallel size (only 1 is supported).")] = None
     sequence_parallel: bool = False
     """Split norms and residuals along the tokens over the tensor-parallel ranks."""
     vision_parallel: Literal["auto", "tensor", "data"] | None = None
@@ -100,10 +99,9 @@ class Flags:
 
 # Where each flag lives in the configuration.
 _PLACES: dict[str, tuple[str, ...]] = {
-    "tp": ("parallel", "tensor"),
-    "pp": ("parallel", "pipeline"),
-    "cp": ("parallel", "context"),
-    "vision_parallel": ("parallel", "vision"),
+    "tp": ("parallel", "tensor_parallel_size"),
+    "pp": ("parallel", "pipeline_parallel_size"),
+    "vision_parallel": ("parallel", "vision_parallel"),
     "recompute_vision": ("parallel", "recompute_vision"),
     "recompute_language": ("parallel", "recompute_language"),
     "timeout": ("parallel", "timeout_seconds"),
@@ -116,11 +114,21 @@ _PLACES: dict[str, tuple[str, ...]] = {
     "keep": ("checkpoint", "keep"),
     "max_hours": ("checkpoint", "max_hours"),
     "log_every": ("log", "every"),
-    **{name: ("train", name) for name in (
-        "steps", "micro_batch_size", "global_batch_size", "seed", "precision", "device", "backend")},
+    **{
+        name: ("train", name)
+        for name in (
+            "steps",
+            "micro_batch_size",
+            "global_batch_size",
+            "seed",
+            "precision",
+            "device",
+            "backend",
+        )
+    },
     **{name: ("optim", name) for name in ("lr", "warmup_steps")},
     **{name: ("loss", name) for name in ("contrastive_weight", "generation_weight", "negatives")},
-}  # fmt: skip
+}
 
 
 def parse_flags(arguments: list[str] | None = None) -> Flags:
@@ -136,8 +144,13 @@ def resolve(flags: Flags) -> RunConfig:
     """
     if (flags.recipe is None) == (flags.config is None):
         given = "both" if flags.recipe else "neither"
-        raise ConfigError(explain(f"{given} of --recipe and --config", "exactly one says what to run",
-                                  "For a first try: --recipe demo."))  # fmt: skip
+        raise ConfigError(
+            explain(
+                f"{given} of --recipe and --config",
+                "exactly one says what to run",
+                "For a first try: --recipe demo.",
+            )
+        )
     if flags.recipe is not None:
         base = load_recipe(flags.recipe)
     else:
@@ -149,9 +162,9 @@ def resolve(flags: Flags) -> RunConfig:
         if value is not None:
             _put(tree, place, value)
     if flags.sequence_parallel:
-        tree["parallel"]["sequence"] = True
+        tree["parallel"]["sequence_parallel"] = True
     elif flags.tp == 1:
-        tree["parallel"]["sequence"] = False  # a recipe's choice that only makes sense with more
+        tree["parallel"]["sequence_parallel"] = False  # a recipe's choice that only makes sense with more
     if not flags.overlap:
         tree["parallel"] |= {"overlap_grad_reduce": False, "overlap_param_gather": False}
     if flags.data:
@@ -159,8 +172,13 @@ def resolve(flags: Flags) -> RunConfig:
     for assignment in flags.set:
         path, separator, text = assignment.partition("=")
         if not separator:
-            raise ConfigError(explain(f"--set {assignment}", "an assignment reads PATH=VALUE",
-                                      "For example --set model.vision.layers=6."))  # fmt: skip
+            raise ConfigError(
+                explain(
+                    f"--set {assignment}",
+                    "an assignment reads PATH=VALUE",
+                    "For example --set model.vision.layers=6.",
+                )
+            )
         _put(tree, tuple(path.split(".")), yaml.safe_load(text))
     return from_dict(RunConfig, tree, "command line over " + (flags.recipe or str(flags.config)))
 
@@ -169,8 +187,13 @@ def _put(tree: dict[str, Any], place: tuple[str, ...], value: Any) -> None:
     node = tree
     for part in place[:-1]:
         if not isinstance(node.get(part), dict):
-            raise ConfigError(explain(".".join(place), f"`{part}` is not a section of the configuration",
-                                      "See any run's config.yaml for the names."))  # fmt: skip
+            raise ConfigError(
+                explain(
+                    ".".join(place),
+                    f"`{part}` is not a section of the configuration",
+                    "See any run's config.yaml for the names.",
+                )
+            )
         node = node[part]
     node[place[-1]] = value
 

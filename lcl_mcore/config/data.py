@@ -34,14 +34,14 @@ class SourceConfig:
     min_images, max_images   documents with fewer images are skipped; of more, `image_choice` are kept
     image_choice             `random` (the paper) or the `first` ones in document order (released code)
     one_image_per_text       matched documents: keep one random image of those that share a text
-    image_first_probability  pairs and matched documents: chance that a picture stands before its text
+    image_first_probability  pairs and matched documents: chance that a image stands before its text
     max_text_tokens          pairs: longer captions are cut (0: as long as a row allows)
     long_documents           `cut`: what exceeds a row is dropped, in whole pieces; `split`: it goes on
                              in another row; `auto`: split for sequences, cut otherwise
     cut_rule                 where a long document is cut: `pieces` (whole texts, the paper) or `tokens`
                              (released code: anywhere in a text, end token forced at the last place)
     ends                     `document`: every document has begin and end tokens; `released`: a pair
-                             with the picture first has no begin token, with the text first no end token
+                             with the image first has no begin token, with the text first no end token
     """
 
     path: str
@@ -123,10 +123,10 @@ class DataConfig:
                               object store fetches neighbours in one request
     crop_scale, crop_ratio    random resized crop: share of the area, aspect ratio of the window
     decode_backend            `auto`: DALI with a GPU and an installed DALI, else `cpu` (Pillow)
-    decode_threads            threads that read and decode pictures
+    decode_threads            threads that read and decode images
     prefetch_steps            steps prepared ahead of the one being trained on
-    max_consecutive_failures  pictures in a row that may fail before the run stops
-    verify_images             compare every picture with the sha256 of its manifest entry
+    max_consecutive_failures  images in a row that may fail before the run stops
+    verify_images             compare every image with the sha256 of its manifest entry
     read_retries              attempts for a failed read of an object store, with growing pauses
     read_cache_mb             memory for bytes fetched from an object store and not yet used
     """
@@ -191,11 +191,11 @@ class DataConfig:
             )
 
     def require_room_for_images(self, tokens_per_image: int) -> None:
-        """Refuse a row that cannot hold one picture with begin, end and one token of text."""
+        """Refuse a row that cannot hold one image with begin, end and one token of text."""
         needed = tokens_per_image + 5
         require(
             not self.sources or self.sequence_length >= needed,
             f"data.sequence_length = {self.sequence_length}",
             f"must hold an image of {tokens_per_image} tokens with its markers, begin and end: >= {needed}",
-            "Lengthen the row, or use a larger patch or smaller picture.",
+            "Lengthen the row, or use a larger patch or smaller image.",
         )

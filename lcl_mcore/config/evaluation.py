@@ -50,7 +50,7 @@ class FitConfig:
     """Share of the steps."""
     seed: int = 0
     train_limit: int = 0
-    """Pictures used for training; 0: all."""
+    """Images used for training; 0: all."""
     cache_mb: int = 4096
     """Frozen features are kept in memory up to this size, and computed anew for every use beyond it."""
 
@@ -84,7 +84,7 @@ class ProbeConfig(FitConfig):
     layer_decay: float = 0.75
     """Full transfer: factor on the learning rate from each block to the one before it (FLIP, MAE)."""
     test_limit: int = 0
-    """Pictures used for testing, like the training ones drawn with the seed; 0: all."""
+    """Images used for testing, like the training ones drawn with the seed; 0: all."""
 
     def __post_init__(self) -> None:
         FitConfig.__post_init__(self)
@@ -93,12 +93,16 @@ class ProbeConfig(FitConfig):
 
 @config_dataclass
 class PairsConfig(FitConfig):
-    """Training on pictures with captions."""
+    """Training on images with captions."""
 
     section: ClassVar[str] = "transfer"
     positive: ClassVar[tuple[str, ...]] = (
-        *FitConfig.positive, "steps", "encoder_lr", "text_tokens", "chunk_size",
-    )  # fmt: skip
+        *FitConfig.positive,
+        "steps",
+        "encoder_lr",
+        "text_tokens",
+        "chunk_size",
+    )
 
     steps: int = 5000
     encoder_lr: float = 1e-5

@@ -39,12 +39,28 @@ class FaultConfig:
         for name in ("nonfinite_limit", "spike_steps", "spike_warmup", "rollback_limit"):
             value = getattr(self, name)
             require(value >= 1, f"faults.{name} = {value}", "must be at least 1", "Set it to 1 or more.")
-        require(self.spike_margin >= 0, f"faults.spike_margin = {self.spike_margin}", "cannot be negative",
-                "Use 0 to leave out nothing before the spike.")  # fmt: skip
-        require(self.spike_deviations > 0, f"faults.spike_deviations = {self.spike_deviations}",
-                "must be positive", "The default is 6.")  # fmt: skip
-        require(self.straggler_ratio > 1, f"faults.straggler_ratio = {self.straggler_ratio}",
-                "every rank would be a straggler", "The default is 1.5.")  # fmt: skip
+        require(
+            self.spike_margin >= 0,
+            f"faults.spike_margin = {self.spike_margin}",
+            "cannot be negative",
+            "Use 0 to leave out nothing before the spike.",
+        )
+        require(
+            self.spike_deviations > 0,
+            f"faults.spike_deviations = {self.spike_deviations}",
+            "must be positive",
+            "The default is 6.",
+        )
+        require(
+            self.straggler_ratio > 1,
+            f"faults.straggler_ratio = {self.straggler_ratio}",
+            "every rank would be a straggler",
+            "The default is 1.5.",
+        )
         for first, last in self.skip_batches:
-            require(0 <= first <= last, f"faults.skip_batches holds [{first}, {last}]",
-                    "a range reads [first, last]", "Number the batches from 0.")  # fmt: skip
+            require(
+                0 <= first <= last,
+                f"faults.skip_batches holds [{first}, {last}]",
+                "a range reads [first, last]",
+                "Number the batches from 0.",
+            )

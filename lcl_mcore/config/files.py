@@ -56,5 +56,10 @@ def check_folder(folder: Path, resume: bool) -> None:
     """
     held = folder / "checkpoints"
     if not resume and held.is_dir() and any(held.iterdir()):
-        raise ConfigError(explain(folder, "already holds the checkpoints of a run",
-                                  "Add --resume to continue it, or choose another --out."))  # fmt: skip
+        raise ConfigError(
+            explain(
+                folder,
+                "already holds the checkpoints of a run",
+                "Add --resume to continue it, or choose another --out.",
+            )
+        )

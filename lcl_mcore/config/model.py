@@ -26,7 +26,7 @@ class VisionConfig:
     pre_norm: bool = True
     """LayerNorm between the position embedding and the first block (`ln_pre`)."""
     layer_scale: float | None = None
-    """Initial value of the per-channel residual gain; None leaves it out."""
+    """Initial value of the per-channel residual scale (layer scale, gamma); None leaves it out."""
     drop_path: float = 0.0
     """Stochastic depth of the last block; grows linearly from 0 at the first."""
     norm_eps: float = 1e-5

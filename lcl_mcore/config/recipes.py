@@ -40,9 +40,18 @@ _OPT_6_7B = LanguageConfig(width=4096, layers=32, heads=32, mlp_width=16384, dro
 def _clip_text(width: int, heads: int, positions: int) -> LanguageConfig:
     """The released code's LM: CLIP's text tower with its 49411-entry vocabulary."""
     return LanguageConfig(
-        vocab_size=49411, width=width, layers=12, heads=heads, mlp_width=4 * width, activation="gelu",
-        max_positions=positions, position_offset=0, tied_head=False, separate_norms=True, init="clip_text",
-    )  # fmt: skip
+        vocab_size=49411,
+        width=width,
+        layers=12,
+        heads=heads,
+        mlp_width=4 * width,
+        activation="gelu",
+        max_positions=positions,
+        position_offset=0,
+        tied_head=False,
+        separate_norms=True,
+        init="clip_text",
+    )
 
 
 def _paper(name: str, model: ModelConfig, steps: int, rows: int, lr: float) -> RunConfig:
@@ -74,17 +83,24 @@ def large_h14() -> RunConfig:
     """ViT-H/14 + OPT-1.3B: needs tensor parallelism on most GPUs."""
     model = ModelConfig(vision=_VIT_H14, language=_OPT_1_3B, pool_heads=32)
     config = _paper("large-h14", model, 200_000, 12_288, 2e-4)
-    return replace(config, parallel=ParallelConfig(tensor=2, sequence=True),
-                   train=replace(config.train, micro_batch_size=2))  # fmt: skip
+    return replace(
+        config,
+        parallel=ParallelConfig(tensor_parallel_size=2, sequence_parallel=True),
+        train=replace(config.train, micro_batch_size=2),
+    )
 
 
 def large_g14() -> RunConfig:
     """ViT-g/14 + OPT-6.7B: tensor parallelism within a node, activations recomputed."""
     model = ModelConfig(vision=_VIT_G14, language=_OPT_6_7B, pool_heads=32)
     config = _paper("large-g14", model, 200_000, 12_288, 1.2e-4)
-    return replace(config, parallel=ParallelConfig(tensor=8, sequence=True, recompute_vision="full",
-                                           recompute_language="full"),
-                   train=replace(config.train, micro_batch_size=1))  # fmt: skip
+    return replace(
+        config,
+        parallel=ParallelConfig(
+            tensor_parallel_size=8, sequence_parallel=True, recompute_vision="full", recompute_language="full"
+        ),
+        train=replace(config.train, micro_batch_size=1),
+    )
 
 
 def _released(
@@ -96,12 +112,14 @@ def _released(
         model=model,
         data=DataConfig(
             tokenizer=TokenizerConfig(kind="clip", path="openai/clip-vit-base-patch16"),
-            sequence_length=length, packing="off", context_rule="index0",
+            sequence_length=length,
+            packing="off",
+            context_rule="index0",
         ),
-        loss=LossConfig(mean="rank"),
+        loss=LossConfig(averaging="rank"),
         optim=OptimConfig(lr=lr, beta2=0.98, weight_decay=0.2, eps=1e-6, clip_grad=0.0),
         train=TrainConfig(steps=steps, micro_batch_size=micro, global_batch_size=rows, precision="bf16"),
-    )  # fmt: skip
+    )
 
 
 def released_b16_laion() -> RunConfig:
@@ -123,9 +141,9 @@ def released_b32_mmc4() -> RunConfig:
 
 
 def demo() -> RunConfig:
-    """Five minutes on two CPU cores: OpenMoji pictures at 64 px, captions, about ten pairs a row.
+    """Five minutes on two CPU cores: OpenMoji images at 64 px, captions, about ten pairs a row.
 
-    The contrastive weight is 1 instead of the paper's 0.1: 80 pictures a step give the encoder far less
+    The contrastive weight is 1 instead of the paper's 0.1: 80 images a step give the encoder far less
     contrastive signal than 64k, and minutes must do. docs/experiments.md has what was tried.
     """
     return RunConfig(
@@ -187,6 +205,7 @@ def load_recipe(name: str) -> RunConfig:
     if name not in RECIPES:
         near = difflib.get_close_matches(name, RECIPES, n=1)
         hint = f"Did you mean {near[0]}? " if near else ""
-        raise ConfigError(explain(f"recipe = {name}", "no recipe has this name",
-                                  f"{hint}Recipes: {', '.join(RECIPES)}."))  # fmt: skip
+        raise ConfigError(
+            explain(f"recipe = {name}", "no recipe has this name", f"{hint}Recipes: {', '.join(RECIPES)}.")
+        )
     return RECIPES[name]()

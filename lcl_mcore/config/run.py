@@ -21,7 +21,7 @@ class LossConfig:
 
     contrastive_weight: float = 0.1
     generation_weight: float = 1.0
-    mean: Literal["global", "rank"] = "global"
+    averaging: Literal["global", "rank"] = "global"
     """"global": each loss is a mean over the whole global batch (per eligible image, per target token), the
     same for every layout; "rank": mean of the data-parallel ranks' means (released code)."""
     negatives: Literal["global_batch", "micro_batch"] = "global_batch"
@@ -63,7 +63,7 @@ class OptimConfig:
     eps: float = 1e-8
     clip_grad: float = 1.0
     """Largest global gradient norm; 0 switches clipping off."""
-    backend: Literal["auto", "torch", "te", "apex"] = "auto"
+    optimizer_backend: Literal["auto", "torch", "te", "apex"] = "auto"
     """Who updates: Transformer Engine's or Apex's FusedAdam, or torch's fused AdamW. auto: the first that is there."""
 
     def __post_init__(self) -> None:
@@ -92,48 +92,41 @@ class OptimConfig:
 
 @config_dataclass
 class ParallelConfig:
-    """How the job's processes share the work. Data-parallel size = processes / (tensor * pipeline)."""
+    """How the job's processes share the work. Data-parallel size = processes / (tensor- x pipeline-parallel)."""
 
-    tensor: int = 1
-    pipeline: int = 1
-    context: int = 1
-    sequence: bool = False
+    tensor_parallel_size: int = 1
+    pipeline_parallel_size: int = 1
+    sequence_parallel: bool = False
     """Split norms and residuals along the tokens over the tensor-parallel ranks."""
     stage_layers: tuple[int, ...] | None = None
     """LM layers on each pipeline stage (0 is allowed on the first, which has the ViT); None: balanced by FLOPs."""
-    vision: Literal["auto", "tensor", "data"] = "auto"
+    vision_parallel: Literal["auto", "tensor", "data"] = "auto"
     """The ViT over tensor-parallel ranks. "tensor": each matrix is split, like the LM's; "data": every rank holds
-    the whole ViT and encodes a share of the images; "auto": see `RunConfig.vision_parallel`."""
+    the whole ViT and encodes a share of the images; "auto": see `RunConfig.resolved_vision_parallel`."""
     recompute_vision: str = "none"
     recompute_language: str = "none"
     """Activations computed again in backward instead of kept. "selective": attention and MLP of each layer;
     "full": all but each layer's input; "block:N": full for the first N layers (of each pipeline stage)."""
     overlap_grad_reduce: bool = True
     overlap_param_gather: bool = True
-    overlap_tensor: bool = False
-    """Transformer Engine's overlap of tensor-parallel communication; refused, see docs/layouts.md."""
-    fuse_gradients: bool = True
+    gradient_accumulation_fusion: bool = True
     """The LM's matmuls add weight gradients to the fp32 buffers themselves, where Transformer Engine or Apex can."""
     timeout_seconds: float = 600.0
     """After this long without progress a collective fails, on every group."""
 
     def __post_init__(self) -> None:
-        for name in ("tensor", "pipeline", "context"):
+        for name in ("tensor_parallel_size", "pipeline_parallel_size"):
             value = getattr(self, name)
             require(
                 value >= 1, f"parallel.{name} = {value}", "at least one process", "Use 1 to switch it off."
             )
-        require(
-            self.context == 1,
-            f"parallel.context = {self.context}",
-            "context parallelism is not supported: rows have a few thousand tokens",
-            "Use --tp, and --sequence-parallel.",
-        )
         split = self.stage_layers
         require(
             split is None
-            or (len(split) == self.pipeline and min(split[1:], default=1) > 0 and split[0] >= 0),
-            f"parallel.stage_layers = {split} with parallel.pipeline = {self.pipeline}",
+            or (
+                len(split) == self.pipeline_parallel_size and min(split[1:], default=1) > 0 and split[0] >= 0
+            ),
+            f"parallel.stage_layers = {split} with parallel.pipeline_parallel_size = {self.pipeline_parallel_size}",
             "one number per stage, at least 1 layer on each after the first",
             "Leave it out to have the layers balanced.",
         )
@@ -146,19 +139,17 @@ class ParallelConfig:
                 "For example block:4 recomputes the first 4 layers.",
             )
         require(
-            not self.sequence or self.tensor > 1,
-            "parallel.sequence = True with parallel.tensor = 1",
+            not self.sequence_parallel or self.tensor_parallel_size > 1,
+            "parallel.sequence_parallel = True with parallel.tensor_parallel_size = 1",
             "sequence parallelism splits over tensor-parallel ranks",
             "Set --tp to 2 or more, or drop --sequence-parallel.",
         )
         require(
-            not self.overlap_tensor,
-            "parallel.overlap_tensor = True",
-            "Transformer Engine's user buffers for it have one size and were never tried with this model",
-            "Leave it out: without it the backward pass of tensor-parallel layers overlaps already.",
+            self.timeout_seconds > 0,
+            f"parallel.timeout_seconds = {self.timeout_seconds}",
+            "must be positive",
+            "The default is 600.",
         )
-        require(self.timeout_seconds > 0, f"parallel.timeout_seconds = {self.timeout_seconds}", "must be positive",
-                "The default is 600.")  # fmt: skip
 
 
 @config_dataclass
@@ -248,13 +239,14 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         require(
-            not self.evaluation.every or self.parallel.pipeline == 1,
-            f"evaluation.every = {self.evaluation.every} with parallel.pipeline = {self.parallel.pipeline}",
+            not self.evaluation.every or self.parallel.pipeline_parallel_size == 1,
+            f"evaluation.every = {self.evaluation.every} with parallel.pipeline_parallel_size = "
+            f"{self.parallel.pipeline_parallel_size}",
             "evaluation during training runs the whole model on each rank",
             "Evaluate the checkpoints with tools/evaluate.py.",
         )
-        tp, model = self.parallel.tensor, self.model
-        split_vision = self.vision_parallel == "tensor"
+        tp, model = self.parallel.tensor_parallel_size, self.model
+        split_vision = self.resolved_vision_parallel == "tensor"
         for name, heads, split in (
             ("model.vision.heads", model.vision.heads, split_vision),
             ("model.language.heads", model.language.heads, True),
@@ -263,18 +255,25 @@ class RunConfig:
             divisors = [d for d in range(1, heads + 1) if heads % d == 0]
             require(
                 heads % tp == 0 or not split,
-                f"{name} = {heads} with parallel.tensor = {tp}",
+                f"{name} = {heads} with parallel.tensor_parallel_size = {tp}",
                 "each tensor-parallel rank gets a whole share of the heads",
                 f"Use --tp from {divisors}"
                 + (", or --vision-parallel data." if "language" not in name else "."),
             )
         padded = model.language.padded_vocab_size
-        require(padded % tp == 0, f"padded vocabulary {padded} with parallel.tensor = {tp}",
-                "the vocabulary is split evenly", "Use a --tp that is a power of 2 up to 128.")  # fmt: skip
+        require(
+            padded % tp == 0,
+            f"padded vocabulary {padded} with parallel.tensor_parallel_size = {tp}",
+            "the vocabulary is split evenly",
+            "Use a --tp that is a power of 2 up to 128.",
+        )
         for name, width in (("vision", model.vision.mlp_width), ("language", model.language.mlp_width)):
-            require(width % tp == 0 or (name == "vision" and not split_vision),
-                    f"model.{name}.mlp_width = {width} with parallel.tensor = {tp}",
-                    "the MLP is split evenly", "Use a --tp that divides it.")  # fmt: skip
+            require(
+                width % tp == 0 or (name == "vision" and not split_vision),
+                f"model.{name}.mlp_width = {width} with parallel.tensor_parallel_size = {tp}",
+                "the MLP is split evenly",
+                "Use a --tp that divides it.",
+            )
         length = self.data.sequence_length
         require(
             length <= model.language.max_positions,
@@ -283,8 +282,8 @@ class RunConfig:
             "Shorten the rows or enlarge the table.",
         )
         require(
-            not self.parallel.sequence or length % tp == 0,
-            f"data.sequence_length = {length} with parallel.tensor = {tp} and sequence parallelism",
+            not self.parallel.sequence_parallel or length % tp == 0,
+            f"data.sequence_length = {length} with parallel.tensor_parallel_size = {tp} and sequence parallelism",
             "rows are split evenly over the tensor-parallel ranks",
             f"Use a multiple of {tp}.",
         )
@@ -301,10 +300,10 @@ class RunConfig:
             "Use --precision fp32 or bf16.",
         )
         require(
-            self.optim.backend in ("auto", "torch") or self.train.device != "cpu",
-            f"optim.backend = {self.optim.backend} with train.device = cpu",
+            self.optim.optimizer_backend in ("auto", "torch") or self.train.device != "cpu",
+            f"optim.optimizer_backend = {self.optim.optimizer_backend} with train.device = cpu",
             "its kernels work on CUDA only",
-            "Use optim.backend=auto.",
+            "Use optim.optimizer_backend=auto.",
         )
         for name in ("recompute_vision", "recompute_language"):
             require(
@@ -317,10 +316,14 @@ class RunConfig:
         self._check_pipeline()
 
     def _check_pipeline(self) -> None:
-        stages, layers, split = self.parallel.pipeline, self.model.language.layers, self.parallel.stage_layers
+        stages, layers, split = (
+            self.parallel.pipeline_parallel_size,
+            self.model.language.layers,
+            self.parallel.stage_layers,
+        )
         require(
             stages <= layers + 1,
-            f"parallel.pipeline = {stages} with model.language.layers = {layers}",
+            f"parallel.pipeline_parallel_size = {stages} with model.language.layers = {layers}",
             "every stage after the first needs an LM layer of its own",
             f"Use --pp {layers + 1} or less.",
         )
@@ -332,22 +335,22 @@ class RunConfig:
         )
         require(
             stages == 1 or self.loss.negatives == "global_batch" or self.loss.contrastive_weight == 0,
-            f"loss.negatives = micro_batch with parallel.pipeline = {stages}",
+            f"loss.negatives = micro_batch with parallel.pipeline_parallel_size = {stages}",
             "a pipeline forms the contrastive loss once, over the whole global batch",
             "Use --negatives global_batch.",
         )
 
     @property
-    def vision_parallel(self) -> Literal["tensor", "data"]:
+    def resolved_vision_parallel(self) -> Literal["tensor", "data"]:
         """How tensor-parallel ranks share the ViT's work.
 
         "auto" is "tensor" for an encoder whose layers hold 1e9 parameters or more and whose heads and MLP
         divide evenly: there the memory of a whole copy counts. A smaller one is cheaper to replicate:
         it then needs no collective inside its layers, only one gather of its output.
         """
-        tp, vision = self.parallel.tensor, self.model.vision
-        if self.parallel.vision != "auto":
-            return self.parallel.vision
+        tp, vision = self.parallel.tensor_parallel_size, self.model.vision
+        if self.parallel.vision_parallel != "auto":
+            return self.parallel.vision_parallel
         if tp == 1:
             return "tensor"
         divides = vision.heads % tp == 0 and self.model.pool_heads % tp == 0 and vision.mlp_width % tp == 0
@@ -361,10 +364,11 @@ class RunConfig:
         Raises:
             ConfigError: the processes or the global batch cannot be split evenly.
         """
-        block = self.parallel.tensor * self.parallel.pipeline
+        block = self.parallel.tensor_parallel_size * self.parallel.pipeline_parallel_size
         require(
             world_size % block == 0,
-            f"{world_size} processes with --tp {self.parallel.tensor} --pp {self.parallel.pipeline}",
+            f"{world_size} processes with --tp {self.parallel.tensor_parallel_size} "
+            f"--pp {self.parallel.pipeline_parallel_size}",
             "the product of tp and pp must divide the number of processes",
             f"Start a multiple of {block} processes.",
         )

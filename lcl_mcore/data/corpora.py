@@ -9,10 +9,10 @@ from pathlib import Path
 from lcl_mcore.errors import DataError, explain
 
 PACKAGES = {
-    "python-skimage-doc": "BSD-3-Clause, 46 MB: 141 pages with pictures",
+    "python-skimage-doc": "BSD-3-Clause, 46 MB: 141 pages with images",
     "opencv-doc": "Apache-2.0, 96 MB: tutorials with photographs",
-    "python-sklearn-doc": "BSD-3-Clause, 50 MB: 537 pages with pictures",
-    "dataset-fashion-mnist": "MIT, 31 MB: 70,000 labelled pictures for evaluation",
+    "python-sklearn-doc": "BSD-3-Clause, 50 MB: 537 pages with images",
+    "dataset-fashion-mnist": "MIT, 31 MB: 70,000 labelled images for evaluation",
 }
 
 

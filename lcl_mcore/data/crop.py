@@ -1,18 +1,18 @@
-"""Which part of a picture is shown: keyed windows for training, a centred square for evaluation."""
+"""Which part of a image is shown: keyed windows for training, a centred square for evaluation."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
-from lcl_mcore.data.keyed import KeyedRandom
+from lcl_mcore.rng import KeyedRandom
 
 ATTEMPTS = 10
 
 
 @dataclass(frozen=True)
 class Window:
-    """A rectangle of whole pixels of the upright picture."""
+    """A rectangle of whole pixels of the upright image."""
 
     left: int
     top: int

@@ -1,9 +1,9 @@
 """NVIDIA DALI as a decoder: on the GPU where there is one (JPEG by nvJPEG), else its CPU operators.
 
 On a GPU the pipeline also resizes. Without one its resize is six times slower than torch's vectorised
-kernel, so the pipeline ends after decoder and crop, and torch resizes. Crop windows are fed per picture,
-so the output of one picture does not depend on which others are in its batch, and DALI holds no random
-state. DALI stops a whole batch at one bad picture; that batch is then decoded picture by picture with
+kernel, so the pipeline ends after decoder and crop, and torch resizes. Crop windows are fed per image,
+so the output of one image does not depend on which others are in its batch, and DALI holds no random
+state. DALI stops a whole batch at one bad image; that batch is then decoded image by image with
 Pillow.
 """
 
@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lcl_mcore.data.dataset import PictureDamagedError
+from lcl_mcore.data.dataset import ImageDamagedError
 from lcl_mcore.data.decode import GREY, Job, decode_one, resize
-from lcl_mcore.data.pictures import BadPictureError, open_picture
+from lcl_mcore.data.images import BadImageError, open_image
 from lcl_mcore.errors import ConfigError, explain
 
-GPU_BATCH, CPU_BATCH = 64, 4  # a CPU gains nothing from more, and holds every decoded picture meanwhile
+GPU_BATCH, CPU_BATCH = 64, 4  # a CPU gains nothing from more, and holds every decoded image meanwhile
 REMEDY = "pip install nvidia-dali-cuda130 (or -cuda120); the package named nvidia-dali is not NVIDIA's."
 
 
@@ -51,7 +51,7 @@ class DaliDecoder:
         self._pipelines: dict[int, Any] = {}
 
     def decode(self, jobs: Sequence[Job], side: int) -> tuple[Tensor, list[str]]:
-        """Pictures in batches of bounded size; the result lies on the GPU if DALI decodes there."""
+        """Images in batches of bounded size; the result lies on the GPU if DALI decodes there."""
         contents = list(self._pool.map(_read, jobs))
         pixels = torch.full((len(jobs), 3, side, side), GREY, dtype=torch.uint8, device=self._device())
         reasons = [content if isinstance(content, str) else "" for content in contents]
@@ -129,17 +129,17 @@ class DaliDecoder:
 
 
 def _read(job: Job) -> bytes | str:
-    """The picture's bytes, or why it cannot be used. The header check keeps huge pictures from DALI."""
+    """The image's bytes, or why it cannot be used. The header check keeps huge images from DALI."""
     try:
         content = job.read()
-        open_picture(content)
+        open_image(content)
         return content
-    except (PictureDamagedError, BadPictureError) as error:
+    except (ImageDamagedError, BadImageError) as error:
         return str(error)
 
 
 def _one_by_one(job: Job, content: Any, side: int) -> Tensor | str:
     try:
         return decode_one(content, job, side)
-    except BadPictureError as error:
+    except BadImageError as error:
         return str(error)

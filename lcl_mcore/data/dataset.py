@@ -1,4 +1,4 @@
-"""Random access to the documents and pictures of one prepared data set."""
+"""Random access to the documents and images of one prepared data set."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from tarfile import BLOCKSIZE
 import numpy as np
 
 from lcl_mcore.data.document import Document
-from lcl_mcore.data.safe_json import BadJsonError, parse_object
 from lcl_mcore.data.shards import INDEX_HEADER, MANIFEST, index_name, parse_manifest
-from lcl_mcore.data.storage import RemoteStorage, open_storage
+from lcl_mcore.data.untrusted_json import BadJsonError, parse_object
 from lcl_mcore.errors import DataError, explain
+from lcl_mcore.storage import RemoteStorage, open_storage
 
 MAX_MANIFEST_BYTES = 256 << 20
 SMALL_INDEX = 256 << 10
 
 
-class PictureDamagedError(ValueError):
-    """A stored picture is not what the manifest says."""
+class ImageDamagedError(ValueError):
+    """A stored image is not what the manifest says."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class NativeDataset:
         return Members(shard.file, places)
 
     def document(self, index: int, *, block: int = 1) -> tuple[Document, Members]:
-        """Texts and picture list of one document; a damaged shard is a `DataError`."""
+        """Texts and image list of one document; a damaged shard is a `DataError`."""
         members = self.members(index, block=block)
         offset, size = members.places[0]
         content = self.storage.read(members.shard, offset - BLOCKSIZE, BLOCKSIZE + size)
@@ -91,11 +91,11 @@ class NativeDataset:
             ) from error
         return document, members
 
-    def picture(self, document: Document, members: Members, number: int, *, verify: bool = True) -> bytes:
-        """The content of one picture; `PictureDamagedError` if it is not the one that was prepared."""
+    def image(self, document: Document, members: Members, number: int, *, verify: bool = True) -> bytes:
+        """The content of one image; `ImageDamagedError` if it is not the one that was prepared."""
         content = self.storage.read(members.shard, *members.places[1 + number])
         if verify and hashlib.sha256(content).hexdigest() != document.images[number].sha256:
-            raise PictureDamagedError("sha256 differs from the manifest")
+            raise ImageDamagedError("sha256 differs from the manifest")
         return content
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""Picture bytes to uint8 pixels of the crop window. Interface, and the backend that needs no GPU."""
+"""Image bytes to uint8 pixels of the crop window. Interface, and the backend that needs no GPU."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from torch.nn import functional
 
 from lcl_mcore.config.data import DataConfig
 from lcl_mcore.data.crop import Window
-from lcl_mcore.data.dataset import PictureDamagedError
-from lcl_mcore.data.pictures import ORIENTATION, BadPictureError, open_picture, upright_rgb
+from lcl_mcore.data.dataset import ImageDamagedError
+from lcl_mcore.data.images import ORIENTATION, BadImageError, open_image, upright_rgb
 
 GREY = 128
 SPARE = 3  # resolution kept for the resize when a JPEG is decoded at a reduced scale
@@ -26,7 +26,7 @@ SPARE = 3  # resolution kept for the resize when a JPEG is decoded at a reduced 
 
 @dataclass(frozen=True)
 class Job:
-    """One picture to decode: how to get its bytes, its upright size, the part to show."""
+    """One image to decode: how to get its bytes, its upright size, the part to show."""
 
     read: Callable[[], bytes]
     width: int
@@ -35,12 +35,12 @@ class Job:
 
 
 class Decoder(Protocol):
-    """Decodes pictures in any grouping: the result of one never depends on the others."""
+    """Decodes images in any grouping: the result of one never depends on the others."""
 
     name: str
 
     def decode(self, jobs: Sequence[Job], side: int) -> tuple[Tensor, list[str]]:
-        """uint8 [n, 3, side, side], and per picture the reason of its failure ('' if none; then grey)."""
+        """uint8 [n, 3, side, side], and per image the reason of its failure ('' if none; then grey)."""
 
     def close(self) -> None:
         """Give back threads and device memory."""
@@ -66,7 +66,7 @@ class CpuDecoder:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     def decode(self, jobs: Sequence[Job], side: int) -> tuple[Tensor, list[str]]:
-        """All pictures, on the pool's threads."""
+        """All images, on the pool's threads."""
         pixels = torch.empty((len(jobs), 3, side, side), dtype=torch.uint8)
         reasons = list(self._pool.map(lambda i: _decode_into(pixels[i], jobs[i], side), range(len(jobs))))
         return pixels, reasons
@@ -81,21 +81,21 @@ def _decode_into(target: Tensor, job: Job, side: int) -> str:
     try:
         target.copy_(decode_one(job.read(), job, side))
         return ""
-    except (BadPictureError, PictureDamagedError) as error:
+    except (BadImageError, ImageDamagedError) as error:
         target.fill_(GREY)
         return str(error)
 
 
 def decode_one(content: bytes, job: Job, side: int) -> Tensor:
-    """The crop window of one picture, resized bicubically with antialiasing to [3, side, side]."""
-    picture = open_picture(content)
-    turned = picture.getexif().get(ORIENTATION, 1)
-    size = picture.size[::-1] if turned > 4 else picture.size
+    """The crop window of one image, resized bicubically with antialiasing to [3, side, side]."""
+    image = open_image(content)
+    turned = image.getexif().get(ORIENTATION, 1)
+    size = image.size[::-1] if turned > 4 else image.size
     if size != (job.width, job.height):
-        raise BadPictureError("wrong size", f"{size}, the manifest says {(job.width, job.height)}")
-    pixels = _fast_jpeg(content, job, side) if picture.format == "JPEG" and turned == 1 else None
+        raise BadImageError("wrong size", f"{size}, the manifest says {(job.width, job.height)}")
+    pixels = _fast_jpeg(content, job, side) if image.format == "JPEG" and turned == 1 else None
     if pixels is None:
-        pixels = np.asarray(upright_rgb(picture))
+        pixels = np.asarray(upright_rgb(image))
     if pixels.shape[:2] != (job.height, job.width):
         return _resize_part(pixels, job, side)
     window = job.window
@@ -116,17 +116,17 @@ def resize(pixels: Tensor, side: int) -> Tensor:
 
 
 def _resize_part(pixels: NDArray[np.uint8], job: Job, side: int) -> Tensor:
-    """The same from a picture decoded at a reduced scale.
+    """The same from a image decoded at a reduced scale.
 
     The window's edges then lie between pixels, which Pillow's resize can do; rounding them to whole
-    pixels would move the picture by several levels of brightness.
+    pixels would move the image by several levels of brightness.
     """
     scale = round(8 * pixels.shape[1] / job.width) / 8  # JPEG scales are n/8; sizes are rounded up
     left, top = job.window.left * scale, job.window.top * scale
     right = min(left + job.window.width * scale, pixels.shape[1])
     bottom = min(top + job.window.height * scale, pixels.shape[0])
-    picture = Image.fromarray(pixels)
-    resized = picture.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
+    image = Image.fromarray(pixels)
+    resized = image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
 

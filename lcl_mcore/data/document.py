@@ -1,4 +1,4 @@
-"""A document as it is stored: texts, pictures, and how the two belong together."""
+"""A document as it is stored: texts, images, and how the two belong together."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
-from lcl_mcore.data.safe_json import BadJsonError, clean_text
+from lcl_mcore.data.untrusted_json import BadJsonError, clean_text
 
 Kind = Literal["matched", "sequence", "pair"]
 MAX_IMAGES = 1_000
@@ -15,7 +15,7 @@ MAX_TEXTS = 100_000
 
 @dataclass(frozen=True)
 class ImageEntry:
-    """One stored picture.
+    """One stored image.
 
     name          the member's name after `KEY.`, for instance `0.jpg`
     text_index    matched: the text it belongs to; sequence: how many texts come before it; pair: 0
@@ -34,11 +34,11 @@ class ImageEntry:
 
 @dataclass(frozen=True)
 class Document:
-    """Texts and pictures of one document.
+    """Texts and images of one document.
 
-    matched   (MMC4) every picture belongs to one of the texts
-    sequence  (OBELICS) pictures stand between the texts
-    pair      (LAION) one picture; the texts are alternative captions of it
+    matched   (MMC4) every image belongs to one of the texts
+    sequence  (OBELICS) images stand between the texts
+    pair      (LAION) one image; the texts are alternative captions of it
     """
 
     key: str

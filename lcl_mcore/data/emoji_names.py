@@ -1,4 +1,4 @@
-"""English names of the OpenMoji pictures, and which pictures are variants of one concept."""
+"""English names of the OpenMoji images, and which images are variants of one concept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ FLAG = re.compile("^[\U0001f1e6-\U0001f1ff]{2}$")
 
 @dataclass(frozen=True)
 class Emoji:
-    """One picture: its file's name, captions (the first is the plain name), and concept."""
+    """One image: its file's name, captions (the first is the plain name), and concept."""
 
     code: str
     captions: tuple[str, ...]
@@ -22,8 +22,8 @@ class Emoji:
     variant: bool
 
 
-def named_pictures(folder: Path) -> list[Emoji]:
-    """All pictures that have an English name, grouped into concepts, in a fixed order."""
+def named_images(folder: Path) -> list[Emoji]:
+    """All images that have an English name, grouped into concepts, in a fixed order."""
     import emoji
 
     present = {path.stem for path in folder.glob("*.svg")}

@@ -1,4 +1,4 @@
-"""One pass over held-out documents in stored order, and copies of a batch with wrong or no pictures."""
+"""One pass over held-out documents in stored order, and copies of a batch with wrong or no images."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Literal
 
 import torch
 
+from lcl_mcore.batch import MicroBatch
 from lcl_mcore.config.data import DataConfig, SourceConfig
-from lcl_mcore.data.assemble import Assembler, micro_batch
-from lcl_mcore.data.batch import MicroBatch
+from lcl_mcore.data.collate import Assembler, micro_batch
 from lcl_mcore.data.decode import build_decoder
-from lcl_mcore.data.keyed import key63
-from lcl_mcore.data.lane import Row
-from lcl_mcore.data.mix import Mix
-from lcl_mcore.data.order import Draw
+from lcl_mcore.data.image_reader import ImageReader
+from lcl_mcore.data.mixture import Mixture
+from lcl_mcore.data.order import SampleIndex
 from lcl_mcore.data.packing import Chunk, chunk_from, divide
-from lcl_mcore.data.read_images import ImageReader
+from lcl_mcore.data.sample_stream import Row
 from lcl_mcore.data.tokenizer import Tokenizer
+from lcl_mcore.rng import key63
 
 IMAGE_SIDES = {"text_first": 0.0, "image_first": 1.0}
 
@@ -33,7 +33,7 @@ def eval_documents(
     micro_batch_size: int,
     dp_rank: int = 0,
     dp_size: int = 1,
-    image_side: Literal["text_first", "image_first", "as_configured"] = "as_configured",
+    image_embeds: Literal["text_first", "image_first", "as_configured"] = "as_configured",
     caption: Literal["first", "any"] = "first",
     limit: int | None = None,
     seed: int = 0,
@@ -41,14 +41,14 @@ def eval_documents(
     """Documents dp_rank, dp_rank + dp_size, ... of one source, once, with centred square windows.
 
     Rows are filled with whole documents in order (`config.packing = off`: one each); the last
-    micro-batch may have fewer rows. `image_side` places the picture of pairs and matched documents;
+    micro-batch may have fewer rows. `image_embeds` places the image of pairs and matched documents;
     `caption` takes a pair's first caption or any. Nothing depends on the training position.
     """
-    if image_side != "as_configured":
-        source = replace(source, image_first_probability=IMAGE_SIDES[image_side])
+    if image_embeds != "as_configured":
+        source = replace(source, image_first_probability=IMAGE_SIDES[image_embeds])
     config = replace(config, sources=(source,), shuffle=False)
     config.require_room_for_images(tokens_per_image)
-    mix = Mix(config, tokenizer, tokens_per_image=tokens_per_image, lanes=1, seed=seed)
+    mix = Mixture(config, tokenizer, tokens_per_image=tokens_per_image, lanes=1, seed=seed)
     images = ImageReader(config, mix, build_decoder(config), image_size)
     assembler = Assembler(config, tokenizer, image_tokens=tokens_per_image, seed=seed, crops="centre")
     try:
@@ -67,12 +67,12 @@ def eval_documents(
         mix.close()
 
 
-def _rows(config: DataConfig, mix: Mix, indices: range, image_size: int, caption: str) -> Iterator[Row]:
+def _rows(config: DataConfig, mix: Mixture, indices: range, image_size: int, caption: str) -> Iterator[Row]:
     """Documents in order; a row ends where the next one does not fit."""
     row: list[Chunk] = []
     room = config.sequence_length
     for index in indices:
-        laid = mix.document(Draw(0, 0, index), first_caption=caption == "first")
+        laid = mix.document(SampleIndex(0, 0, index), first_caption=caption == "first")
         if laid is None:
             continue
         chunk = chunk_from(index, laid, image_size)
@@ -91,10 +91,10 @@ def _rows(config: DataConfig, mix: Mix, indices: range, image_size: int, caption
 
 
 def with_shuffled_images(batch: MicroBatch) -> MicroBatch:
-    """The same rows, every picture taken from another document of the micro-batch where that is possible.
+    """The same rows, every image taken from another document of the micro-batch where that is possible.
 
-    Pictures move cyclically by the largest number that one document has, so none stays in its document
-    as long as no document has more than half of the pictures.
+    Images move cyclically by the largest number that one document has, so none stays in its document
+    as long as no document has more than half of the images.
     """
     n = len(batch.image_starts)
     if n < 2:
@@ -106,5 +106,5 @@ def with_shuffled_images(batch: MicroBatch) -> MicroBatch:
 
 
 def with_blank_images(batch: MicroBatch, value: int = 128) -> MicroBatch:
-    """The same rows with every picture a uniform grey."""
+    """The same rows with every image a uniform grey."""
     return replace(batch, images=torch.full_like(batch.images, value))

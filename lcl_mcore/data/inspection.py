@@ -10,13 +10,13 @@ from typing import Any
 import numpy as np
 
 from lcl_mcore.config.data import DataConfig, SourceConfig
-from lcl_mcore.data.keyed import KeyedRandom
-from lcl_mcore.data.lane import Lane, LaneState
-from lcl_mcore.data.layout import LaidDocument
-from lcl_mcore.data.mix import Mix
-from lcl_mcore.data.order import Draw
+from lcl_mcore.data.mixture import Mixture
+from lcl_mcore.data.order import SampleIndex
 from lcl_mcore.data.packing import Packer, chunk_from
+from lcl_mcore.data.sample_stream import SampleStream, StreamState
+from lcl_mcore.data.tokenized import TokenizedDocument
 from lcl_mcore.data.tokenizer import Tokenizer
+from lcl_mcore.rng import KeyedRandom
 
 ROWS = 128  # packed for the statistics of a data set
 STYLE = """body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto} .cut{opacity:.35}
@@ -33,7 +33,7 @@ class Inspector:
         self._config = config
         self._tokenizer = tokenizer
         self._image_size = image_tokens + 2
-        self._mix = Mix(
+        self._mix = Mixture(
             DataConfig(**{**config.__dict__, "sources": (source,)}),
             tokenizer,
             tokens_per_image=image_tokens,
@@ -43,19 +43,19 @@ class Inspector:
         self._data = self._mix.datasets[source.label]
 
     def page(self, index: int, epoch: int = 0) -> str:
-        """One document as HTML: pictures in place, tokens, `<BoI>` positions, what is left out."""
+        """One document as HTML: images in place, tokens, `<BoI>` positions, what is left out."""
         stored, members = self._data.document(index)
-        laid = self._mix.document(Draw(0, epoch, index))
+        laid = self._mix.document(SampleIndex(0, epoch, index))
         used = {p.image for p in laid.pieces if p.image >= 0} if laid else set()
         parts = self._pieces(laid) if laid else ["<p>This document is not used under these settings.</p>"]
         left_out = [
-            f"<div class=cut>{self._picture(stored, members, i)}similarity {image.similarity:.3f}</div>"
+            f"<div class=cut>{self._image(stored, members, i)}similarity {image.similarity:.3f}</div>"
             for i, image in enumerate(stored.images)
             if i not in used
         ]
         size = chunk_from(0, laid, self._image_size).size if laid else 0
         title = html.escape(f"{self._data.name}/{members.shard}/{stored.key}")
-        facts = f"{stored.kind}, {len(stored.texts)} texts, {len(stored.images)} pictures, {size} tokens"
+        facts = f"{stored.kind}, {len(stored.texts)} texts, {len(stored.images)} images, {size} tokens"
         rest = f"<h2>Left out</h2>{''.join(left_out)}" if left_out else ""
         texts = "".join(f"<p class=cut>{html.escape(text)}</p>" for text in stored.texts)
         return (
@@ -78,7 +78,7 @@ class Inspector:
             kinds[stored.kind] += 1
             codecs.update(image.codec for image in stored.images)
             sides += [min(image.width, image.height) for image in stored.images]
-            laid = self._mix.document(Draw(0, 0, index))
+            laid = self._mix.document(SampleIndex(0, 0, index))
             if laid is None:
                 unused += 1
                 continue
@@ -103,17 +103,17 @@ class Inspector:
         }
 
     def _packed(self) -> tuple[float, list[int]]:
-        """Share of used tokens over the first rows of one lane, and the pictures in each of them."""
+        """Share of used tokens over the first rows of one lane, and the images in each of them."""
         config = self._config
         packer = Packer(config.sequence_length, self._image_size, config.min_fill, config.balance_images)
-        lane = Lane(
+        lane = SampleStream(
             self._mix.lane(0),
             packer,
             packing=config.packing,
             block_rows=config.packing_rows,
-            state=LaneState(),
+            state=StreamState(),
         )
-        rows = [lane.next_row() for _ in range(ROWS)]
+        rows = [lane.next_sequence() for _ in range(ROWS)]
         used = sum(chunk.size for row in rows for chunk in row)
         return used / (ROWS * config.sequence_length), [sum(chunk.images for chunk in row) for row in rows]
 
@@ -121,7 +121,7 @@ class Inspector:
         """Close the data set."""
         self._mix.close()
 
-    def _pieces(self, laid: LaidDocument) -> list[str]:
+    def _pieces(self, laid: TokenizedDocument) -> list[str]:
         place = int(laid.begin)
         row = self._config.sequence_length
         parts = ["<span class=m>begin</span> "] if laid.begin else []
@@ -130,8 +130,8 @@ class Inspector:
             cut = " class=cut" if place + size > row else ""
             if piece.image >= 0:
                 mark = f"<span class=m>&lt;BoI&gt; at {place}</span>"
-                picture = self._picture(laid.document, laid.members, piece.image)
-                parts.append(f"<div{cut}>{mark}{picture}<span class=n>{size} tokens</span></div>")
+                image = self._image(laid.document, laid.members, piece.image)
+                parts.append(f"<div{cut}>{mark}{image}<span class=n>{size} tokens</span></div>")
             else:
                 words = (html.escape(self._tokenizer.decode([i])) for i in piece.ids)
                 text = "".join(f"<span class=t>{word}</span>" for word in words)
@@ -139,9 +139,9 @@ class Inspector:
             place += size
         return [*parts, " <span class=m>end</span>"] if laid.end else parts
 
-    def _picture(self, document: Any, members: Any, number: int) -> str:
+    def _image(self, document: Any, members: Any, number: int) -> str:
         entry = document.images[number]
-        content = base64.b64encode(self._data.picture(document, members, number, verify=False)).decode()
+        content = base64.b64encode(self._data.image(document, members, number, verify=False)).decode()
         kind = "jpeg" if entry.codec == "jpg" else entry.codec
         label = html.escape(f"{entry.name} {entry.width} x {entry.height}")
         return f"<img src='data:image/{kind};base64,{content}' title='{label}' alt='{label}'>"

@@ -13,20 +13,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lcl_mcore.batch import GlobalCounts, MicroBatch, StepBatch
 from lcl_mcore.config.data import DataConfig
-from lcl_mcore.data.assemble import Assembler, micro_batch
-from lcl_mcore.data.batch import GlobalCounts, MicroBatch, StepBatch
+from lcl_mcore.data.broadcast import RankReport, gather_reports, receive_step, send_step
+from lcl_mcore.data.collate import Assembler, micro_batch
 from lcl_mcore.data.decode import Decoder, build_decoder
-from lcl_mcore.data.exchange import RankReport, gather_reports, receive_step, send_step
-from lcl_mcore.data.keyed import key63
-from lcl_mcore.data.lane import Lane, LaneState
-from lcl_mcore.data.mix import Mix
+from lcl_mcore.data.image_reader import ImageReader
+from lcl_mcore.data.mixture import Mixture
 from lcl_mcore.data.packing import Packer
 from lcl_mcore.data.position import describe_run, note_decoder, read_position
 from lcl_mcore.data.prefetch import Prefetcher
-from lcl_mcore.data.read_images import ImageReader
+from lcl_mcore.data.sample_stream import SampleStream, StreamState
 from lcl_mcore.data.tokenizer import Tokenizer
 from lcl_mcore.errors import ConfigError, explain
+from lcl_mcore.rng import key63
 
 REMOTE_READERS = 16
 
@@ -66,7 +66,7 @@ class StepReader:
     def __init__(
         self,
         config: DataConfig,
-        mix: Mix,
+        mix: Mixture,
         decoder: Decoder,
         *,
         tokenizer: Tokenizer,
@@ -101,12 +101,12 @@ class StepReader:
         self._first_lane = dp_rank * rows
         packer = Packer(config.sequence_length, tokens_per_image + 2, config.min_fill, config.balance_images)
         self._lanes = [
-            Lane(
+            SampleStream(
                 mix.lane(lane),
                 packer,
                 packing=config.packing,
                 block_rows=config.packing_rows,
-                state=start.lanes[lane] if start.lanes else LaneState(),
+                state=start.lanes[lane] if start.lanes else StreamState(),
             )
             for lane in range(self._first_lane, self._first_lane + rows)
         ]
@@ -145,7 +145,7 @@ class StepReader:
 
     def _read(self) -> tuple[tuple[MicroBatch, ...], RankReport]:
         """This rank's micro-batches of the next step, and what the other ranks need to know of them."""
-        chunks = list((self._pool.map if self._pool else map)(Lane.next_row, self._lanes))
+        chunks = list((self._pool.map if self._pool else map)(SampleStream.next_sequence, self._lanes))
         rows = [
             self._assembler.row(row, key63(self._seed, "row", self._step, self._first_lane + i))
             for i, row in enumerate(chunks)
@@ -160,12 +160,12 @@ class StepReader:
             batches.append(micro_batch(part, pixels, failed))
         sums = (
             sum(len(batch.image_starts) for batch in batches),
-            sum(len(batch.context_rows) for batch in batches),
-            sum(len(batch.target_rows) for batch in batches),
+            sum(len(batch.context_positions) for batch in batches),
+            sum(len(batch.target_positions) for batch in batches),
             sum(row.used for row in rows),
             sum(row.attention_pairs for row in rows),
             failures,
-            *(len(batch.context_rows) for batch in batches),
+            *(len(batch.context_positions) for batch in batches),
         )
         lanes = tuple(tuple(lane.state.to_list()) for lane in self._lanes)
         return tuple(batches), RankReport(sums, tuple(row.digest for row in rows), lanes)
@@ -240,7 +240,7 @@ def build_loader(
                    loader alone; None when dp_size is 1
     model_group    gloo group of the ranks that share dp_rank (tensor x pipeline), used by this loader
                    alone: its rank 0 reads, the others receive; None when that is one rank
-    pixel_ranks    ranks of `model_group` that need pictures (the first pipeline stage; rank 0 has them
+    pixel_ranks    ranks of `model_group` that need images (the first pipeline stage; rank 0 has them
                    anyway), the same on all; the others get `images` [0, 3, H, W]. None: every rank
     position       `StepBatch.position` of the last step trained on; refused with `DataError` when data,
                    seed or settings differ from those it was saved with
@@ -251,7 +251,7 @@ def build_loader(
         return StepLoader(
             StepReceiver(model_group, pixel_ranks), config.prefetch_steps, pin_memory=pin_memory
         )
-    mix = Mix(
+    mix = Mixture(
         config,
         tokenizer,
         tokens_per_image=tokens_per_image,

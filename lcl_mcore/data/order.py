@@ -14,14 +14,14 @@ from functools import lru_cache
 
 import numpy as np
 
-from lcl_mcore.data.keyed import Permutation, key64
 from lcl_mcore.errors import DataError, explain
+from lcl_mcore.rng import Permutation, key64
 
 PERIOD = 10_000
 
 
 @dataclass(frozen=True)
-class Draw:
+class SampleIndex:
     """One document of the stream: number `index` of source number `source`, in its pass `epoch`."""
 
     source: int
@@ -85,7 +85,7 @@ class DocumentOrder:
         self._before = np.pad(np.cumsum(drawn, axis=1, dtype=np.int32), ((0, 0), (1, 0)))
         self._permutation = lru_cache(maxsize=4 * len(sizes))(self._new_permutation)
 
-    def draw(self, lane: int, n: int) -> Draw:
+    def draw(self, lane: int, n: int) -> SampleIndex:
         """The n-th document of a lane."""
         period = len(self._schedule)
         phase = lane * period // self.lanes  # lanes start at different places of the schedule
@@ -94,7 +94,7 @@ class DocumentOrder:
         drawn = self._total(source, place) - self._total(source, phase)
         element = lane + drawn * self.lanes
         epoch, i = divmod(element, self.sizes[source])
-        return Draw(source, epoch, self._document(source, epoch, i))
+        return SampleIndex(source, epoch, self._document(source, epoch, i))
 
     def _total(self, source: int, place: int) -> int:
         """How often `source` is scheduled in places 0..place-1."""

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lcl_mcore.data.layout import LaidDocument, Piece
+from lcl_mcore.data.tokenized import Piece, TokenizedDocument
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Chunk:
     """
 
     n: int
-    laid: LaidDocument
+    laid: TokenizedDocument
     pieces: tuple[Piece, ...]
     piece: int
     offset: int
@@ -37,11 +37,11 @@ class Chunk:
 
     @property
     def divisible(self) -> bool:
-        """Whether it may be spread over rows: a picture is never parted from its caption."""
+        """Whether it may be spread over rows: a image is never parted from its caption."""
         return len(self.pieces) > 1 and self.laid.document.kind != "pair"
 
 
-def chunk_from(n: int, laid: LaidDocument, image_size: int, piece: int = 0, offset: int = 0) -> Chunk:
+def chunk_from(n: int, laid: TokenizedDocument, image_size: int, piece: int = 0, offset: int = 0) -> Chunk:
     """What is left of a document from a piece on (to its end)."""
     pieces = laid.pieces[piece:]
     if offset:

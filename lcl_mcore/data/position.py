@@ -8,8 +8,8 @@ import logging
 from typing import Any
 
 from lcl_mcore.config.data import DataConfig
-from lcl_mcore.data.lane import LaneState
-from lcl_mcore.data.mix import Mix
+from lcl_mcore.data.mixture import Mixture
+from lcl_mcore.data.sample_stream import StreamState
 from lcl_mcore.data.tokenizer import Tokenizer
 from lcl_mcore.errors import DataError, explain
 
@@ -49,11 +49,11 @@ class Start:
 
     step: int
     order_hash: str
-    lanes: list[LaneState]
+    lanes: list[StreamState]
 
 
 def describe_run(
-    config: DataConfig, mix: Mix, tokenizer: Tokenizer, tokens_per_image: int, lanes: int, seed: int
+    config: DataConfig, mix: Mixture, tokenizer: Tokenizer, tokens_per_image: int, lanes: int, seed: int
 ) -> dict[str, Any]:
     """What a position must have been saved with to be continued."""
     sources = {
@@ -92,7 +92,7 @@ def read_position(position: dict[str, Any] | None, run: dict[str, Any]) -> Start
             )
         )
     try:
-        lanes = [LaneState.from_list([int(value) for value in state]) for state in position["states"]]
+        lanes = [StreamState.from_list([int(value) for value in state]) for state in position["states"]]
         start = Start(int(position["step"]), str(position["order_hash"]), lanes)
     except (KeyError, TypeError, ValueError) as error:
         message = explain("saved data position", f"is damaged: {error}", "Use an older checkpoint.")
@@ -104,14 +104,15 @@ def read_position(position: dict[str, Any] | None, run: dict[str, Any]) -> Start
 
 
 def note_decoder(position: dict[str, Any] | None, decoder: str) -> None:
-    """Say so when pictures were decoded otherwise before: the order is the same, pixels differ slightly."""
+    """Say so when images were decoded otherwise before: the order is the same, pixels differ slightly."""
     former = (position or {}).get("decoder", decoder)
     if former != decoder:
         logger.warning(
-            "pictures were decoded by %r before and are by %r now: the same order and crops, pixels differ by "
+            "images were decoded by %r before and are by %r now: the same order and crops, pixels differ by "
             "less than one level of 255 on average; set data.decode_backend to keep the former",
-            former, decoder,
-        )  # fmt: skip
+            former,
+            decoder,
+        )
 
 
 def _differences(path: str, saved: Any, now: Any) -> list[str]:

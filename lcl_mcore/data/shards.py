@@ -79,8 +79,8 @@ class ShardWriter:
         """Bytes written so far."""
         return self._tar.offset
 
-    def add(self, document: Document, pictures: Sequence[bytes], **more: Any) -> None:
-        """Append a document and the content of its pictures, in the order of `document.images`."""
+    def add(self, document: Document, images: Sequence[bytes], **more: Any) -> None:
+        """Append a document and the content of its images, in the order of `document.images`."""
         key = document.key
         if key in self._keys or "." in key or "/" in key or not 0 < len(key) <= 80:
             raise ValueError(f"key {key!r} must be new, without dot or slash, of 1 to 80 characters")
@@ -90,9 +90,9 @@ class ShardWriter:
             document.to_json(**more), ensure_ascii=False, allow_nan=False, separators=(",", ":")
         )
         self._member(f"{key}.json", text.encode())
-        for image, content in zip(document.images, pictures, strict=True):
+        for image, content in zip(document.images, images, strict=True):
             self._member(f"{key}.{image.name}", content)
-        self._images += len(pictures)
+        self._images += len(images)
 
     def _member(self, name: str, content: bytes) -> None:
         header = tarfile.TarInfo(name)

@@ -1,1 +1,1 @@
-"""What a trained encoder is worth: retrieval, generation loss with and without pictures, reports."""
+"""What a trained encoder is worth: retrieval, generation loss with and without images, reports."""

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcl_mcore.data.batch import MicroBatch
+from lcl_mcore.batch import MicroBatch
 from lcl_mcore.data.tokenizer import Tokenizer
 from lcl_mcore.errors import ConfigError, explain
-from lcl_mcore.evaluation.captioned import CHUNK, Captioned
-from lcl_mcore.evaluation.loading import Opened
+from lcl_mcore.evaluation.captioned import CHUNK, CaptionDataset
+from lcl_mcore.evaluation.loading import LoadedModel
 from lcl_mcore.models.lcl import LclModel
-from lcl_mcore.platform.probe import installed
+from lcl_mcore.optional_packages import installed
 
 WORDS = re.compile(r"[^\W_]+")
 SCORER = "pycocoevalcap BLEU and CIDEr; lower case, words and digits instead of its PTB tokenizer"
@@ -61,7 +61,7 @@ def greedy(
 def generate(
     model: LclModel, tokenizer: Tokenizer, images: Tensor, limit: int, begin: bool
 ) -> list[list[int]]:
-    """Greedy captions of uint8 [n, 3, S, S]: ids after `[begin] <BoI> picture <EoI>`, up to an end or `<BoI>`."""
+    """Greedy captions of uint8 [n, 3, S, S]: ids after `[begin] <BoI> image <EoI>`, up to an end or `<BoI>`."""
     n, patches, device = len(images), model.shape.vision.patches, images.device
     start = [tokenizer.bos] if begin else []
     prompt = [*start, tokenizer.boi, *[tokenizer.image] * patches, tokenizer.eoi]
@@ -74,11 +74,20 @@ def generate(
         rows = torch.cat((prompts, written), 1)
         length = rows.shape[1]
         batch = MicroBatch(
-            tokens=rows.flatten(), positions=torch.arange(length, device=device).repeat(n), lengths=(length,) * n,
-            images=images, image_starts=keys * length + len(start) + 1, context_rows=none, context_images=none,
-            target_rows=none, target_labels=none, image_keys=keys, row_keys=torch.arange(n), group_ids=none,
-        )  # fmt: skip
-        hidden = model.read(batch, latents, tuple(range(n)), 0)
+            tokens=rows.flatten(),
+            positions=torch.arange(length, device=device).repeat(n),
+            lengths=(length,) * n,
+            images=images,
+            image_starts=keys * length + len(start) + 1,
+            context_positions=none,
+            context_images=none,
+            target_positions=none,
+            target_labels=none,
+            image_keys=keys,
+            sequence_keys=torch.arange(n),
+            group_ids=none,
+        )
+        hidden = model.forward_language(batch, latents, tuple(range(n)), 0)
         last = model.language.targets(hidden, keys * length + length - 1)
         return (last @ model.language.head_weight.T)[:, : model.shape.language.vocab_size].float()
 
@@ -114,12 +123,12 @@ def scores(generated: Sequence[str], references: Sequence[Sequence[str]]) -> dic
     return {"BLEU-4": 100 * float(bleu[3]), "BLEU-1": 100 * float(bleu[0]), "CIDEr": 100 * float(cider)}
 
 
-def scored(generated: Sequence[str], data: Captioned) -> dict[str, Any]:
-    """Scores, those of the same captions held against the next picture's references, and examples of both."""
+def scored(generated: Sequence[str], data: CaptionDataset) -> dict[str, Any]:
+    """Scores, those of the same captions held against the next image's references, and examples of both."""
     references = list(data.captions)
     return {
         **scores(generated, references),
-        "wrong_pictures": scores(generated, references[1:] + references[:1]),
+        "wrong_images": scores(generated, references[1:] + references[:1]),
         "examples": [
             {"written": text, "reference": texts[0]}
             for text, texts in zip(generated[:8], references[:8], strict=True)
@@ -127,7 +136,7 @@ def scored(generated: Sequence[str], data: Captioned) -> dict[str, Any]:
     }
 
 
-def caption(opened: Opened, data: Captioned, max_tokens: int) -> dict[str, Any]:
+def caption(opened: LoadedModel, data: CaptionDataset, max_tokens: int) -> dict[str, Any]:
     """Captions by the pre-trained LM as it is."""
     require_scorers()
     opened.model.float()
@@ -141,7 +150,13 @@ def caption(opened: Opened, data: Captioned, max_tokens: int) -> dict[str, Any]:
         generated += [tokenizer.decode(ids).strip() for ids in rows]
     found = scored(generated, data)
     return {
-        **opened.facts(), "task": "caption", "transfer": "zeroshot", "data": data.name, "pictures": len(data),
-        "scorer": SCORER, "examples": found.pop("examples"), "wrong_pictures": found.pop("wrong_pictures"),
+        **opened.facts(),
+        "task": "caption",
+        "transfer": "zeroshot",
+        "data": data.name,
+        "images": len(data),
+        "scorer": SCORER,
+        "examples": found.pop("examples"),
+        "wrong_images": found.pop("wrong_images"),
         "trained": found,
-    }  # fmt: skip
+    }

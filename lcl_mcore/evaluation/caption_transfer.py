@@ -1,7 +1,7 @@
 """Captioning transfer (paper appendix A.2): an MLP connector from patch tokens into a language model.
 
 Shape legend
-    n  pictures;  P  patch tokens;  h  encoder width;  D  LM width;  k  target tokens
+    n  images;  P  patch tokens;  h  encoder width;  D  LM width;  k  target tokens
 """
 
 from __future__ import annotations
@@ -16,14 +16,15 @@ from torch import Tensor, nn
 from lcl_mcore.config.evaluation import CaptionConfig
 from lcl_mcore.config.model import ModelConfig
 from lcl_mcore.data.tokenizer import Tokenizer
+from lcl_mcore.distributed.context import Context
 from lcl_mcore.errors import ConfigError, explain
 from lcl_mcore.evaluation.caption import SCORER, greedy, require_scorers, scored
-from lcl_mcore.evaluation.captioned import CHUNK, Captioned, lay_rows
-from lcl_mcore.evaluation.loading import Opened
-from lcl_mcore.evaluation.probe import descend
+from lcl_mcore.evaluation.captioned import CHUNK, CaptionDataset, lay_rows
+from lcl_mcore.evaluation.loading import LoadedModel
+from lcl_mcore.evaluation.probe import fit_head
 from lcl_mcore.evaluation.transfer import (
     Encoder,
-    NewParts,
+    TransferHead,
     compare,
     draw_captions,
     drop_path,
@@ -32,11 +33,10 @@ from lcl_mcore.evaluation.transfer import (
     token_source,
 )
 from lcl_mcore.losses.generation import generation_loss_sum
-from lcl_mcore.models.randomness import key_of
-from lcl_mcore.training.build import Job
+from lcl_mcore.rng import key_of
 
 
-class Writer(Protocol):
+class CaptionDecoder(Protocol):
     """A language model that reads P vectors of its own width in front of a caption."""
 
     @property
@@ -59,28 +59,32 @@ class Writer(Protocol):
         ...
 
 
-class OwnWriter(NewParts):
+class OwnDecoder(TransferHead):
     """An LM in the shape of the run's, read like in pre-training: `begin <BoI> latents <EoI> text end`.
 
     Args:
         weights: those of the run's LM; None draws new ones.
 
     Raises:
-        ConfigError: picture and caption exceed the LM's positions.
+        ConfigError: image and caption exceed the LM's positions.
     """
 
     def __init__(
-        self, shape: ModelConfig, job: Job, tokenizer: Tokenizer, config: CaptionConfig,
+        self,
+        shape: ModelConfig,
+        context: Context,
+        tokenizer: Tokenizer,
+        config: CaptionConfig,
         weights: Sequence[Tensor] | None = None,
-    ) -> None:  # fmt: skip
-        super().__init__(shape, job)
+    ) -> None:
+        super().__init__(shape, context)
         patches, positions = shape.vision.patches, shape.language.max_positions
         self.tokenizer, self.room = tokenizer, config.text_tokens
         self.prompt = [tokenizer.bos, tokenizer.boi, *[tokenizer.image] * patches, tokenizer.eoi]
         if len(self.prompt) + self.room > positions:
             raise ConfigError(
                 explain(
-                    f"transfer.text_tokens = {self.room} after {len(self.prompt)} for the picture",
+                    f"transfer.text_tokens = {self.room} after {len(self.prompt)} for the image",
                     f"the LM has {positions} positions",
                     f"Use --text-tokens {max(positions - len(self.prompt), 1)}.",
                 )
@@ -103,7 +107,7 @@ class OwnWriter(NewParts):
         """Hidden states [t, D] over prompts and texts, and where each row starts, int64 [n] on the host."""
         rows = lay_rows([[*self.prompt, *ids] for ids in texts])
         starts = rows.last + 1 - torch.tensor(rows.lengths)
-        return self.read(rows, latents, starts + 2), starts
+        return self.forward_language(rows, latents, starts + 2), starts
 
     def loss_sum(self, latents: Tensor, ids: Sequence[Sequence[int]]) -> Tensor:
         hidden, starts = self._hidden(latents, [row[:-1] for row in ids])
@@ -114,9 +118,13 @@ class OwnWriter(NewParts):
         labels = torch.tensor([token for row in ids for token in row])
         language, device = self.language, hidden.device
         return generation_loss_sum(
-            language.targets(hidden, places.to(device)), language.head_weight, labels.to(device), vocab_start=0,
-            vocab_size=self.shape.language.vocab_size, tp_group=self.groups.tp,
-        )  # fmt: skip
+            language.targets(hidden, places.to(device)),
+            language.head_weight,
+            labels.to(device),
+            vocab_start=0,
+            vocab_size=self.shape.language.vocab_size,
+            tp_group=self.groups.tp,
+        )
 
     @torch.no_grad()
     def write(self, latents: Tensor, limit: int) -> list[str]:
@@ -143,9 +151,13 @@ def make_connector(width: int, out: int, seed: int) -> nn.Sequential:
 
 
 def train_writer(
-    writer: Writer, connector: nn.Module, encoder: Encoder, train: Captioned, config: CaptionConfig,
+    writer: CaptionDecoder,
+    connector: nn.Module,
+    encoder: Encoder,
+    train: CaptionDataset,
+    config: CaptionConfig,
     note: Callable[[str], None] = lambda line: None,
-) -> float:  # fmt: skip
+) -> float:
     """Train connector, LM and encoder, as far as they learn; mean loss of the last tenth of the steps, nats a token."""
     tokens = token_source(encoder, train, config.cache_mb)
 
@@ -163,14 +175,14 @@ def train_writer(
     new = [*connector.parameters(), *(p for p in writer.parameters() if p.requires_grad)]
     groups = [(new, 1.0), (encoder.parameters, config.encoder_lr / config.lr)]
     with learning(encoder):
-        return descend(backward, groups, len(train), config.steps, config, note)
+        return fit_head(backward, groups, len(train), config.steps, config, note)
 
 
 @torch.no_grad()
 def score_writer(
-    writer: Writer, connector: nn.Module, encoder: Encoder, test: Captioned, max_tokens: int
+    writer: CaptionDecoder, connector: nn.Module, encoder: Encoder, test: CaptionDataset, max_tokens: int
 ) -> dict[str, Any]:
-    """BLEU-4 and CIDEr of greedy captions, and the loss of each picture's first caption, nats a token."""
+    """BLEU-4 and CIDEr of greedy captions, and the loss of each image's first caption, nats a token."""
     generated: list[str] = []
     loss, targets = 0.0, 0
     for part in torch.arange(len(test)).split(CHUNK):
@@ -181,21 +193,27 @@ def score_writer(
     return {**scored(generated, test), "test_loss": loss / targets}
 
 
-def make_writer(opened: Opened, config: CaptionConfig, pretrained: Sequence[Tensor] | None) -> Writer:
+def make_writer(
+    opened: LoadedModel, config: CaptionConfig, pretrained: Sequence[Tensor] | None
+) -> CaptionDecoder:
     """The LM that `config` asks for, ready to train or frozen."""
     if config.language_model in ("fresh", "pretrained"):
-        writer: Any = OwnWriter(opened.config.model, opened.job, opened.tokenizer(), config, pretrained)
+        writer: Any = OwnDecoder(opened.config.model, opened.context, opened.tokenizer(), config, pretrained)
     else:
-        from lcl_mcore.evaluation.hugging_face import HuggingFaceWriter
+        from lcl_mcore.evaluation.hugging_face import HuggingFaceDecoder
 
-        writer = HuggingFaceWriter(config.language_model, config.text_tokens, opened.job.device.device)
+        writer = HuggingFaceDecoder(config.language_model, config.text_tokens, opened.context.device.device)
     return writer.requires_grad_(not config.freeze_language_model)
 
 
 def caption_transfer(
-    opened: Opened, train: Captioned, test: Captioned, config: CaptionConfig, max_tokens: int,
+    opened: LoadedModel,
+    train: CaptionDataset,
+    test: CaptionDataset,
+    config: CaptionConfig,
+    max_tokens: int,
     baselines: bool = True,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """BLEU-4 and CIDEr after training on `train`, beside the same on untrained encoders and on raw patches."""
     require_scorers()
     pretrained = None
@@ -207,7 +225,7 @@ def caption_transfer(
         connector = make_connector(encoder.width, writer.width, config.seed).to(encoder.device)
         learns = encoder.module is not None
         with drop_path(opened.model.vision, config.drop_path) if learns else nullcontext():
-            loss = train_writer(writer, connector, encoder, train, config, opened.job.note)
+            loss = train_writer(writer, connector, encoder, train, config, opened.context.log)
         return {**score_writer(writer, connector, encoder, test, max_tokens), "train_loss": loss}
 
     result = compare(opened, train, test, config, "caption", arm, baselines)

@@ -1,7 +1,7 @@
-"""Pictures with several captions by local path, vectors of both, and retrieval between them (TR@k, IR@k).
+"""Images with several captions by local path, vectors of both, and retrieval between them (TR@k, IR@k).
 
 Shape legend
-    n  pictures;  k  captions of all of them;  D  LM width;  S  side in pixels
+    n  images;  k  captions of all of them;  D  LM width;  S  side in pixels
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from lcl_mcore.data.batch import MicroBatch
+from lcl_mcore.batch import MicroBatch
 from lcl_mcore.data.dataset import NativeDataset
 from lcl_mcore.data.tokenizer import Tokenizer
 from lcl_mcore.errors import DataError, explain
 from lcl_mcore.evaluation.labelled import fetcher
-from lcl_mcore.evaluation.loading import Opened, reset_weights
-from lcl_mcore.models.lcl import LclModel, unit
+from lcl_mcore.evaluation.loading import LoadedModel, reset_weights
+from lcl_mcore.models.lcl import LclModel, l2_normalize
 
 CHUNK = 64
 KS = (1, 5, 10)
 
 
 @dataclass(frozen=True)
-class Captioned:
-    """captions[i] belong to picture i; fetch: indices -> uint8 [m, 3, S, S]."""
+class CaptionDataset:
+    """captions[i] belong to image i; fetch: indices -> uint8 [m, 3, S, S]."""
 
     name: str
     captions: Sequence[tuple[str, ...]]
@@ -39,14 +39,14 @@ class Captioned:
         return len(self.captions)
 
 
-def open_captioned(path: str, images: Path | None, split: str, limit: int, side: int) -> Captioned:
+def open_caption_dataset(path: str, images: Path | None, split: str, limit: int, side: int) -> CaptionDataset:
     """A prepared data set of pairs; Karpathy's JSON (COCO, Flickr30k); or COCO-style JSON (NoCaps).
 
     Args:
         split: of a Karpathy file; several with commas between.
 
     Raises:
-        DataError: of none of these kinds, or pictures are missing.
+        DataError: of none of these kinds, or images are missing.
     """
     if (Path(path) / "dataset.json").is_file():
         return _open_prepared(path, limit, side)
@@ -54,17 +54,27 @@ def open_captioned(path: str, images: Path | None, split: str, limit: int, side:
         content: dict[str, Any] = json.loads(Path(path).read_text(encoding="utf-8"))
         found = _karpathy(content, split) if "sentences" in content["images"][0] else _coco(content)
     except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
-        raise DataError(explain(path, f"is neither a prepared data set nor a caption file ({error!r})",
-                                "Give Karpathy's or NoCaps' JSON, or a prepared data set.")) from None  # fmt: skip
+        raise DataError(
+            explain(
+                path,
+                f"is neither a prepared data set nor a caption file ({error!r})",
+                "Give Karpathy's or NoCaps' JSON, or a prepared data set.",
+            )
+        ) from None
     found = found[: limit or None]
     root = images or Path(path).parent
     files = [root / name for name, _ in found]
     missing = [str(file) for file in files if not file.is_file()]
     if missing or not found:
-        raise DataError(explain(missing[0] if missing else f"{path}: split {split}", "is not there",
-                                "Give --images, the folder that holds the pictures, and --split."))  # fmt: skip
+        raise DataError(
+            explain(
+                missing[0] if missing else f"{path}: split {split}",
+                "is not there",
+                "Give --images, the folder that holds the images, and --split.",
+            )
+        )
     fetch = fetcher(lambda i: (str(files[i]), files[i].read_bytes()), side)
-    return Captioned(Path(path).stem, tuple(captions for _, captions in found), fetch)
+    return CaptionDataset(Path(path).stem, tuple(captions for _, captions in found), fetch)
 
 
 def _karpathy(content: dict[str, Any], split: str) -> list[tuple[str, tuple[str, ...]]]:
@@ -106,31 +116,36 @@ class _Texts(Sequence[tuple[str, ...]]):
             raise IndexError(index)
         document, _ = self._data.document(index)
         if document.kind != "pair":
-            raise DataError(explain(f"{self._data.path}: {document.key}", f"is a {document.kind} document, not a pair",
-                                    "Use the heldout command for interleaved documents."))  # fmt: skip
+            raise DataError(
+                explain(
+                    f"{self._data.path}: {document.key}",
+                    f"is a {document.kind} document, not a pair",
+                    "Use the heldout command for interleaved documents.",
+                )
+            )
         return tuple(document.texts)
 
 
-def _open_prepared(path: str, limit: int, side: int) -> Captioned:
+def _open_prepared(path: str, limit: int, side: int) -> CaptionDataset:
     data = NativeDataset(path)
     texts = _Texts(data, min(len(data), limit or len(data)))
     texts[:1]  # not pairs at all: say so before anything is trained
 
     def read(index: int) -> tuple[str, bytes]:
         document, members = data.document(index)
-        return document.key, data.picture(document, members, 0)
+        return document.key, data.image(document, members, 0)
 
-    return Captioned(data.name, texts, fetcher(read, side))
+    return CaptionDataset(data.name, texts, fetcher(read, side))
 
 
 @torch.no_grad()
-def image_vectors(model: LclModel, data: Captioned | Any) -> Tensor:
-    """Unit vectors of all pictures of a set with `fetch` and a length: fp32 [n, D] on the CPU."""
+def image_vectors(model: LclModel, data: CaptionDataset | Any) -> Tensor:
+    """Unit vectors of all images of a set with `fetch` and a length: fp32 [n, D] on the CPU."""
     device = next(model.parameters()).device
     parts = []
     for indices in torch.arange(len(data)).split(CHUNK):
         found = data.fetch(indices.tolist()).to(device)
-        parts.append(unit(model.encode_images(found, indices.to(device), 0).vectors).cpu())
+        parts.append(l2_normalize(model.encode_images(found, indices.to(device), 0).vectors).cpu())
     return torch.cat(parts)
 
 
@@ -163,19 +178,27 @@ def text_rows(tokenizer: Tokenizer, texts: Sequence[str], room: int, last: int) 
 
 
 def text_batch(model: LclModel, tokenizer: Tokenizer, texts: Sequence[str], room: int) -> MicroBatch:
-    """Rows `begin text <BoI>` without pictures: the LM's state at `<BoI>` is the text's context vector."""
+    """Rows `begin text <BoI>` without images: the LM's state at `<BoI>` is the text's context vector."""
     side, rows = model.shape.vision.image_size, text_rows(tokenizer, texts, room, tokenizer.boi)
     none = torch.zeros(0, dtype=torch.int64)
     return MicroBatch(
-        tokens=rows.tokens, positions=rows.positions, lengths=rows.lengths,
+        tokens=rows.tokens,
+        positions=rows.positions,
+        lengths=rows.lengths,
         images=torch.zeros(0, 3, side, side, dtype=torch.uint8),
-        image_starts=none, context_rows=rows.last, context_images=none, target_rows=none, target_labels=none,
-        image_keys=none, row_keys=torch.arange(len(rows.lengths)), group_ids=none,
-    )  # fmt: skip
+        image_starts=none,
+        context_positions=rows.last,
+        context_images=none,
+        target_positions=none,
+        target_labels=none,
+        image_keys=none,
+        sequence_keys=torch.arange(len(rows.lengths)),
+        group_ids=none,
+    )
 
 
 @torch.no_grad()
-def text_vectors(opened: Opened, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
+def text_vectors(opened: LoadedModel, tokenizer: Tokenizer, texts: Sequence[str]) -> Tensor:
     """Unit context vectors of texts, fp32 [k, D] on the CPU; long texts lose their end."""
     model, room = opened.model, opened.config.data.sequence_length
     device = next(model.parameters()).device
@@ -183,15 +206,15 @@ def text_vectors(opened: Opened, tokenizer: Tokenizer, texts: Sequence[str]) -> 
     for start in range(0, len(texts), CHUNK):
         batch = text_batch(model, tokenizer, texts[start : start + CHUNK], room).to(device)
         latents = torch.zeros(0, model.shape.vision.patches, model.shape.language.width, device=device)
-        hidden = model.read(batch, latents, tuple(range(len(batch.lengths))), 0)
-        parts.append(model.context_side(batch, hidden).cpu())
+        hidden = model.forward_language(batch, latents, tuple(range(len(batch.lengths))), 0)
+        parts.append(model.context_embeds(batch, hidden).cpu())
     return torch.cat(parts)
 
 
 def recalls(image: Tensor, text: Tensor, owner: Tensor, ks: tuple[int, ...] = KS) -> dict[str, float]:
-    """TR@k: some own caption among a picture's k nearest texts. IR@k: its picture among a caption's k nearest.
+    """TR@k: some own caption among a image's k nearest texts. IR@k: its image among a caption's k nearest.
 
-    image [n, D], text [k, D], owner int64 [k]: the picture of each caption. Ties count against the query.
+    image [n, D], text [k, D], owner int64 [k]: the image of each caption. Ties count against the query.
     """
     similarity = image.double() @ text.double().T
     own = owner[None] == torch.arange(len(image))[:, None]  # [n, k]
@@ -203,18 +226,18 @@ def recalls(image: Tensor, text: Tensor, owner: Tensor, ks: tuple[int, ...] = KS
     return result | {f"IR@{k}": float((image_rank < k).double().mean()) for k in ks}
 
 
-def flat(data: Captioned) -> tuple[list[str], Tensor]:
-    """All captions, and the picture of each: int64 [k]."""
+def flat(data: CaptionDataset) -> tuple[list[str], Tensor]:
+    """All captions, and the image of each: int64 [k]."""
     texts = [caption for captions in data.captions for caption in captions]
     return texts, torch.tensor([i for i, captions in enumerate(data.captions) for _ in captions])
 
 
-def chance(data: Captioned) -> dict[str, float]:
-    """Recall of a caption's picture in a random order."""
+def chance(data: CaptionDataset) -> dict[str, float]:
+    """Recall of a caption's image in a random order."""
     return {f"IR@{k}": min(k / len(data), 1.0) for k in KS}
 
 
-def retrieval(opened: Opened, data: Captioned) -> dict[str, Any]:
+def retrieval(opened: LoadedModel, data: CaptionDataset) -> dict[str, Any]:
     """Zero-shot retrieval with the pre-trained vectors, and the same with random weights (left in the model)."""
     tokenizer = opened.tokenizer()
     opened.model.float()
@@ -224,8 +247,14 @@ def retrieval(opened: Opened, data: Captioned) -> dict[str, Any]:
         return recalls(image_vectors(opened.model, data), text_vectors(opened, tokenizer, texts), owner)
 
     result: dict[str, Any] = {
-        **opened.facts(), "task": "retrieval", "transfer": "zeroshot",
-        "data": data.name, "pictures": len(data), "captions": len(texts), "trained": numbers(), "chance": chance(data),
-    }  # fmt: skip
+        **opened.facts(),
+        "task": "retrieval",
+        "transfer": "zeroshot",
+        "data": data.name,
+        "images": len(data),
+        "captions": len(texts),
+        "trained": numbers(),
+        "chance": chance(data),
+    }
     reset_weights(opened)
     return {**result, "random_init": numbers()}

@@ -13,13 +13,13 @@ from torch import Tensor, nn
 
 from lcl_mcore.config.base import to_dict
 from lcl_mcore.config.evaluation import ProbeConfig
-from lcl_mcore.evaluation.labelled import Labelled, open_labelled
-from lcl_mcore.evaluation.loading import Opened, reset_weights
+from lcl_mcore.evaluation.labelled import ClassificationDataset, open_classification_dataset
+from lcl_mcore.evaluation.loading import LoadedModel, reset_weights
 from lcl_mcore.evaluation.probe import AttentionProbe, Batch, PixelProbe, accuracy, fit
 from lcl_mcore.models.lcl import LclModel
 from lcl_mcore.models.vision import VisionEncoder, patchify
 
-CHUNK = 256  # pictures per forward pass of a frozen encoder
+CHUNK = 256  # images per forward pass of a frozen encoder
 
 
 def encode(vision: VisionEncoder, images: Tensor, seed: int = 0) -> Tensor:
@@ -29,8 +29,8 @@ def encode(vision: VisionEncoder, images: Tensor, seed: int = 0) -> Tensor:
 
 
 @torch.no_grad()
-def frozen_tokens(vision: VisionEncoder, data: Labelled) -> Callable[[Tensor], Tensor]:
-    """indices -> patch tokens of these pictures, computed now."""
+def frozen_tokens(vision: VisionEncoder, data: ClassificationDataset) -> Callable[[Tensor], Tensor]:
+    """indices -> patch tokens of these images, computed now."""
     device = vision.patch_embedding.device
 
     def tokens(indices: Tensor) -> Tensor:
@@ -41,7 +41,7 @@ def frozen_tokens(vision: VisionEncoder, data: Labelled) -> Callable[[Tensor], T
 
 
 def batches(
-    tokens: Callable[[Tensor], Tensor], data: Labelled, width: int, cache_mb: int
+    tokens: Callable[[Tensor], Tensor], data: ClassificationDataset, width: int, cache_mb: int
 ) -> Callable[[Tensor], Batch]:
     """Batches of features `width` numbers each, from memory where they fit into `cache_mb`."""
     if 4 * width * len(data) > cache_mb << 20:
@@ -52,9 +52,13 @@ def batches(
 
 
 def probe_features(
-    tokens: Callable[[Labelled], Callable[[Tensor], Tensor]], model: nn.Module, train: Labelled, test: Labelled,
-    width: int, config: ProbeConfig,
-) -> dict[str, float]:  # fmt: skip
+    tokens: Callable[[ClassificationDataset], Callable[[Tensor], Tensor]],
+    model: nn.Module,
+    train: ClassificationDataset,
+    test: ClassificationDataset,
+    width: int,
+    config: ProbeConfig,
+) -> dict[str, float]:
     """Train `model` on features of `train` and report accuracies on `test`."""
     learn = batches(tokens(train), train, width, config.cache_mb)
     loss = fit(model, [(list(model.parameters()), 1.0)], learn, len(train), config)
@@ -71,7 +75,9 @@ def _attention(
     return probe.to(model.vision.patch_embedding.device)
 
 
-def frozen(model: LclModel, train: Labelled, test: Labelled, config: ProbeConfig) -> dict[str, float]:
+def frozen(
+    model: LclModel, train: ClassificationDataset, test: ClassificationDataset, config: ProbeConfig
+) -> dict[str, float]:
     """Attention probe on the patch tokens of the encoder as it is."""
     model.eval()
     shape = model.shape.vision
@@ -87,13 +93,13 @@ def frozen(model: LclModel, train: Labelled, test: Labelled, config: ProbeConfig
 
 
 def pixels(
-    model: LclModel, train: Labelled, test: Labelled, config: ProbeConfig
+    model: LclModel, train: ClassificationDataset, test: ClassificationDataset, config: ProbeConfig
 ) -> dict[str, dict[str, float]]:
     """The attention probe on raw patches, and a linear layer on all pixels."""
     shape, vision = model.shape.vision, model.vision
     width = 3 * shape.patch_size**2
 
-    def patches(data: Labelled) -> Callable[[Tensor], Tensor]:
+    def patches(data: ClassificationDataset) -> Callable[[Tensor], Tensor]:
         device = vision.patch_embedding.device
         return lambda indices: patchify(
             data.fetch(indices.tolist()).to(device), vision.pixel_mean, vision.pixel_std, shape.patch_size
@@ -124,7 +130,9 @@ def _augment(images: Tensor, generator: torch.Generator) -> Tensor:
     return moved.round().clamp(0, 255).byte()
 
 
-def full(model: LclModel, train: Labelled, test: Labelled, config: ProbeConfig) -> dict[str, float]:
+def full(
+    model: LclModel, train: ClassificationDataset, test: ClassificationDataset, config: ProbeConfig
+) -> dict[str, float]:
     """Fine-tune the encoder together with the probe, the learning rate decaying from block to block.
 
     The encoder has its weights back afterwards.
@@ -145,7 +153,7 @@ def full(model: LclModel, train: Labelled, test: Labelled, config: ProbeConfig) 
     groups = [(list(probe.parameters()), 1.0)]
     groups += [([p], config.layer_decay ** depth(name)) for name, p in vision.named_parameters()]
 
-    def images(data: Labelled, augment: bool) -> Callable[[Tensor], Batch]:
+    def images(data: ClassificationDataset, augment: bool) -> Callable[[Tensor], Batch]:
         def batch(indices: Tensor) -> Batch:
             found = data.fetch(indices.tolist()).to(device)
             return (_augment(found, generator) if augment else found), data.labels[indices].to(device)
@@ -167,14 +175,14 @@ def full(model: LclModel, train: Labelled, test: Labelled, config: ProbeConfig) 
     return result
 
 
-def classify(opened: Opened, data: Path, config: ProbeConfig, baselines: bool = True) -> dict[str, Any]:
+def classify(opened: LoadedModel, data: Path, config: ProbeConfig, baselines: bool = True) -> dict[str, Any]:
     """Transfer to a labelled data set; with `baselines`, the same from random weights and from pixels.
 
     The baselines leave `opened.model` with random weights.
     """
     side, started = opened.config.model.vision.image_size, time.perf_counter()
-    train = open_labelled(data, "train", side).subset(config.train_limit, config.seed)
-    test = open_labelled(data, "test", side).subset(config.test_limit, config.seed)
+    train = open_classification_dataset(data, "train", side).subset(config.train_limit, config.seed)
+    test = open_classification_dataset(data, "test", side).subset(config.test_limit, config.seed)
     run = frozen if config.transfer == "frozen" else full
     opened.model.float()
     result: dict[str, Any] = {
@@ -182,8 +190,8 @@ def classify(opened: Opened, data: Path, config: ProbeConfig, baselines: bool = 
         "task": f"classification, {config.transfer} transfer",
         "data": str(data),
         "classes": len(train.classes),
-        "train_pictures": len(train),
-        "test_pictures": len(test),
+        "train_images": len(train),
+        "test_images": len(test),
         "probe": to_dict(config),
         "trained": run(opened.model, train, test, config),
     }

@@ -17,14 +17,30 @@ from lcl_mcore.errors import ConfigError, explain
 COMMANDS = ("heldout", "classify", "retrieval", "caption", "zeroshot")
 RESULTS = "results"
 _PROBE_FLAGS = (
-    ("epochs", float), ("batch_size", int), ("lr", float), ("layer_decay", float), ("weight_decay", float),
-    ("warmup", float), ("seed", int), ("train_limit", int), ("test_limit", int), ("cache_mb", int),
-)  # fmt: skip
+    ("epochs", float),
+    ("batch_size", int),
+    ("lr", float),
+    ("layer_decay", float),
+    ("weight_decay", float),
+    ("warmup", float),
+    ("seed", int),
+    ("train_limit", int),
+    ("test_limit", int),
+    ("cache_mb", int),
+)
 _PAIRS_FLAGS = (
-    ("steps", int), ("batch_size", int), ("chunk_size", int), ("lr", float), ("encoder_lr", float),
-    ("weight_decay", float), ("warmup", float), ("seed", int), ("train_limit", int), ("cache_mb", int),
+    ("steps", int),
+    ("batch_size", int),
+    ("chunk_size", int),
+    ("lr", float),
+    ("encoder_lr", float),
+    ("weight_decay", float),
+    ("warmup", float),
+    ("seed", int),
+    ("train_limit", int),
+    ("cache_mb", int),
     ("text_tokens", int),
-)  # fmt: skip
+)
 _CAPTION_FLAGS = (("drop_path", float), ("language_model", str))
 
 
@@ -62,14 +78,14 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         ("caption", "Captions: BLEU-4 and CIDEr."),
     ):
         sub = add(name, about, "Karpathy or NoCaps JSON, or a prepared data set")
-        sub.add_argument("--images", type=Path, help="folder of the pictures that the JSON names")
+        sub.add_argument("--images", type=Path, help="folder of the images that the JSON names")
         sub.add_argument("--split", default="test", help="split of a Karpathy file")
-        sub.add_argument("--limit", type=int, default=0, help="pictures used, from the first on; 0: all")
+        sub.add_argument("--limit", type=int, default=0, help="images used, from the first on; 0: all")
         sub.add_argument(
             "--transfer", choices=["zeroshot", "frozen", "full"], help="default: frozen with --train"
         )
         sub.add_argument("--train", help="pairs for new parts: like --data; default: the model as it is")
-        sub.add_argument("--train-images", type=Path, help="folder of their pictures (default: --images)")
+        sub.add_argument("--train-images", type=Path, help="folder of their images (default: --images)")
         sub.add_argument("--train-split", default="train", help="of a Karpathy file, e.g. train,restval")
         sub.add_argument("--no-baselines", action="store_true", help="skip untrained encoders and pixels")
         for flag, value in (*_PAIRS_FLAGS, *(_CAPTION_FLAGS if name == "caption" else ())):
@@ -91,8 +107,13 @@ def transfer_settings(flags: argparse.Namespace) -> dict[str, Any] | None:
     transfer = flags.transfer or ("frozen" if flags.train else "zeroshot")
     if transfer != "zeroshot":
         if not flags.train:
-            raise ConfigError(explain(f"--transfer {transfer} without --train", "new parts learn from pairs",
-                                      "Give --train: a prepared data set, Karpathy's or COCO-style JSON."))  # fmt: skip
+            raise ConfigError(
+                explain(
+                    f"--transfer {transfer} without --train",
+                    "new parts learn from pairs",
+                    "Give --train: a prepared data set, Karpathy's or COCO-style JSON.",
+                )
+            )
         return {**given, "transfer": transfer}
     if flags.train or given:
         what = "--train" if flags.train else "--" + next(iter(given)).replace("_", "-")
@@ -139,7 +160,7 @@ def _print(result: dict[str, Any], indent: str = "") -> None:
 def _heldout(flags: argparse.Namespace) -> None:
     from lcl_mcore.evaluation.heldout import evaluate_run
     from lcl_mcore.evaluation.report import print_table, write_report
-    from lcl_mcore.training.metrics import read_metrics
+    from lcl_mcore.metrics import read_metrics
 
     result = evaluate_run(flags.model, flags.data)
     write_report(flags.model, result, read_metrics(flags.model / "metrics.jsonl"))
@@ -189,19 +210,19 @@ def _caption(flags: argparse.Namespace, opened: Any) -> dict[str, Any]:
 
 
 def _test_pairs(flags: argparse.Namespace, opened: Any) -> Any:
-    from lcl_mcore.evaluation.captioned import open_captioned
+    from lcl_mcore.evaluation.captioned import open_caption_dataset
 
     side = opened.config.model.vision.image_size
-    return open_captioned(flags.data, flags.images, flags.split, flags.limit, side)
+    return open_caption_dataset(flags.data, flags.images, flags.split, flags.limit, side)
 
 
 def _both_pairs(flags: argparse.Namespace, opened: Any, limit: int) -> tuple[Any, Any]:
     """Training and test pairs."""
-    from lcl_mcore.evaluation.captioned import open_captioned
+    from lcl_mcore.evaluation.captioned import open_caption_dataset
     from lcl_mcore.evaluation.transfer import check_apart
 
     side, images = opened.config.model.vision.image_size, flags.train_images or flags.images
-    train = open_captioned(flags.train, images, flags.train_split, limit, side)
+    train = open_caption_dataset(flags.train, images, flags.train_split, limit, side)
     test = _test_pairs(flags, opened)
     check_apart(train, test, Path(flags.train).resolve() == Path(flags.data).resolve())
     return train, test

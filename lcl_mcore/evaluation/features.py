@@ -1,4 +1,4 @@
-"""Runs a model over held-out pairs: unit vectors of both sides, and generation losses with other pictures.
+"""Runs a model over held-out pairs: unit vectors of both sides, and generation losses with other images.
 
 Everything here is one process at tensor-parallel size 1; checkpoints of any layout load into that.
 """
@@ -11,31 +11,31 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lcl_mcore.batch import MicroBatch
 from lcl_mcore.config.data import SourceConfig
 from lcl_mcore.config.run import RunConfig
-from lcl_mcore.data.batch import MicroBatch
 from lcl_mcore.data.evaluation_data import eval_documents, with_blank_images, with_shuffled_images
 from lcl_mcore.data.tokenizer import Tokenizer
 from lcl_mcore.losses.generation import generation_loss_sum
 from lcl_mcore.models.lcl import LclModel
 
-ROWS = 16  # rows per forward pass; pictures are shuffled within one, so not too few
+ROWS = 16  # rows per forward pass; images are shuffled within one, so not too few
 
 
 @dataclass(frozen=True)
 class PairFeatures:
-    """Row i of both belongs to the i-th document: unit vectors fp32 [n, D] and pictures uint8 [n, 3, H, W]."""
+    """Row i of both belongs to the i-th document: unit vectors fp32 [n, D] and images uint8 [n, 3, H, W]."""
 
     image: Tensor
     text: Tensor
-    pictures: Tensor
+    images: Tensor
     documents: tuple[str, ...]
 
 
 def heldout_batches(
     config: RunConfig, source: SourceConfig, tokenizer: Tokenizer, side: str, limit: int | None = None
 ) -> Iterator[MicroBatch]:
-    """Micro-batches of a held-out source with the picture after (`text_first`) or before its text."""
+    """Micro-batches of a held-out source with the image after (`text_first`) or before its text."""
     return eval_documents(
         config.data,
         source,
@@ -43,7 +43,7 @@ def heldout_batches(
         image_size=config.model.vision.image_size,
         tokens_per_image=config.model.vision.patches,
         micro_batch_size=ROWS,
-        image_side=side,  # type: ignore[arg-type]
+        image_embeds=side,  # type: ignore[arg-type]
         limit=limit,
     )
 
@@ -53,16 +53,16 @@ def pair_features(model: LclModel, batches: Iterator[MicroBatch]) -> PairFeature
     """Image vectors, and text vectors taken where training takes them: at the `<BoI>` after the text."""
     model.eval()
     device = next(model.parameters()).device
-    images, texts, pictures = [], [], []
+    image_vectors, texts, images = [], [], []
     documents: list[str] = []
     for host in batches:
         batch = host.to(device)
         features, hidden = model(batch)
-        images.append(model.image_side(batch, features.vectors).cpu())
-        texts.append(model.context_side(batch, hidden).cpu())
-        pictures.append(host.images[host.context_images])
+        image_vectors.append(model.image_embeds(batch, features.vectors).cpu())
+        texts.append(model.context_embeds(batch, hidden).cpu())
+        images.append(host.images[host.context_images])
         documents.extend(host.documents)
-    return PairFeatures(torch.cat(images), torch.cat(texts), torch.cat(pictures), tuple(documents))
+    return PairFeatures(torch.cat(image_vectors), torch.cat(texts), torch.cat(images), tuple(documents))
 
 
 @torch.no_grad()
@@ -72,7 +72,7 @@ def generation_loss(
     vocab_size: int,
     change: Callable[[MicroBatch], MicroBatch],
 ) -> float:
-    """Nats per target token over all batches, after `change` has had its way with the pictures."""
+    """Nats per target token over all batches, after `change` has had its way with the images."""
     model.eval()
     device = next(model.parameters()).device
     total, count = 0.0, 0
@@ -81,11 +81,15 @@ def generation_loss(
         _, hidden = model(batch)
         language = model.language
         loss = generation_loss_sum(
-            language.targets(hidden, batch.target_rows), language.head_weight, batch.target_labels,
-            vocab_start=language.vocab_range[0], vocab_size=vocab_size, tp_group=model.tp_group,
-        )  # fmt: skip
+            language.targets(hidden, batch.target_positions),
+            language.head_weight,
+            batch.target_labels,
+            vocab_start=language.vocab_range[0],
+            vocab_size=vocab_size,
+            tp_group=model.tp_group,
+        )
         total += float(loss)
-        count += len(batch.target_rows)
+        count += len(batch.target_positions)
     return total / max(count, 1)
 
 
@@ -94,4 +98,4 @@ PICTURES: dict[str, Callable[[MicroBatch], MicroBatch]] = {
     "shuffled": with_shuffled_images,
     "none": with_blank_images,
 }
-"""Ways to give a document its pictures; the gap between them is what the LM reads from the latents."""
+"""Ways to give a document its images; the gap between them is what the LM reads from the latents."""

@@ -6,10 +6,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from lcl_mcore.build import build_model
+from lcl_mcore.checkpoint.manager import complete_checkpoints, load_weights
 from lcl_mcore.config.data import SourceConfig
 from lcl_mcore.config.files import read_config
 from lcl_mcore.config.run import ParallelConfig, RunConfig
 from lcl_mcore.data.tokenizer import Tokenizer, build_tokenizer
+from lcl_mcore.distributed.context import start
 from lcl_mcore.errors import CheckpointError, explain
 from lcl_mcore.evaluation.features import (
     PICTURES,
@@ -21,9 +24,6 @@ from lcl_mcore.evaluation.features import (
 from lcl_mcore.evaluation.retrieval import chance, recall_at
 from lcl_mcore.models.init import initialize
 from lcl_mcore.models.lcl import LclModel
-from lcl_mcore.training.build import build_model
-from lcl_mcore.training.checkpoint import complete_checkpoints, load_weights
-from lcl_mcore.training.launch import start_job
 
 KS = (1, 5)
 
@@ -57,8 +57,8 @@ def evaluate_run(run: Path, heldout: str) -> HeldoutResult:
         raise CheckpointError(
             explain(run, "has no complete checkpoint", "Train first, or give another folder.")
         )
-    job = start_job(config, run)
-    model, _ = build_model(config, job.device, job.groups)
+    context = start(config, run)
+    model, _ = build_model(config, context.device, context.groups)
     tokenizer = build_tokenizer(config.data.tokenizer)
     source = SourceConfig(path=heldout)
 
@@ -81,7 +81,7 @@ def evaluate_run(run: Path, heldout: str) -> HeldoutResult:
         },
         "r5_over_chance": trained["R@5"] / chance(count, 5),
         "generation": _generation(config, model, source, tokenizer),
-        "hardware": job.device.name,
+        "hardware": context.device.name,
     }
     return HeldoutResult(summary, features, _captions(config, source, tokenizer))
 
@@ -99,7 +99,7 @@ def _retrieval(features: PairFeatures) -> dict[str, Any]:
 def _generation(
     config: RunConfig, model: LclModel, source: SourceConfig, tokenizer: Tokenizer
 ) -> dict[str, float]:
-    """Nats per token of captions that follow their picture."""
+    """Nats per token of captions that follow their image."""
     return {
         name: generation_loss(
             model,
@@ -112,13 +112,13 @@ def _generation(
 
 
 def _captions(config: RunConfig, source: SourceConfig, tokenizer: Tokenizer) -> tuple[str, ...]:
-    """The text before each picture, in the order of `pair_features`."""
+    """The text before each image, in the order of `pair_features`."""
     found = []
     for batch in heldout_batches(config, source, tokenizer, "text_first"):
         ends = [0]
         for length in batch.lengths:
             ends.append(ends[-1] + length)
-        for row in batch.context_rows.tolist():
+        for row in batch.context_positions.tolist():
             start = max(end for end in ends if end <= row)
             found.append(tokenizer.decode(batch.tokens[start:row].tolist()).strip())
     return tuple(found)

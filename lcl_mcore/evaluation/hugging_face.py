@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lcl_mcore.distributed.torchvision_ops import make_importable
 from lcl_mcore.errors import ConfigError, explain
-from lcl_mcore.platform.probe import installed
-from lcl_mcore.platform.torchvision_ops import make_importable
+from lcl_mcore.optional_packages import installed
 
 IGNORED = -100
 
 
-class HuggingFaceWriter(nn.Module):
+class HuggingFaceDecoder(nn.Module):
     """Reads `begin latents text end`, with the begin mark left out where the vocabulary has none.
 
     Args:
@@ -31,11 +31,17 @@ class HuggingFaceWriter(nn.Module):
     def __init__(self, path: str, room: int, device: torch.device) -> None:
         super().__init__()
         if not Path(path).is_dir():
-            raise ConfigError(explain(f"--language-model {path}", "is neither fresh, pretrained nor a folder",
-                                      "Give the folder of a downloaded Hugging Face causal LM."))  # fmt: skip
+            raise ConfigError(
+                explain(
+                    f"--language-model {path}",
+                    "is neither fresh, pretrained nor a folder",
+                    "Give the folder of a downloaded Hugging Face causal LM.",
+                )
+            )
         if not installed("transformers", "transformers", "transformers").usable:
-            raise ConfigError(explain(f"--language-model {path}", "needs transformers",
-                                      "pip install 'lcl-mcore[export]'."))  # fmt: skip
+            raise ConfigError(
+                explain(f"--language-model {path}", "needs transformers", "pip install 'lcl-mcore[export]'.")
+            )
         make_importable()
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -45,11 +51,21 @@ class HuggingFaceWriter(nn.Module):
                 path, local_files_only=True, use_safetensors=True, dtype=torch.float32
             )
         except (OSError, ValueError) as error:
-            raise ConfigError(explain(f"--language-model {path}", f"cannot be loaded ({str(error).splitlines()[0]})",
-                                      "It needs config.json, safetensors and a tokenizer.")) from None  # fmt: skip
+            raise ConfigError(
+                explain(
+                    f"--language-model {path}",
+                    f"cannot be loaded ({str(error).splitlines()[0]})",
+                    "It needs config.json, safetensors and a tokenizer.",
+                )
+            ) from None
         if self.tokenizer.eos_token_id is None:
-            raise ConfigError(explain(f"--language-model {path}", "its tokenizer has no end mark",
-                                      "Set eos_token in its tokenizer_config.json."))  # fmt: skip
+            raise ConfigError(
+                explain(
+                    f"--language-model {path}",
+                    "its tokenizer has no end mark",
+                    "Set eos_token in its tokenizer_config.json.",
+                )
+            )
         self.model = model.to(device).eval()  # no dropout, as in our own LM
         self.room, self.end = room, int(self.tokenizer.eos_token_id)
 
@@ -72,8 +88,9 @@ class HuggingFaceWriter(nn.Module):
     def loss_sum(self, latents: Tensor, ids: Sequence[Sequence[int]]) -> Tensor:
         device, longest = latents.device, max(map(len, ids))
         prefix = self._prefix(latents)
-        inputs = torch.tensor([[*row[:-1], *[self.end] * (longest - len(row))] for row in ids],
-                              dtype=torch.int64, device=device)  # fmt: skip
+        inputs = torch.tensor(
+            [[*row[:-1], *[self.end] * (longest - len(row))] for row in ids], dtype=torch.int64, device=device
+        )
         labels = torch.tensor([[*row, *[IGNORED] * (longest - len(row))] for row in ids], device=device)
         # Padding stands behind every target, where a causal mask hides it.
         given = torch.cat((prefix, self.model.get_input_embeddings()(inputs)), 1)
@@ -87,7 +104,12 @@ class HuggingFaceWriter(nn.Module):
         given = self._prefix(latents)
         mask = torch.ones(given.shape[:2], dtype=torch.int64, device=given.device)
         found = self.model.generate(
-            inputs_embeds=given, attention_mask=mask, do_sample=False, num_beams=1, max_new_tokens=limit,
-            eos_token_id=self.end, pad_token_id=self.end,
-        )  # fmt: skip
+            inputs_embeds=given,
+            attention_mask=mask,
+            do_sample=False,
+            num_beams=1,
+            max_new_tokens=limit,
+            eos_token_id=self.end,
+            pad_token_id=self.end,
+        )
         return [text.strip() for text in self.tokenizer.batch_decode(found, skip_special_tokens=True)]

@@ -9,22 +9,22 @@ from typing import Any
 
 from torch import Tensor
 
+from lcl_mcore.build import build_model
+from lcl_mcore.checkpoint.manager import TrainState, complete_checkpoints, load_weights
 from lcl_mcore.config.files import FILE as CONFIG_FILE
 from lcl_mcore.config.files import read_config
 from lcl_mcore.config.run import ParallelConfig, RunConfig
 from lcl_mcore.data.tokenizer import Tokenizer, build_tokenizer
+from lcl_mcore.distributed.context import Context, start
 from lcl_mcore.errors import CheckpointError, explain
+from lcl_mcore.interop.released import FILE as STATE_FILE
+from lcl_mcore.interop.released import load_full_state, read_full_state
 from lcl_mcore.models.init import initialize
 from lcl_mcore.models.lcl import LclModel
-from lcl_mcore.models.released import FILE as STATE_FILE
-from lcl_mcore.models.released import load_full_state, read_full_state
-from lcl_mcore.training.build import Job, build_model
-from lcl_mcore.training.checkpoint import TrainState, complete_checkpoints, load_weights
-from lcl_mcore.training.launch import start_job
 
 
 @dataclass(frozen=True)
-class Opened:
+class LoadedModel:
     """A model with its weights, and where they came from.
 
     folder   holds `config.yaml`
@@ -34,7 +34,7 @@ class Opened:
 
     config: RunConfig
     model: LclModel
-    job: Job
+    context: Context
     folder: Path
     weights: Path
     state: TrainState
@@ -50,7 +50,7 @@ class Opened:
             "recipe": self.config.recipe,
             "steps": self.state.step,
             "images_seen": self.state.images_seen,
-            "hardware": self.job.device.name,
+            "hardware": self.context.device.name,
         }
 
 
@@ -80,11 +80,11 @@ def locate(path: Path) -> tuple[Path, Path]:
     return path, checkpoints[-1]
 
 
-def open_model(path: Path, job: Job | None = None) -> Opened:
+def open_model(path: Path, context: Context | None = None) -> LoadedModel:
     """Build the model in this process and load its weights, in the run's precision; ready to evaluate.
 
     Args:
-        job: a process group that was joined before; None joins one of a single process.
+        context: a process group that was joined before; None joins one of a single process.
 
     Raises:
         CheckpointError: nothing to load, or it is damaged.
@@ -92,18 +92,18 @@ def open_model(path: Path, job: Job | None = None) -> Opened:
     """
     folder, weights = locate(path)
     config = single_process_config(folder)
-    job = job or start_job(config, folder)
-    model, _ = build_model(config, job.device, job.groups)
+    context = context or start(config, folder)
+    model, _ = build_model(config, context.device, context.groups)
     if weights.name == STATE_FILE:
         load_full_state(model, read_full_state(weights), 0, 1)
         state = TrainState(0, None, "", "")
     else:
         state = load_weights(weights, model)
     model.eval()
-    return Opened(config, model, job, folder, weights, state)
+    return LoadedModel(config, model, context, folder, weights, state)
 
 
-def reset_weights(opened: Opened) -> None:
+def reset_weights(opened: LoadedModel) -> None:
     """Back to the random weights that the run started from: the baseline of every probe."""
     initialize(opened.model, opened.config.model, opened.config.train.seed, 0, 1)
 

@@ -13,8 +13,8 @@ from lcl_mcore.config.evaluation import ProbeConfig
 from lcl_mcore.data.tokenizer import Tokenizer
 from lcl_mcore.evaluation.classify import frozen
 from lcl_mcore.evaluation.features import PICTURES, generation_loss, heldout_batches, pair_features
-from lcl_mcore.evaluation.labelled import open_labelled
-from lcl_mcore.evaluation.loading import Opened
+from lcl_mcore.evaluation.labelled import open_classification_dataset
+from lcl_mcore.evaluation.loading import LoadedModel
 from lcl_mcore.evaluation.retrieval import chance, recall_at
 
 
@@ -33,20 +33,22 @@ def effective_rank(vectors: Tensor) -> float:
     return float(torch.exp(-(shares * shares.log()).sum()))
 
 
-def heldout_numbers(opened: Opened, tokenizer: Tokenizer, source: SourceConfig) -> dict[str, Any]:
-    """Retrieval between pictures and what precedes them, ranks of the vectors, and the price of wrong pictures."""
+def heldout_numbers(opened: LoadedModel, tokenizer: Tokenizer, source: SourceConfig) -> dict[str, Any]:
+    """Retrieval between images and what precedes them, ranks of the vectors, and the price of wrong images."""
     config, model = opened.config, opened.model
     features = pair_features(model, heldout_batches(config, source, tokenizer, "text_first"))
     recall = recall_at(features.image, features.text, (1, 5, 10))
     losses = {
         name: generation_loss(
-            model, heldout_batches(config, source, tokenizer, "image_first"),
-            config.model.language.vocab_size, PICTURES[name],
+            model,
+            heldout_batches(config, source, tokenizer, "image_first"),
+            config.model.language.vocab_size,
+            PICTURES[name],
         )
         for name in ("right", "shuffled")
-    }  # fmt: skip
+    }
     return {
-        "pictures": recall.candidates,
+        "images": recall.candidates,
         "retrieval_R@1": recall.mean(1),
         "retrieval_R@5": recall.mean(5),
         "retrieval_R@10": recall.mean(10),
@@ -59,17 +61,17 @@ def heldout_numbers(opened: Opened, tokenizer: Tokenizer, source: SourceConfig) 
 
 
 def _mean_cosine(vectors: Tensor) -> float:
-    """Mean cosine of two different pictures' unit vectors [n, D]: 1 when they have collapsed to a point."""
+    """Mean cosine of two different images' unit vectors [n, D]: 1 when they have collapsed to a point."""
     n = len(vectors)
     total = float(vectors.double().sum(0).square().sum())
     return (total - n) / max(n * (n - 1), 1)
 
 
-def overview(opened: Opened, heldout: str, labelled: Path, probe: ProbeConfig) -> dict[str, Any]:
+def overview(opened: LoadedModel, heldout: str, labelled: Path, probe: ProbeConfig) -> dict[str, Any]:
     """Frozen-transfer accuracy on `labelled`, and the numbers on held-out documents at `heldout`."""
     side = opened.config.model.vision.image_size
-    train = open_labelled(labelled, "train", side).subset(probe.train_limit, probe.seed)
-    test = open_labelled(labelled, "test", side).subset(probe.test_limit, probe.seed)
+    train = open_classification_dataset(labelled, "train", side).subset(probe.train_limit, probe.seed)
+    test = open_classification_dataset(labelled, "test", side).subset(probe.test_limit, probe.seed)
     opened.model.float()
     numbers = heldout_numbers(opened, opened.tokenizer(), SourceConfig(path=heldout, max_images=1000))
     return {**opened.facts(), "frozen_accuracy": frozen(opened.model, train, test, probe)["top1"], **numbers}

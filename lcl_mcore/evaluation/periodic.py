@@ -16,16 +16,16 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lcl_mcore.batch import MicroBatch
 from lcl_mcore.config.data import SourceConfig
 from lcl_mcore.config.run import RunConfig
-from lcl_mcore.data.batch import MicroBatch
 from lcl_mcore.data.evaluation_data import eval_documents
 from lcl_mcore.data.tokenizer import Tokenizer, build_tokenizer
+from lcl_mcore.distributed.context import Context
 from lcl_mcore.evaluation.retrieval import recall_at
 from lcl_mcore.losses.generation import generation_loss_sum
+from lcl_mcore.metrics import RunLog, read_metrics
 from lcl_mcore.models.lcl import LclModel
-from lcl_mcore.training.build import Job
-from lcl_mcore.training.metrics import RunLog, read_metrics
 
 FILE = "evaluation.jsonl"
 
@@ -35,7 +35,7 @@ class PeriodicEvaluation:
     """Called by the training loop; does nothing at steps that are not due."""
 
     config: RunConfig
-    job: Job
+    context: Context
     tokenizer: Tokenizer
 
     def due(self, step: int) -> bool:
@@ -55,20 +55,20 @@ class PeriodicEvaluation:
             return True
         if log.enabled:
             record = {"step": step, **numbers}
-            write_record(self.job.folder / FILE, record)
+            write_record(self.context.run_folder / FILE, record)
             if log.board is not None:
                 for name, value in numbers.items():
                     log.board.add_scalar(f"heldout/{name}", value, step)
             log.note(
-                f"held-out   step {step}  R@1 {numbers['R@1']:.3f}  R@5 {numbers['R@5']:.3f} of {numbers['pictures']}"
+                f"held-out   step {step}  R@1 {numbers['R@1']:.3f}  R@5 {numbers['R@5']:.3f} of {numbers['images']}"
                 f"  generation {numbers['generation']:.4f}"
             )
         return False
 
     @torch.no_grad()
     def _numbers(self, model: LclModel, stop: Callable[[], bool]) -> dict[str, Any] | None:
-        """Retrieval over documents with the text first, nats per token with the picture first."""
-        groups, device = self.job.groups, self.job.device.device
+        """Retrieval over documents with the text first, nats per token with the image first."""
+        groups, device = self.context.groups, self.context.device.device
         width = self.config.model.language.width
         images, texts = [torch.zeros(0, width, device=device)], [torch.zeros(0, width, device=device)]
         for host in self._together("text_first", stop):
@@ -76,8 +76,8 @@ class PeriodicEvaluation:
                 return None
             batch = host.to(device)
             features, hidden = model(batch)
-            images.append(model.image_side(batch, features.vectors))
-            texts.append(model.context_side(batch, hidden))
+            images.append(model.image_embeds(batch, features.vectors))
+            texts.append(model.context_embeds(batch, hidden))
         sums = torch.zeros(2, dtype=torch.float64, device=device)
         for host in self._together("image_first", stop):
             if host is None:
@@ -86,16 +86,19 @@ class PeriodicEvaluation:
             _, hidden = model(batch)
             language = model.language
             sums[0] += generation_loss_sum(
-                language.targets(hidden, batch.target_rows), language.head_weight, batch.target_labels,
-                vocab_start=language.vocab_range[0], vocab_size=self.config.model.language.vocab_size,
+                language.targets(hidden, batch.target_positions),
+                language.head_weight,
+                batch.target_labels,
+                vocab_start=language.vocab_range[0],
+                vocab_size=self.config.model.language.vocab_size,
                 tp_group=groups.tp,
-            )  # fmt: skip
-            sums[1] += len(batch.target_rows)
+            )
+            sums[1] += len(batch.target_positions)
         dist.all_reduce(sums, group=groups.dp)
         image, text = (gather_rows(torch.cat(side), groups.dp).cpu() for side in (images, texts))
         recall = recall_at(image, text, (1, 5))
         return {
-            "pictures": recall.candidates,
+            "images": recall.candidates,
             "R@1": recall.mean(1),
             "R@5": recall.mean(5),
             "generation": float(sums[0] / sums[1].clamp(min=1)),
@@ -103,7 +106,7 @@ class PeriodicEvaluation:
 
     def _together(self, side: str, stop: Callable[[], bool]) -> Iterator[MicroBatch | None]:
         """This rank's micro-batches while any rank has some; None, and the end, when any rank was told to stop."""
-        groups, model = self.job.groups, self.config.model.vision
+        groups, model = self.context.groups, self.config.model.vision
         documents = eval_documents(
             self.config.data,
             SourceConfig(path=self.config.evaluation.data, max_images=1000),
@@ -113,7 +116,7 @@ class PeriodicEvaluation:
             micro_batch_size=self.config.train.micro_batch_size,
             dp_rank=groups.dp.rank(),
             dp_size=groups.dp.size(),
-            image_side=side,  # type: ignore[arg-type]
+            image_embeds=side,  # type: ignore[arg-type]
             limit=self.config.evaluation.limit,
         )
         while True:
@@ -150,8 +153,8 @@ def write_record(path: Path, record: dict[str, Any]) -> None:
     partial.replace(path)
 
 
-def periodic_evaluation(config: RunConfig, job: Job) -> PeriodicEvaluation | None:
+def periodic_evaluation(config: RunConfig, context: Context) -> PeriodicEvaluation | None:
     """What the configuration asks for, if anything."""
     if not config.evaluation.every:
         return None
-    return PeriodicEvaluation(config, job, build_tokenizer(config.data.tokenizer))
+    return PeriodicEvaluation(config, context, build_tokenizer(config.data.tokenizer))

@@ -3,7 +3,7 @@
 The probe of the paper (appendix A.2, after CAE): the pool is new, not the one of pre-training.
 
 Shape legend
-    n  pictures;  P  patch tokens;  h  their width;  c  classes
+    n  images;  P  patch tokens;  h  their width;  c  classes
 """
 
 from __future__ import annotations
@@ -17,10 +17,10 @@ from torch import Tensor, nn
 
 from lcl_mcore.config.evaluation import FitConfig, ProbeConfig
 from lcl_mcore.errors import NonFiniteError, explain
-from lcl_mcore.models.randomness import key_of
+from lcl_mcore.rng import key_of
 
 Batch = tuple[Tensor, Tensor]
-"""What the model takes for n pictures, and their labels int64 [n]."""
+"""What the model takes for n images, and their labels int64 [n]."""
 
 
 class AttentionProbe(nn.Module):
@@ -66,7 +66,7 @@ def learning_rate(step: int, steps: int, warmup: float) -> float:
     return 0.5 * (1.0 + math.cos(math.pi * (step - warm) / max(steps - warm, 1)))
 
 
-def descend(
+def fit_head(
     backward: Callable[[Tensor, int], Tensor],
     groups: Sequence[tuple[Sequence[nn.Parameter], float]],
     count: int,
@@ -91,8 +91,10 @@ def descend(
     size = min(config.batch_size, count)
     optimizer = torch.optim.AdamW(
         [{"params": list(parameters), "factor": factor} for parameters, factor in groups if len(parameters)],
-        lr=config.lr, betas=(config.beta1, config.beta2), weight_decay=config.weight_decay,
-    )  # fmt: skip
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+    )
     generator = torch.Generator().manual_seed(key_of(config.seed, "order"))
     order, late = torch.empty(0, dtype=torch.int64), []
     for step in range(steps):
@@ -129,7 +131,7 @@ def fit(
         forward: a batch's input -> logits [n, c].
         groups: parameters, and the factor on their learning rate.
         batch: indices int64 [n] -> input and labels.
-        count: pictures in the training set.
+        count: images in the training set.
 
     Returns:
         Mean loss of the last tenth of the steps, nats.
@@ -142,15 +144,18 @@ def fit(
         return loss.detach()
 
     steps = max(1, round(config.epochs * count / min(config.batch_size, count)))
-    return descend(backward, groups, count, steps, config)
+    return fit_head(backward, groups, count, steps, config)
 
 
 @torch.no_grad()
 def accuracy(
-    forward: Callable[[Tensor], Tensor], batch: Callable[[Tensor], Batch], count: int, ks: tuple[int, ...] = (1, 5),
+    forward: Callable[[Tensor], Tensor],
+    batch: Callable[[Tensor], Batch],
+    count: int,
+    ks: tuple[int, ...] = (1, 5),
     size: int = 512,
-) -> dict[str, float]:  # fmt: skip
-    """Share of pictures whose label is among the k highest logits."""
+) -> dict[str, float]:
+    """Share of images whose label is among the k highest logits."""
     hits = dict.fromkeys(ks, 0)
     for indices in torch.arange(count).split(size):
         inputs, labels = batch(indices)

@@ -15,7 +15,7 @@ from torch import Tensor
 from lcl_mcore.evaluation.heldout import HeldoutResult
 from lcl_mcore.evaluation.retrieval import nearest
 
-GRID = 24  # pictures shown with their retrieved captions
+GRID = 24  # images shown with their retrieved captions
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 62rem; margin: 2rem auto; padding: 0 1rem; color: #1c2733; }
@@ -51,8 +51,8 @@ def print_table(summary: dict[str, Any]) -> None:
     generation = summary["generation"]
     print("Held-out generation loss, nats per token")
     for name, label in (
-        ("right", "with its picture"),
-        ("shuffled", "with another picture"),
+        ("right", "with its image"),
+        ("shuffled", "with another image"),
         ("none", "with a blank"),
     ):
         print(f"  {label:<42}{generation[name]:>9.3f}")
@@ -75,8 +75,8 @@ def _page(result: HeldoutResult, records: list[dict[str, Any]]) -> str:
     generation = "".join(
         f"<tr><td>{label}</td><td>{summary['generation'][name]:.3f}</td></tr>"
         for name, label in (
-            ("right", "with its picture"),
-            ("shuffled", "with another picture"),
+            ("right", "with its image"),
+            ("shuffled", "with another image"),
             ("none", "blank"),
         )
     )
@@ -90,8 +90,8 @@ Held-out set: {html.escape(summary["heldout"])}.</p>
 <h2>Generation loss on held-out captions, nats per token</h2>
 <table>{generation}</table>
 <figure>{_curves(records)}<figcaption>Losses of the training run.</figcaption></figure>
-<h2>Pictures and the captions found for them</h2>
-<p class="small">The five nearest of all held-out captions, nearest first; the picture's own caption in green.</p>
+<h2>Images and the captions found for them</h2>
+<p class="small">The five nearest of all held-out captions, nearest first; the image's own caption in green.</p>
 <div class="grid">{_cards(result)}</div></html>"""
 
 
@@ -109,17 +109,17 @@ def _cards(result: HeldoutResult) -> str:
             "" if i in found[i] else f'<br><span class="small">own: {html.escape(result.captions[i])}</span>'
         )
         cards.append(
-            f'<div class="card"><img alt="" src="{_data_url(features.pictures[i])}"><br>{captions}{own}</div>'
+            f'<div class="card"><img alt="" src="{_data_url(features.images[i])}"><br>{captions}{own}</div>'
         )
     return "".join(cards)
 
 
-def _data_url(picture: Tensor) -> str:
+def _data_url(image: Tensor) -> str:
     """uint8 [3, H, W] -> PNG in a data URL."""
     from PIL import Image
 
     buffer = io.BytesIO()
-    Image.fromarray(picture.permute(1, 2, 0).numpy()).save(buffer, format="PNG")
+    Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, format="PNG")
     return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
 
 

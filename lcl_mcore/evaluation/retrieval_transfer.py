@@ -17,35 +17,35 @@ from torch import Tensor
 from lcl_mcore.config.evaluation import RetrievalConfig
 from lcl_mcore.config.model import ModelConfig
 from lcl_mcore.data.tokenizer import Tokenizer
-from lcl_mcore.evaluation.captioned import CHUNK, Captioned, chance, flat, recalls, text_rows
-from lcl_mcore.evaluation.loading import Opened
-from lcl_mcore.evaluation.probe import descend
+from lcl_mcore.distributed.context import Context
+from lcl_mcore.evaluation.captioned import CHUNK, CaptionDataset, chance, flat, recalls, text_rows
+from lcl_mcore.evaluation.loading import LoadedModel
+from lcl_mcore.evaluation.probe import fit_head
 from lcl_mcore.evaluation.transfer import (
     Encoder,
-    NewParts,
+    TransferHead,
     compare,
     draw_captions,
     learning,
     step_seed,
     token_source,
 )
-from lcl_mcore.models.lcl import Temperature, unit
-from lcl_mcore.models.randomness import key_of
+from lcl_mcore.models.lcl import Temperature, l2_normalize
 from lcl_mcore.models.transformer_config import vision_transformer_config
 from lcl_mcore.models.vision import AttentionPool
-from lcl_mcore.training.build import Job
+from lcl_mcore.rng import key_of
 
 
-class TwoTowers(NewParts):
+class DualEncoder(TransferHead):
     """Patch tokens and texts to one space, all new: pool, causal text encoder, temperature.
 
     The pool's output matrix and the LM's context projection are the linear layers of the two sides.
     """
 
     def __init__(
-        self, shape: ModelConfig, width: int, job: Job, tokenizer: Tokenizer, config: RetrievalConfig
+        self, shape: ModelConfig, width: int, context: Context, tokenizer: Tokenizer, config: RetrievalConfig
     ) -> None:
-        super().__init__(replace(shape, vision=replace(shape.vision, width=width, heads=1)), job)
+        super().__init__(replace(shape, vision=replace(shape.vision, width=width, heads=1)), context)
         self.tokenizer, self.room = tokenizer, min(config.text_tokens, shape.language.max_positions)
         self.temperature = Temperature(self.layout.device)
         vision = vision_transformer_config(self.shape.vision, self.layout)
@@ -54,14 +54,14 @@ class TwoTowers(NewParts):
 
     def image_vectors(self, tokens: Tensor) -> Tensor:
         """[n, P, h] -> unit vectors fp32 [n, D]."""
-        return unit(self.pool(tokens.reshape(-1, 1, tokens.shape[-1]))[:, 0])
+        return l2_normalize(self.pool(tokens.reshape(-1, 1, tokens.shape[-1]))[:, 0])
 
     def text_vectors(self, texts: Sequence[str]) -> Tensor:
         """The LM's state at each text's last token, the end mark: unit vectors fp32 [n, D]."""
         rows = text_rows(self.tokenizer, texts, self.room, self.tokenizer.eos)
         none = torch.zeros(0, self.pool.patches, self.shape.language.width, device=self.layout.device)
-        hidden = self.read(rows, none, torch.zeros(0, dtype=torch.int64))
-        return unit(self.language.contexts(hidden, rows.last.to(hidden.device)))
+        hidden = self.forward_language(rows, none, torch.zeros(0, dtype=torch.int64))
+        return l2_normalize(self.language.contexts(hidden, rows.last.to(hidden.device)))
 
 
 Side = Callable[[int], Tensor]
@@ -95,9 +95,12 @@ def contrastive_backward(image: Side, text: Side, parts: int, scale: Callable[[]
 
 
 def train_towers(
-    towers: TwoTowers, encoder: Encoder, train: Captioned, config: RetrievalConfig,
+    towers: DualEncoder,
+    encoder: Encoder,
+    train: CaptionDataset,
+    config: RetrievalConfig,
     note: Callable[[str], None] = lambda line: None,
-) -> float:  # fmt: skip
+) -> float:
     """Train new parts and, unless it is frozen, the encoder; mean loss of the last tenth of the steps, nats."""
     tokens = token_source(encoder, train, config.cache_mb)
 
@@ -115,11 +118,11 @@ def train_towers(
 
     groups = [(list(towers.parameters()), 1.0), (encoder.parameters, config.encoder_lr / config.lr)]
     with learning(encoder):
-        return descend(backward, groups, len(train), config.steps, config, note)
+        return fit_head(backward, groups, len(train), config.steps, config, note)
 
 
 @torch.no_grad()
-def score_towers(towers: TwoTowers, encoder: Encoder, test: Captioned) -> dict[str, float]:
+def score_towers(towers: DualEncoder, encoder: Encoder, test: CaptionDataset) -> dict[str, float]:
     """TR@k and IR@k."""
     texts, owner = flat(test)
     images = [
@@ -131,14 +134,18 @@ def score_towers(towers: TwoTowers, encoder: Encoder, test: Captioned) -> dict[s
 
 
 def retrieval_transfer(
-    opened: Opened, train: Captioned, test: Captioned, config: RetrievalConfig, baselines: bool = True
+    opened: LoadedModel,
+    train: CaptionDataset,
+    test: CaptionDataset,
+    config: RetrievalConfig,
+    baselines: bool = True,
 ) -> dict[str, Any]:
     """TR@k and IR@k after training on `train`, beside the same on untrained encoders and on raw patches."""
     tokenizer = opened.tokenizer()
 
     def arm(encoder: Encoder) -> dict[str, Any]:
-        towers = TwoTowers(opened.config.model, encoder.width, opened.job, tokenizer, config)
-        loss = train_towers(towers, encoder, train, config, opened.job.note)
+        towers = DualEncoder(opened.config.model, encoder.width, opened.context, tokenizer, config)
+        loss = train_towers(towers, encoder, train, config, opened.context.log)
         return {**score_towers(towers, encoder, test), "train_loss": loss}
 
     result = compare(opened, train, test, config, "retrieval", arm, baselines)

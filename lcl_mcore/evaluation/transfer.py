@@ -1,7 +1,7 @@
 """What retrieval and captioning share when they train new parts on an encoder with pairs.
 
 Shape legend
-    n  pictures;  S  side in pixels;  P  patch tokens;  h  their width
+    n  images;  S  side in pixels;  P  patch tokens;  h  their width
 """
 
 from __future__ import annotations
@@ -18,25 +18,25 @@ from torch import Tensor, nn
 from lcl_mcore.config.base import to_dict
 from lcl_mcore.config.evaluation import PairsConfig
 from lcl_mcore.config.model import ModelConfig
+from lcl_mcore.distributed.context import Context
 from lcl_mcore.errors import ConfigError, explain
-from lcl_mcore.evaluation.captioned import CHUNK, Captioned, TextRows
+from lcl_mcore.evaluation.captioned import CHUNK, CaptionDataset, TextRows
 from lcl_mcore.evaluation.classify import encode
-from lcl_mcore.evaluation.loading import Opened, reset_weights
+from lcl_mcore.evaluation.loading import LoadedModel, reset_weights
+from lcl_mcore.models.attention import make_segments
 from lcl_mcore.models.backends import choose_layers
 from lcl_mcore.models.init import initialize
 from lcl_mcore.models.language import EmbeddingInput, LanguageModel
 from lcl_mcore.models.lcl import LclModel
-from lcl_mcore.models.randomness import key_of
-from lcl_mcore.models.segments import make_segments
 from lcl_mcore.models.stages import stage_of
 from lcl_mcore.models.transformer_config import Layout, language_transformer_config
 from lcl_mcore.models.vision import VisionEncoder, patchify
-from lcl_mcore.training.build import Job
+from lcl_mcore.rng import key_of
 
 
 @dataclass(frozen=True)
 class Encoder:
-    """Pictures to patch tokens.
+    """Images to patch tokens.
 
     width   h
     encode  uint8 [n, 3, S, S] and a seed for drop-path -> fp32 [n, P, h]
@@ -80,7 +80,7 @@ def raw_patches(model: LclModel) -> Encoder:
     )
 
 
-def token_source(encoder: Encoder, data: Captioned, cache_mb: int) -> Callable[[Tensor, int], Tensor]:
+def token_source(encoder: Encoder, data: CaptionDataset, cache_mb: int) -> Callable[[Tensor, int], Tensor]:
     """indices int64 [n], seed -> patch tokens [n, P, h]; those of a frozen encoder from memory if they fit."""
 
     def tokens(indices: Tensor, seed: int) -> Tensor:
@@ -95,8 +95,8 @@ def token_source(encoder: Encoder, data: Captioned, cache_mb: int) -> Callable[[
     return lambda indices, seed: held[indices]
 
 
-def draw_captions(data: Captioned, indices: Tensor, seed: int) -> list[str]:
-    """One caption of each picture, drawn with the seed."""
+def draw_captions(data: CaptionDataset, indices: Tensor, seed: int) -> list[str]:
+    """One caption of each image, drawn with the seed."""
     generator = torch.Generator().manual_seed(seed)
     draws = torch.rand(len(indices), generator=generator).tolist()
     options = [data.captions[index] for index in indices.tolist()]
@@ -108,13 +108,13 @@ def step_seed(config: PairsConfig, step: int, part: int = 0) -> int:
     return key_of(config.seed, "pairs", str(step), str(part))
 
 
-class NewParts(nn.Module):
+class TransferHead(nn.Module):
     """New parts with the names that they have in an `LclModel`: an LM of the run's shape, in fp32, without dropout."""
 
-    def __init__(self, shape: ModelConfig, job: Job) -> None:
+    def __init__(self, shape: ModelConfig, context: Context) -> None:
         super().__init__()
         self.shape = replace(shape, language=replace(shape.language, dropout=0.0))
-        self.layout, self.groups = Layout(device=job.device.device), job.groups.megatron
+        self.layout, self.groups = Layout(device=context.device.device), context.groups.megatron
         language, (backend, _) = self.shape.language, choose_layers(torch.float32)
         config = language_transformer_config(language, self.layout)
         stage = stage_of((language.layers,), 0)
@@ -129,10 +129,10 @@ class NewParts(nn.Module):
         initialize(self, self.shape, seed, 0, 1)  # type: ignore[arg-type]  # asks for names and parameters only
         self.to(self.layout.device)
 
-    def read(self, rows: TextRows, latents: Tensor, starts: Tensor) -> Tensor:
+    def forward_language(self, rows: TextRows, latents: Tensor, starts: Tensor) -> Tensor:
         """The LM's hidden states [t, D] over rows with latents [n, P, D] in the places from `starts` [n] on."""
         device = self.layout.device
-        segments = make_segments(rows.lengths, device, row_keys=tuple(range(len(rows.lengths))))
+        segments = make_segments(rows.lengths, device, sequence_keys=tuple(range(len(rows.lengths))))
         given = EmbeddingInput(rows.tokens.to(device), rows.positions.to(device), latents, starts.to(device))
         return self.language(given, segments)
 
@@ -176,8 +176,14 @@ def weights_kept(module: nn.Module) -> Iterator[None]:
 
 
 def compare(
-    opened: Opened, train: Captioned, test: Captioned, config: PairsConfig, task: str, arm: Arm, baselines: bool,
-) -> dict[str, Any]:  # fmt: skip
+    opened: LoadedModel,
+    train: CaptionDataset,
+    test: CaptionDataset,
+    config: PairsConfig,
+    task: str,
+    arm: Arm,
+    baselines: bool,
+) -> dict[str, Any]:
     """One transfer on the run's encoder, with random weights and, if it is frozen, on raw patches.
 
     The baselines leave `opened.model` with random weights.
@@ -186,15 +192,21 @@ def compare(
     model.eval()
 
     def measured(name: str, encoder: Encoder) -> dict[str, Any]:
-        opened.job.note(f"{name}:")
+        opened.context.log(f"{name}:")
         with weights_kept(model.vision):
             return arm(encoder)
 
     result: dict[str, Any] = {
-        **opened.facts(), "task": f"{task}, {config.transfer} transfer", "transfer": config.transfer,
-        "train_data": train.name, "train_pictures": len(train), "data": test.name, "pictures": len(test),
-        "training": to_dict(config), "trained": measured("trained", vit(model, full)),
-    }  # fmt: skip
+        **opened.facts(),
+        "task": f"{task}, {config.transfer} transfer",
+        "transfer": config.transfer,
+        "train_data": train.name,
+        "train_images": len(train),
+        "data": test.name,
+        "images": len(test),
+        "training": to_dict(config),
+        "trained": measured("trained", vit(model, full)),
+    }
     if baselines:
         reset_weights(opened)
         result["random_init"] = measured("random_init", vit(model, full))
@@ -204,7 +216,7 @@ def compare(
     return result
 
 
-def check_apart(train: Captioned, test: Captioned, same_file: bool) -> None:
+def check_apart(train: CaptionDataset, test: CaptionDataset, same_file: bool) -> None:
     """Refuse to test on what was trained on.
 
     Raises:

@@ -102,7 +102,7 @@ def make_contrastive(
     config: LossConfig, loss_group: dist.ProcessGroup, tp_group: dist.ProcessGroup, *, half: bool
 ) -> Contrastive:
     """The implementation that `config` asks for; `half` is what "auto" precision means here."""
-    weighting = "image" if config.mean == "global" else "rank"
+    weighting = "image" if config.averaging == "global" else "rank"
     if config.contrastive_impl == "reference":
         return ReferenceInfoNCE(loss_group, weighting)
     automatic = "fp16" if half else "fp32"

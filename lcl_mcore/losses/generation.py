@@ -13,9 +13,15 @@ from torch import Tensor
 
 
 def generation_loss_sum(
-    hidden: Tensor, weight: Tensor, labels: Tensor, *, vocab_start: int, vocab_size: int,
-    tp_group: dist.ProcessGroup, impl: str = "auto",
-) -> Tensor:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    *,
+    vocab_start: int,
+    vocab_size: int,
+    tp_group: dist.ProcessGroup,
+    impl: str = "auto",
+) -> Tensor:
     """Sum of the cross-entropies of k targets.
 
     Args:

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from lcl_mcore import optional_packages as probe
 from lcl_mcore.errors import ConfigError, explain
 from lcl_mcore.models.layers import LayerBackend, torch_backend
-from lcl_mcore.platform import probe
 
 
 @dataclass(frozen=True)

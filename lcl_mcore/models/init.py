@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lcl_mcore.config.model import ModelConfig
 from lcl_mcore.models.lcl import LclModel
-from lcl_mcore.models.randomness import key_of
+from lcl_mcore.rng import key_of
 
 
 def _uniform(tensor: Tensor, bound: float, generator: torch.Generator) -> None:
@@ -86,7 +86,7 @@ def initialize(model: LclModel, shape: ModelConfig, seed: int, tp_rank: int, tp_
     for local, parameter in model.named_parameters():
         name = model.canonical_name(local)
         part, _, rest = name.partition(".")
-        if part not in _DRAW or rest.endswith("gain"):
+        if part not in _DRAW or rest.endswith("gamma"):
             continue
         if "norm" in rest:
             parameter.fill_(1.0 if rest.endswith("weight") else 0.0)

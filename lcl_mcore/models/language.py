@@ -27,11 +27,11 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from lcl_mcore.config.model import LanguageConfig
-from lcl_mcore.models.layers import LayerBackend, LayerNorm, drop_rows, layer_spec, parameter_device
-from lcl_mcore.models.randomness import key_of
-from lcl_mcore.models.segments import Segments
+from lcl_mcore.models.attention import Segments
+from lcl_mcore.models.layers import LayerBackend, LayerNorm, layer_spec, parameter_device, sequence_dropout
 from lcl_mcore.models.stages import Stage
 from lcl_mcore.models.transformer_config import no_init, without_sequence_parallel
+from lcl_mcore.rng import key_of
 
 
 @dataclass(frozen=True)
@@ -48,9 +48,13 @@ class LanguageModel(MegatronModule):
     """Token and position embeddings, causal blocks, and the norms and matrices of the two losses."""
 
     def __init__(
-        self, config: TransformerConfig, shape: LanguageConfig, backend: LayerBackend, groups: ProcessGroupCollection,
+        self,
+        config: TransformerConfig,
+        shape: LanguageConfig,
+        backend: LayerBackend,
+        groups: ProcessGroupCollection,
         stage: Stage,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(config=config)
         self.shape, self.tp_group, self.stage = shape, groups.tp, stage
         dense = without_sequence_parallel(config)
@@ -145,7 +149,7 @@ class LanguageModel(MegatronModule):
             local = stream.shape[0]
             start = self.tp_group.rank() * local if self.config.sequence_parallel else 0
             seed = key_of(segments.seed, "embedding")
-            stream = drop_rows(stream, segments, seed, self.shape.dropout, (start, start + local))
+            stream = sequence_dropout(stream, segments, seed, self.shape.dropout, (start, start + local))
         return stream
 
     def contexts(self, hidden: Tensor, rows: Tensor) -> Tensor:

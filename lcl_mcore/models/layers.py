@@ -18,8 +18,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lcl_mcore.models.randomness import key_of, row_keep_mask, uniform
-from lcl_mcore.models.segments import AttentionBackend, SegmentAttention, Segments
+from lcl_mcore.models.attention import AttentionBackend, SegmentAttention, Segments
+from lcl_mcore.rng import dropout_keep_mask, key_of, uniform
 
 
 def mark_sequence_parallel(parameter: nn.Parameter, enabled: bool) -> nn.Parameter:
@@ -50,15 +50,20 @@ class ResidualBranch(nn.Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, place: str, layer_scale: float | None, drop_path: float, dropout: float,
-    ) -> None:  # fmt: skip
+        self,
+        config: TransformerConfig,
+        place: str,
+        layer_scale: float | None,
+        drop_path: float,
+        dropout: float,
+    ) -> None:
         super().__init__()
         self.place, self.drop_path, self.dropout = place, drop_path, dropout
-        self.gain: nn.Parameter | None = None
+        self.gamma: nn.Parameter | None = None
         if layer_scale is not None:
-            gain = torch.full((config.hidden_size,), layer_scale, dtype=config.params_dtype)
-            self.gain = nn.Parameter(gain.to(parameter_device(config)))
-            mark_sequence_parallel(self.gain, config.sequence_parallel)
+            gamma = torch.full((config.hidden_size,), layer_scale, dtype=config.params_dtype)
+            self.gamma = nn.Parameter(gamma.to(parameter_device(config)))
+            mark_sequence_parallel(self.gamma, config.sequence_parallel)
         self.segments: Segments | None = None
         self.token_range = (0, 0)
 
@@ -69,7 +74,7 @@ class ResidualBranch(nn.Module):
         branch, bias = branch_with_bias
         if bias is not None:
             branch = branch + bias
-        return branch if self.gain is None else branch * self.gain
+        return branch if self.gamma is None else branch * self.gamma
 
     def _evaluate(
         self, branch_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float
@@ -88,14 +93,16 @@ class ResidualBranch(nn.Module):
             per_token = keep[start:stop].repeat_interleave(segments.lengths[0])  # [t]
             branch = branch * per_token[:, None, None]
         if self.dropout > 0.0:
-            branch = drop_rows(branch, segments, seed, self.dropout, self.token_range)
+            branch = sequence_dropout(branch, segments, seed, self.dropout, self.token_range)
         return residual + branch
 
 
-def drop_rows(x: Tensor, segments: Segments, seed: int, p: float, token_range: tuple[int, int]) -> Tensor:
+def sequence_dropout(
+    x: Tensor, segments: Segments, seed: int, p: float, token_range: tuple[int, int]
+) -> Tensor:
     """Dropout of x [t_local, 1, h], the positions `token_range` of the packed rows."""
-    row_length = sum(segments.lengths) // len(segments.row_keys)
-    keep = row_keep_mask(segments.row_keys, seed, p, row_length, x.shape[-1], *token_range, x.device)
+    row_length = sum(segments.lengths) // len(segments.sequence_keys)
+    keep = dropout_keep_mask(segments.sequence_keys, seed, p, row_length, x.shape[-1], *token_range, x.device)
     return x * keep[:, None, :] / (1.0 - p)
 
 
@@ -151,14 +158,26 @@ def torch_backend(attention: AttentionBackend) -> LayerBackend:
 
 
 def layer_spec(
-    config: TransformerConfig, backend: LayerBackend, tower: str, index: int, *, causal: bool,
-    layer_scale: float | None = None, drop_path: float = 0.0, dropout: float = 0.0,
-) -> ModuleSpec:  # fmt: skip
+    config: TransformerConfig,
+    backend: LayerBackend,
+    tower: str,
+    index: int,
+    *,
+    causal: bool,
+    layer_scale: float | None = None,
+    drop_path: float = 0.0,
+    dropout: float = 0.0,
+) -> ModuleSpec:
     """Spec of layer `index` (0-based, global) of a tower ("vision" or "language")."""
 
     def branch(name: str) -> ModuleSpec:
-        options = {"config": config, "place": f"{tower}.{index}.{name}", "layer_scale": layer_scale,
-                   "drop_path": drop_path, "dropout": dropout}  # fmt: skip
+        options = {
+            "config": config,
+            "place": f"{tower}.{index}.{name}",
+            "layer_scale": layer_scale,
+            "drop_path": drop_path,
+            "dropout": dropout,
+        }
         return ModuleSpec(module=ResidualBranch, params=options)
 
     return ModuleSpec(

@@ -17,12 +17,11 @@ from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
+from lcl_mcore.batch import MicroBatch
 from lcl_mcore.config.model import ModelConfig
-from lcl_mcore.data.batch import MicroBatch
+from lcl_mcore.models.attention import make_segments
 from lcl_mcore.models.language import EmbeddingInput, LanguageModel
 from lcl_mcore.models.layers import LayerBackend
-from lcl_mcore.models.randomness import key_of
-from lcl_mcore.models.segments import make_segments
 from lcl_mcore.models.stages import stage_of
 from lcl_mcore.models.transformer_config import (
     Layout,
@@ -30,6 +29,7 @@ from lcl_mcore.models.transformer_config import (
     vision_transformer_config,
 )
 from lcl_mcore.models.vision import AttentionPool, VisionEncoder
+from lcl_mcore.rng import key_of
 
 # Temperature of CLIP and of the released code: exp(s) starts at 1 / 0.07 and stays within [1, 100].
 INITIAL_LOG_SCALE = math.log(1 / 0.07)
@@ -44,7 +44,7 @@ class ImageFeatures:
     latents: Tensor
 
 
-def unit(x: Tensor) -> Tensor:
+def l2_normalize(x: Tensor) -> Tensor:
     """L2-normalise the last dimension in fp32 (released `lcl_model.py:181-199`)."""
     return F.normalize(x.float(), dim=-1)
 
@@ -74,8 +74,8 @@ class LclModel(MegatronModule):
     """LCL, or the part of it that stands on one pipeline stage.
 
     The ViT, the pool and the embeddings are on the first stage, the temperature and what the losses need on
-    the last, the LM's blocks on all. The trainer calls the parts in turn (`encode_images`, `read`,
-    `image_side`, `context_side`), so that it can start the gathers of the contrastive loss between them.
+    the last, the LM's blocks on all. The trainer calls the parts in turn (`encode_images`, `forward_language`,
+    `image_embeds`, `context_embeds`), so that it can start the gathers of the contrastive loss between them.
 
     Args:
         groups: tensor- and pipeline-parallel groups of the LM.
@@ -85,9 +85,13 @@ class LclModel(MegatronModule):
     model_type = ModelType.encoder_or_decoder  # what megatron's schedule asks for
 
     def __init__(
-        self, shape: ModelConfig, layout: Layout, backend: LayerBackend, groups: ProcessGroupCollection,
+        self,
+        shape: ModelConfig,
+        layout: Layout,
+        backend: LayerBackend,
+        groups: ProcessGroupCollection,
         vision_groups: ProcessGroupCollection | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         config = language_transformer_config(shape.language, layout)
         super().__init__(config=config)
         self.shape, self.layout, self.tp_group = shape, layout, groups.tp
@@ -149,8 +153,14 @@ class LclModel(MegatronModule):
             )
         return ImageFeatures(features[:n, 0], features[:n, 1:])
 
-    def read(
-        self, batch: MicroBatch, x: Tensor, row_keys: tuple[int, ...], seed: int, *, received: bool = False
+    def forward_language(
+        self,
+        batch: MicroBatch,
+        x: Tensor,
+        sequence_keys: tuple[int, ...],
+        seed: int,
+        *,
+        received: bool = False,
     ) -> Tensor:
         """Run this stage's part of the LM over a micro-batch.
 
@@ -161,26 +171,26 @@ class LclModel(MegatronModule):
             Hidden [t, D] on the last stage, else what the next stage takes.
         """
         segments = make_segments(
-            batch.lengths, batch.tokens.device, row_keys=row_keys, seed=key_of(seed, "language")
+            batch.lengths, batch.tokens.device, sequence_keys=sequence_keys, seed=key_of(seed, "language")
         )
         if received:
             return self.language(x, segments)
         start = EmbeddingInput(batch.tokens, batch.positions, x, batch.image_starts)
         return self.language(start, segments)
 
-    def image_side(self, batch: MicroBatch, vectors: Tensor) -> Tensor:
+    def image_embeds(self, batch: MicroBatch, vectors: Tensor) -> Tensor:
         """Unit vectors of the images that have a context: vectors [n, D] -> [m, D] fp32."""
-        return unit(vectors.index_select(0, batch.context_images))
+        return l2_normalize(vectors.index_select(0, batch.context_images))
 
-    def context_side(self, batch: MicroBatch, hidden: Tensor) -> Tensor:
+    def context_embeds(self, batch: MicroBatch, hidden: Tensor) -> Tensor:
         """Unit vectors of what precedes those images, the LM at their `<BoI>`: hidden [t, D] -> [m, D] fp32."""
-        return unit(self.language.contexts(hidden, batch.context_rows))
+        return l2_normalize(self.language.contexts(hidden, batch.context_positions))
 
     def forward(self, batch: MicroBatch, seed: int = 0) -> tuple[ImageFeatures, Tensor]:
         """Image features and LM hidden states [t, D] of a micro-batch on the device."""
-        row_keys = tuple(range(len(batch.row_keys)))
+        sequence_keys = tuple(range(len(batch.sequence_keys)))
         features = self.encode_images(batch.images, batch.image_keys, seed)
-        return features, self.read(batch, features.latents, row_keys, seed)
+        return features, self.forward_language(batch, features.latents, sequence_keys, seed)
 
     # --- what megatron's schedule and its gradient finalizer ask of a stage ---
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 
 from lcl_mcore.config.run import RunConfig
-from lcl_mcore.models.count import flop_rates
+from lcl_mcore.models.flops import flop_rates
 
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ def split_stages(config: RunConfig) -> tuple[int, ...]:
     parallel, language = config.parallel, config.model.language
     if parallel.stage_layers is not None:
         return parallel.stage_layers
-    stages, layers, row = parallel.pipeline, language.layers, config.data.sequence_length
+    stages, layers, row = parallel.pipeline_parallel_size, language.layers, config.data.sequence_length
     if stages == 1:
         return (layers,)
     rates = flop_rates(config.model)

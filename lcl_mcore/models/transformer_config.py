@@ -107,8 +107,11 @@ def language_transformer_config(shape: LanguageConfig, layout: Layout) -> Transf
         places[0].insert(0, "embedding")
         places[-1].append("loss")
         # Rows have one length, so stages need not tell each other shapes; and no wait after each transfer.
-        stages = {"pipeline_model_parallel_size": len(places), "pipeline_model_parallel_layout": places,
-                  "batch_p2p_sync": False}  # fmt: skip
+        stages = {
+            "pipeline_model_parallel_size": len(places),
+            "pipeline_model_parallel_layout": places,
+            "batch_p2p_sync": False,
+        }
     return TransformerConfig(
         num_layers=shape.layers,
         hidden_size=shape.width,

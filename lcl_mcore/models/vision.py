@@ -19,6 +19,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from lcl_mcore.config.model import ModelConfig, VisionConfig
+from lcl_mcore.models.attention import make_segments
 from lcl_mcore.models.layers import (
     LayerBackend,
     LayerNorm,
@@ -26,7 +27,6 @@ from lcl_mcore.models.layers import (
     mark_sequence_parallel,
     parameter_device,
 )
-from lcl_mcore.models.segments import make_segments
 from lcl_mcore.models.transformer_config import no_init, without_sequence_parallel
 
 # OpenAI CLIP's pixel statistics (paper section 4.1: "same image transform as OpenCLIP").
@@ -47,8 +47,12 @@ class VisionEncoder(MegatronModule):
     """ViT: patch embedding, learned positions, pre-norm blocks, final norm; the class token is dropped."""
 
     def __init__(
-        self, config: TransformerConfig, shape: VisionConfig, backend: LayerBackend, groups: ProcessGroupCollection,
-    ) -> None:  # fmt: skip
+        self,
+        config: TransformerConfig,
+        shape: VisionConfig,
+        backend: LayerBackend,
+        groups: ProcessGroupCollection,
+    ) -> None:
         super().__init__(config=config)
         self.shape = shape
         self.tp_group = groups.tp
@@ -114,8 +118,11 @@ class AttentionPool(MegatronModule):
     """
 
     def __init__(
-        self, config: TransformerConfig, shape: ModelConfig, groups: ProcessGroupCollection,
-    ) -> None:  # fmt: skip
+        self,
+        config: TransformerConfig,
+        shape: ModelConfig,
+        groups: ProcessGroupCollection,
+    ) -> None:
         super().__init__(config=config)
         h, width = shape.vision.width, shape.language.width
         dense = without_sequence_parallel(config)
@@ -132,9 +139,15 @@ class AttentionPool(MegatronModule):
         self.linear_k = ColumnParallelLinear(h, width, config=config, **common)
         self.linear_v = ColumnParallelLinear(h, width, config=config, **common)
         self.linear_out = RowParallelLinear(
-            width, width, config=dense, init_method=no_init, bias=False, input_is_parallel=True,
-            skip_bias_add=False, tp_group=groups.tp,
-        )  # fmt: skip
+            width,
+            width,
+            config=dense,
+            init_method=no_init,
+            bias=False,
+            input_is_parallel=True,
+            skip_bias_add=False,
+            tp_group=groups.tp,
+        )
 
     def forward(self, latents: Tensor) -> Tensor:
         """Encoder output [n_local * P, 1, h] -> [n, 1 + P, D] on every TP rank: pooled, projected latents."""

@@ -18,9 +18,9 @@ import torch
 
 from lcl_mcore.benchmarking.step import Bench, Request, run_config
 from lcl_mcore.config.run import RunConfig
-from lcl_mcore.parallel.groups import make_groups
+from lcl_mcore.distributed.device import init_process_group, pick_device
+from lcl_mcore.distributed.groups import make_groups
 from lcl_mcore.planning.counting import count_step, rank_batch
-from lcl_mcore.platform.device import init_process_group, pick_device
 
 TOLERANCE = 0.15
 """A larger difference is a failure of the planner."""
@@ -76,9 +76,13 @@ def main() -> int:
     real = measured(config)
     ratio = predicted["peak_bytes"] / real["peak_bytes"]
     result: dict[str, Any] = {
-        "rows": args.rows, "micro_batches": 2, "predicted": predicted, "measured": real,
-        "predicted_over_measured": ratio, "status": "ok",
-    }  # fmt: skip
+        "rows": args.rows,
+        "micro_batches": 2,
+        "predicted": predicted,
+        "measured": real,
+        "predicted_over_measured": ratio,
+        "status": "ok",
+    }
     if abs(ratio - 1) > TOLERANCE:
         result |= {"status": "failed", "reason": f"predicted peak is {ratio:.3f} of the measured one"}
     print(json.dumps(result))

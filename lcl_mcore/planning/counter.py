@@ -200,9 +200,11 @@ class StepCounter(TorchDispatchMode):
         if key is None:
             return _RUN
         if name in ("aten::mm", "aten::addmm") and "dtype" in func._overloadname:  # CUDA's alone
-            return kwargs["out"] if "out" in kwargs else args[0].new_empty(
-                args[0].shape[0], args[1].shape[1], dtype=args[2]
-            )  # fmt: skip
+            return (
+                kwargs["out"]
+                if "out" in kwargs
+                else args[0].new_empty(args[0].shape[0], args[1].shape[1], dtype=args[2])
+            )
         if func._schema.is_mutable:
             in_place = name.endswith("_") and name not in _RESHAPE and isinstance(args[0], Tensor)
             return args[0] if in_place else kwargs["out"] if isinstance(kwargs.get("out"), Tensor) else _RUN

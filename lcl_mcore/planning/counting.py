@@ -10,15 +10,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcl_mcore.benchmarking.synthetic import synthetic_step
+from lcl_mcore.batch import StepBatch
+from lcl_mcore.build import DTYPES, build_model
 from lcl_mcore.config.run import RunConfig
-from lcl_mcore.data.batch import StepBatch
-from lcl_mcore.parallel.groups import Groups
+from lcl_mcore.data.synthetic import synthetic_step
+from lcl_mcore.distributed.device import Device
+from lcl_mcore.distributed.groups import Groups
+from lcl_mcore.optimizer import Optimizer, wrap_data_parallel
 from lcl_mcore.planning.counter import Event, StepCounter, Work
-from lcl_mcore.platform.device import Device
-from lcl_mcore.training.build import DTYPES, build_model
-from lcl_mcore.training.optimizer import Optimizer, wrap_data_parallel
-from lcl_mcore.training.step import TrainStep
+from lcl_mcore.train_step import TrainStep
 
 STATE = ("weights", "gradients", "optimizer")
 PARTS = (*STATE, "input", "activations", "loss", "communication")
@@ -66,8 +66,14 @@ def rank_batch(config: RunConfig, dp: int) -> StepBatch:
 
 
 def count_step(
-    config: RunConfig, device: Device, groups: Groups, batch: StepBatch, *, simulated: bool = False, rounding: int = 1,
-) -> RankCount:  # fmt: skip
+    config: RunConfig,
+    device: Device,
+    groups: Groups,
+    batch: StepBatch,
+    *,
+    simulated: bool = False,
+    rounding: int = 1,
+) -> RankCount:
     """Build this rank's share of the job, run a small step, and then one under the counter.
 
     Args:
@@ -121,7 +127,7 @@ def _first_micro_batch(batch: StepBatch) -> StepBatch:
     small: dict[str, Any] = {
         "images": (len(micro.images),) * ranks,
         "contexts": counts.micro_contexts[0],
-        "targets": (len(micro.target_rows),) * ranks,
+        "targets": (len(micro.target_positions),) * ranks,
     }
     return replace(
         batch,
@@ -145,7 +151,7 @@ def _own_state(counter: StepCounter, model: Any, ddp: Any, optimizer: Optimizer)
 def _mark(train: TrainStep, counter: StepCounter) -> None:
     """Tell the counter which part of the step is running; nothing else of the step changes."""
     model: Any = train.model
-    for name in ("encode_images", "read", "image_side", "context_side"):
+    for name in ("encode_images", "forward_language", "image_embeds", "context_embeds"):
         setattr(model, name, counter.wrap(getattr(model, name)))
     gradients: Any = train.gradients
     gradients._generation = counter.wrap(gradients._generation, part="loss", phase="forward")

@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass
 
 from lcl_mcore.errors import ConfigError, explain
-from lcl_mcore.models.count import peak_flops
+from lcl_mcore.models.flops import peak_flops
 from lcl_mcore.planning.counter import Event, Work
 
 
@@ -53,8 +53,13 @@ def find_gpu(name: str) -> Gpu:
     if name.lower() not in GPUS:
         near = difflib.get_close_matches(name.lower(), GPUS, n=1)
         hint = f"Did you mean {near[0]}? " if near else ""
-        raise ConfigError(explain(f"--gpu {name}", "this GPU is not in the table of lcl_mcore.planning.hardware",
-                                  f"{hint}Known: {', '.join(GPUS)}."))  # fmt: skip
+        raise ConfigError(
+            explain(
+                f"--gpu {name}",
+                "this GPU is not in the table of lcl_mcore.planning.hardware",
+                f"{hint}Known: {', '.join(GPUS)}.",
+            )
+        )
     return GPUS[name.lower()]
 
 

@@ -33,11 +33,11 @@ class Estimate:
     def name(self) -> str:
         """The layout as flags."""
         parallel, rows = self.config.parallel, self.config.train.micro_batch_size
-        text = f"--tp {parallel.tensor} --pp {parallel.pipeline} --micro-batch-size {rows}"
-        if parallel.sequence:
+        text = f"--tp {parallel.tensor_parallel_size} --pp {parallel.pipeline_parallel_size} --micro-batch-size {rows}"
+        if parallel.sequence_parallel:
             text += " --sequence-parallel"
-        if parallel.tensor > 1:
-            text += f" --vision-parallel {self.config.vision_parallel}"
+        if parallel.tensor_parallel_size > 1:
+            text += f" --vision-parallel {self.config.resolved_vision_parallel}"
         for tower in ("vision", "language"):
             choice = getattr(parallel, f"recompute_{tower}")
             if choice != "none":
@@ -49,11 +49,11 @@ def estimate(config: RunConfig, world: int, machine: Machine) -> Estimate:
     """One rank of each pipeline stage, as many micro-batches as fill the pipeline; the rest is proportional."""
     dp = config.check_processes(world)
     micros = config.train.global_batch_size // dp // config.train.micro_batch_size
-    counted = min(micros, config.parallel.pipeline + 1)
+    counted = min(micros, config.parallel.pipeline_parallel_size + 1)
     rows = counted * config.train.micro_batch_size * dp
     fewer = replace(config, train=replace(config.train, global_batch_size=rows))
     batch = rank_batch(fewer, dp)
-    first_of_stage = places(config, world)[:: config.parallel.tensor]
+    first_of_stage = places(config, world)[:: config.parallel.tensor_parallel_size]
     counts = [simulate_rank(fewer, world, rank, batch) for rank in first_of_stage]
     lasting = max(sum(count.state.values()) for count in counts)
     return Estimate(config, predict(config, world, counts, batch, machine, micros / counted), lasting)
@@ -85,14 +85,24 @@ def variants(config: RunConfig, world: int, machine: Machine, wide: bool) -> Ite
 
 def _changed(config: RunConfig, tensor: int, pipeline: int, recompute: tuple[str, str]) -> dict[str, Any]:
     return {
-        "tensor": tensor, "pipeline": pipeline, "sequence": tensor > 1, "stage_layers": None, "vision": "auto",
-        "recompute_vision": recompute[0], "recompute_language": recompute[1],
-    }  # fmt: skip
+        "tensor_parallel_size": tensor,
+        "pipeline_parallel_size": pipeline,
+        "sequence_parallel": tensor > 1,
+        "stage_layers": None,
+        "vision_parallel": "auto",
+        "recompute_vision": recompute[0],
+        "recompute_language": recompute[1],
+    }
 
 
 def _largest(config: RunConfig, changes: dict[str, Any], world: int, machine: Machine) -> Iterator[Estimate]:
     """The layout with the largest micro-batch that is expected to fit; nothing if the job cannot be split so."""
-    rows = config.train.global_batch_size * changes["tensor"] * changes["pipeline"] // world
+    rows = (
+        config.train.global_batch_size
+        * changes["tensor_parallel_size"]
+        * changes["pipeline_parallel_size"]
+        // world
+    )
     sizes = [size for size in range(1, min(rows, MOST_ROWS) + 1) if _accepted(config, changes, size, world)]
     if not sizes:
         return
@@ -117,9 +127,11 @@ def _accepted(config: RunConfig, changes: dict[str, Any], rows: int, world: int)
     except ValueError:  # a refused configuration
         return False
     # A pipeline with few micro-batches is mostly fill and drain.
-    dp = world // (changed.parallel.tensor * changed.parallel.pipeline)
+    dp = world // (changed.parallel.tensor_parallel_size * changed.parallel.pipeline_parallel_size)
     micros = changed.train.global_batch_size // dp // rows
-    return changed.parallel.pipeline == 1 or micros >= 2 * changed.parallel.pipeline
+    return (
+        changed.parallel.pipeline_parallel_size == 1 or micros >= 2 * changed.parallel.pipeline_parallel_size
+    )
 
 
 def ranked(estimates: list[Estimate]) -> list[Estimate]:
@@ -128,5 +140,10 @@ def ranked(estimates: list[Estimate]) -> list[Estimate]:
     for item in estimates:
         if item.name not in unique or item.exact:
             unique[item.name] = item
-    return sorted(unique.values(), key=lambda e: (not e.prediction.fits, e.prediction.seconds if e.prediction.fits
-                                                  else e.prediction.memory))  # fmt: skip
+    return sorted(
+        unique.values(),
+        key=lambda e: (
+            not e.prediction.fits,
+            e.prediction.seconds if e.prediction.fits else e.prediction.memory,
+        ),
+    )

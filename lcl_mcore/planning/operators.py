@@ -22,9 +22,18 @@ _ATTENTION: dict[str, tuple[int, int, int]] = {
     "torch_attn::_varlen_attn": (0, 1, 2),
     "torch_attn::_varlen_attn_backward": (1, 2, 5),
 }
-_NO_TRAFFIC = {"aten::empty", "aten::empty_like", "aten::new_empty", "aten::empty_strided", "aten::detach",
-               "aten::new_empty_strided", "aten::_unsafe_view", "aten::set_", "aten::lift_fresh",
-               "aten::record_stream"}  # fmt: skip
+_NO_TRAFFIC = {
+    "aten::empty",
+    "aten::empty_like",
+    "aten::new_empty",
+    "aten::empty_strided",
+    "aten::detach",
+    "aten::new_empty_strided",
+    "aten::_unsafe_view",
+    "aten::set_",
+    "aten::lift_fresh",
+    "aten::record_stream",
+}
 
 
 def name_of(func: Any) -> str:
@@ -64,9 +73,12 @@ def flops_of(
 
 
 def _attention(
-    func: Any, args: Any, kwargs: Any, places: tuple[int, int, int],
+    func: Any,
+    args: Any,
+    kwargs: Any,
+    places: tuple[int, int, int],
     lengths: Callable[[Tensor], list[int] | None],
-) -> int:  # fmt: skip
+) -> int:
     query, key, products = args[places[0]], args[places[1]], places[2]
     names = [argument.name for argument in func._schema.arguments]
     given = {**dict(zip(names, args, strict=False)), **kwargs}

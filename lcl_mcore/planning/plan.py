@@ -8,8 +8,8 @@ from collections import Counter, defaultdict
 from collections.abc import Callable
 from typing import Any
 
+from lcl_mcore.batch import StepBatch
 from lcl_mcore.config.run import RunConfig
-from lcl_mcore.data.batch import StepBatch
 from lcl_mcore.planning.counting import RankCount, rank_batch
 from lcl_mcore.planning.hardware import Machine, find_gpu, make_machine
 from lcl_mcore.planning.layouts import Estimate, ranked, variants
@@ -37,7 +37,7 @@ def make_plan(request: Request, note: Callable[[str], None]) -> dict[str, Any]:
     dp = config.check_processes(request.gpus)
     parallel, train = config.parallel, config.train
     micros = train.global_batch_size // dp // train.micro_batch_size
-    counted = min(micros, max(MOST_MICRO_BATCHES, 2 * parallel.pipeline))
+    counted = min(micros, max(MOST_MICRO_BATCHES, 2 * parallel.pipeline_parallel_size))
     part = dataclasses.replace(
         config, train=dataclasses.replace(train, global_batch_size=counted * train.micro_batch_size * dp)
     )
@@ -48,7 +48,10 @@ def make_plan(request: Request, note: Callable[[str], None]) -> dict[str, Any]:
         counts.append(simulate_rank(part, request.gpus, rank, batch))
     repeat = micros / counted
     prediction = predict(config, request.gpus, counts, batch, machine, repeat)
-    problems = lint({c.rank: c.events for c in counts}, Mesh(parallel.tensor, parallel.pipeline, dp))
+    problems = lint(
+        {c.rank: c.events for c in counts},
+        Mesh(parallel.tensor_parallel_size, parallel.pipeline_parallel_size, dp),
+    )
     lasting = max(sum(count.state.values()) for count in counts)
     chosen = Estimate(config, prediction, lasting, exact=True)
     layouts = [chosen]
@@ -62,8 +65,13 @@ def make_plan(request: Request, note: Callable[[str], None]) -> dict[str, Any]:
         "gpus": request.gpus,
         "gpu": machine.gpu.name,
         "layout": {
-            "flags": chosen.name, "tensor": parallel.tensor, "pipeline": parallel.pipeline, "data": dp,
-            "micro_batches": micros, "micro_batches_counted": counted, "rows_per_step": train.global_batch_size,
+            "flags": chosen.name,
+            "tensor": parallel.tensor_parallel_size,
+            "pipeline": parallel.pipeline_parallel_size,
+            "data": dp,
+            "micro_batches": micros,
+            "micro_batches_counted": counted,
+            "rows_per_step": train.global_batch_size,
             "precision": train.precision,
         },
         "memory": _memory(counts, prediction, machine),
@@ -71,10 +79,14 @@ def make_plan(request: Request, note: Callable[[str], None]) -> dict[str, Any]:
         "communication": _communication(counts, machine, repeat),
         "step": _step(prediction),
         **_run(request, config, batch, prediction, repeat),
-        "lint": {"ranks": [c.rank for c in counts], "events": [len(c.events) for c in counts], "problems": problems},
+        "lint": {
+            "ranks": [c.rank for c in counts],
+            "events": [len(c.events) for c in counts],
+            "problems": problems,
+        },
         "layouts": [_layout(item) for item in ranked(layouts)],
         "assumptions": _assumptions(request, machine),
-    }  # fmt: skip
+    }
 
 
 def _memory(counts: list[RankCount], prediction: Prediction, machine: Machine) -> dict[str, Any]:
@@ -84,12 +96,18 @@ def _memory(counts: list[RankCount], prediction: Prediction, machine: Machine) -
         "peak_bytes": prediction.memory,
         "fits": prediction.fits,
         "ranks": [
-            {"rank": c.rank, "tensor_pipeline_data": list(c.place), "parameters": c.parameters,
-             "lasting_bytes": c.state, "peak_bytes": c.peak, "peak_by_part": c.peak_parts,
-             "peak_by_phase": c.phase_peaks}
+            {
+                "rank": c.rank,
+                "tensor_pipeline_data": list(c.place),
+                "parameters": c.parameters,
+                "lasting_bytes": c.state,
+                "peak_bytes": c.peak,
+                "peak_by_part": c.peak_parts,
+                "peak_by_phase": c.phase_peaks,
+            }
             for c in counts
         ],
-    }  # fmt: skip
+    }
 
 
 def _flops(counts: list[RankCount], prediction: Prediction, repeat: float) -> dict[str, Any]:
@@ -118,10 +136,18 @@ def _communication(counts: list[RankCount], machine: Machine, repeat: float) -> 
                 volume[key] += event.bytes
                 seconds[key] += machine.transfer(event)
         rows += [
-            {"rank": count.rank, "purpose": key[0], "op": key[1], "group": key[2], "members": key[3],
-             "calls": calls[key], "bytes": volume[key], "seconds_alone": seconds[key]}
+            {
+                "rank": count.rank,
+                "purpose": key[0],
+                "op": key[1],
+                "group": key[2],
+                "members": key[3],
+                "calls": calls[key],
+                "bytes": volume[key],
+                "seconds_alone": seconds[key],
+            }
             for key in sorted(calls, key=lambda k: -seconds[k])
-        ]  # fmt: skip
+        ]
     return rows
 
 
@@ -150,9 +176,13 @@ def _run(
     images = sum(batch.counts.images) * repeat
     rate = images / prediction.seconds
     up = uptime(
-        config, request.gpus, prediction.seconds, storage=request.storage_gbs * 1e9,
-        restart=request.restart_minutes * 60, mtbf=None if request.mtbf_hours is None else request.mtbf_hours * 3600,
-    )  # fmt: skip
+        config,
+        request.gpus,
+        prediction.seconds,
+        storage=request.storage_gbs * 1e9,
+        restart=request.restart_minutes * 60,
+        mtbf=None if request.mtbf_hours is None else request.mtbf_hours * 3600,
+    )
     training = config.train.steps * prediction.seconds
     wall = training / up.ettr if up.ettr > 0 else float("inf")
     hours = wall / 3600 * request.gpus
@@ -166,26 +196,33 @@ def _run(
             "decode_cores_per_gpu": rate / request.decodes_per_second / request.gpus,
         },
         "run": {
-            "steps": config.train.steps, "training_days": training / 86400, "days": wall / 86400, "gpu_hours": hours,
+            "steps": config.train.steps,
+            "training_days": training / 86400,
+            "days": wall / 86400,
+            "gpu_hours": hours,
             "cost": None if price is None else hours * price,
         },
         "reliability": dataclasses.asdict(up) | {"checkpoint_every_steps": config.checkpoint.every},
-    }  # fmt: skip
+    }
 
 
 def _layout(item: Estimate) -> dict[str, Any]:
     return {
-        "flags": item.name, "seconds": item.prediction.seconds, "mfu": item.prediction.mfu,
-        "peak_bytes": item.prediction.memory, "fits": item.prediction.fits, "all_counted": item.exact,
+        "flags": item.name,
+        "seconds": item.prediction.seconds,
+        "mfu": item.prediction.mfu,
+        "peak_bytes": item.prediction.memory,
+        "fits": item.prediction.fits,
+        "all_counted": item.exact,
         "bottleneck": next(iter(item.prediction.shares)),
-    }  # fmt: skip
+    }
 
 
 def _assumptions(request: Request, machine: Machine) -> list[str]:
     a, gpu = machine.assumed, machine.gpu
     return [
         f"{gpu.name}: {gpu.memory / 2**30:.0f} GiB, {gpu.bandwidth / 1e12:.2f} TB/s, matrix rate of "
-        f"lcl_mcore.models.count (data sheets); tensors may fill {a.headroom:.0%}, the rest is for kernels' "
+        f"lcl_mcore.models.flops (data sheets); tensors may fill {a.headroom:.0%}, the rest is for kernels' "
         "workspaces, NCCL and fragments",
         f"matrix products reach {a.products:.0%} of the dense rate, attention {a.attention:.0%}, all other operators "
         f"{a.memory:.0%} of the memory bandwidth; the host needs {a.launch * 1e6:.1f} us per operator",
@@ -197,8 +234,13 @@ def _assumptions(request: Request, machine: Machine) -> list[str]:
         "Engine, flash-attn and our Triton kernels are not assumed",
         "rows are full, as in benchmarks/step.py, and every data-parallel rank has the same images and targets",
         f"checkpoints are written at {request.storage_gbs:g} GB/s by all ranks together while training waits; "
-        f"pictures take {request.image_kb:g} kB and a core prepares {request.decodes_per_second:g} a second",
-        "failures: " + ("as given" if request.mtbf_hours else "419 in 54 days of 16,384 H100 (Llama 3, "
-        "arXiv:2407.21783), in proportion to the GPUs") + f"; {request.restart_minutes:g} minutes to restart",
+        f"images take {request.image_kb:g} kB and a core prepares {request.decodes_per_second:g} a second",
+        "failures: "
+        + (
+            "as given"
+            if request.mtbf_hours
+            else "419 in 54 days of 16,384 H100 (Llama 3, arXiv:2407.21783), in proportion to the GPUs"
+        )
+        + f"; {request.restart_minutes:g} minutes to restart",
         f"counted by {os.path.basename(__file__)} from the real training step; no GPU was used",
-    ]  # fmt: skip
+    ]

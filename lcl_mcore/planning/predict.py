@@ -6,9 +6,9 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from lcl_mcore.batch import StepBatch
 from lcl_mcore.config.run import RunConfig
-from lcl_mcore.data.batch import StepBatch
-from lcl_mcore.models.count import peak_flops, step_flops
+from lcl_mcore.models.flops import peak_flops, step_flops
 from lcl_mcore.planning.counter import Event
 from lcl_mcore.planning.counting import RankCount
 from lcl_mcore.planning.hardware import Machine
@@ -120,15 +120,24 @@ def stage_time(count: RankCount, machine: Machine, micro_batches: int, repeat: f
         exposed[name] += alone + left
         hidden[name] += sum(transfers) - alone - left
     return StageTime(
-        rank=count.rank, device=sum(kinds.values()), host=calls * machine.assumed.launch, by_kind=dict(kinds),
-        phases=dict(phases), exposed={k: v for k, v in exposed.items() if v > 0}, hidden=dict(hidden),
-    )  # fmt: skip
+        rank=count.rank,
+        device=sum(kinds.values()),
+        host=calls * machine.assumed.launch,
+        by_kind=dict(kinds),
+        phases=dict(phases),
+        exposed={k: v for k, v in exposed.items() if v > 0},
+        hidden=dict(hidden),
+    )
 
 
 def predict(
-    config: RunConfig, world: int, counts: Sequence[RankCount], batch: StepBatch, machine: Machine,
+    config: RunConfig,
+    world: int,
+    counts: Sequence[RankCount],
+    batch: StepBatch,
+    machine: Machine,
     repeat: float = 1.0,
-) -> Prediction:  # fmt: skip
+) -> Prediction:
     """The step of a job from one count for each tensor and pipeline index (or for some of them).
 
     Args:
@@ -139,17 +148,22 @@ def predict(
     slowest = max(stages, key=lambda s: s.busy + sum(s.exposed.values()))
     own = slowest.busy / slowest.device if slowest.device else 1.0
     repeated = sum(slowest.phases.get(phase, 0.0) for phase in REPEATED)
-    bubble = (config.parallel.pipeline - 1) * own * repeated / micro
+    bubble = (config.parallel.pipeline_parallel_size - 1) * own * repeated / micro
     seconds = slowest.busy + sum(slowest.exposed.values()) + bubble
     flops = global_flops(config, batch, repeat)
     peak = peak_flops(machine.gpu.name, config.train.precision)
     assert peak is not None
     memory = max(count.peak + round(count.peak_parts["input"] * (repeat - 1)) for count in counts)
     return Prediction(
-        seconds=seconds, bubble=bubble, slowest=slowest, stages=stages, memory=memory,
-        fits=memory <= machine.gpu.memory * machine.assumed.headroom, model_flops=flops,
+        seconds=seconds,
+        bubble=bubble,
+        slowest=slowest,
+        stages=stages,
+        memory=memory,
+        fits=memory <= machine.gpu.memory * machine.assumed.headroom,
+        model_flops=flops,
         mfu=flops / (seconds * world * peak.flops),
-    )  # fmt: skip
+    )
 
 
 def global_flops(config: RunConfig, batch: StepBatch, repeat: float = 1.0) -> int:
@@ -164,7 +178,12 @@ def global_flops(config: RunConfig, batch: StepBatch, repeat: float = 1.0) -> in
     if config.loss.negatives == "micro_batch":
         logits = round(sum(sum(ranks) ** 2 for ranks in counts.micro_contexts) * repeat)
     return step_flops(
-        config.model, images=total(counts.images), tokens=total(counts.tokens), pairs=total(counts.pairs),
-        contexts=contexts, targets=total(counts.targets), logits=logits,
+        config.model,
+        images=total(counts.images),
+        tokens=total(counts.tokens),
+        pairs=total(counts.pairs),
+        contexts=contexts,
+        targets=total(counts.targets),
+        logits=logits,
         passages=round(len(batch.micro_batches) * repeat) * len(counts.images),
-    )  # fmt: skip
+    )

@@ -6,14 +6,14 @@ import math
 from dataclasses import dataclass
 
 from lcl_mcore.config.run import RunConfig
-from lcl_mcore.models.count import parameter_counts
+from lcl_mcore.models.flops import parameter_counts
 
 # 419 unexpected interruptions of 16,384 H100 in 54 days (Llama 3, arXiv:2407.21783, section 3.3.4 and Table 5).
 GPU_HOURS_PER_FAILURE = 16_384 * 54 * 24 / 419
 
 
 @dataclass(frozen=True)
-class Uptime:
+class ReliabilityEstimate:
     """checkpoint_bytes of the whole job;  stall  seconds of one save;  interval  seconds between saves.
 
     best_interval    the one that loses least (Young 1974: sqrt(2 * stall * MTBF))
@@ -44,7 +44,7 @@ def uptime(
     storage: float,
     restart: float,
     mtbf: float | None = None,
-) -> Uptime:
+) -> ReliabilityEstimate:
     """Share of the time that trains.
 
     Args:
@@ -59,4 +59,4 @@ def uptime(
     def ettr(seconds: float) -> float:
         return max(0.0, 1 - stall / seconds - (seconds / 2 + restart) / between)
 
-    return Uptime(size, stall, interval, best, between, restart, ettr(interval), ettr(best))
+    return ReliabilityEstimate(size, stall, interval, best, between, restart, ettr(interval), ettr(best))

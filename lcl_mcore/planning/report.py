@@ -55,8 +55,10 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
     for rank in memory["ranks"]:
         tensor, pipeline, _ = rank["tensor_pipeline_data"]
         parts = ", ".join(f"{name} {size(value)}" for name, value in rank["peak_by_part"].items() if value)
-        yield said(f"  rank {rank['rank']} (tp {tensor}, stage {pipeline}), {rank['parameters']:,} parameters: "
-                   f"{size(rank['peak_bytes'])}")  # fmt: skip
+        yield said(
+            f"  rank {rank['rank']} (tp {tensor}, stage {pipeline}), {rank['parameters']:,} parameters: "
+            f"{size(rank['peak_bytes'])}"
+        )
         yield said(f"    {parts}")
     yield ""
     yield f"step time of rank {step['slowest_rank']}, the slowest"

@@ -63,9 +63,9 @@ class Request:
     storage_gbs: float = 5.0
     """GB/s at which the whole job writes a checkpoint."""
     image_kb: float = 60.0
-    """Average size of a stored picture, in kB."""
+    """Average size of a stored image, in kB."""
     decodes_per_second: float = 250.0
-    """Pictures that one CPU core reads, decodes and crops in a second (benchmarks/README.md: 249 here)."""
+    """Images that one CPU core reads, decodes and crops in a second (benchmarks/README.md: 249 here)."""
     mtbf_hours: float | None = None
     """Mean time between failures of the whole job (default: Llama 3's rate per GPU)."""
     restart_minutes: float = 5.0

@@ -21,14 +21,14 @@ from megatron.core import parallel_state
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
+from lcl_mcore.batch import StepBatch
 from lcl_mcore.config.run import RunConfig
-from lcl_mcore.data.batch import StepBatch
+from lcl_mcore.distributed import cpu as cpu_shim
+from lcl_mcore.distributed.device import Device
+from lcl_mcore.distributed.groups import make_groups
 from lcl_mcore.models.backends import Choice
 from lcl_mcore.models.layers import torch_backend
-from lcl_mcore.parallel.groups import make_groups
 from lcl_mcore.planning.counting import RankCount, count_step
-from lcl_mcore.platform import cpu_shim
-from lcl_mcore.platform.device import Device
 
 ROUNDING = 512
 """CUDA's allocator hands out multiples of this many bytes."""
@@ -47,7 +47,9 @@ def simulate_rank(
     """
     parallel = config.parallel
     with _job(world, rank), _without_data(config, target):
-        groups = make_groups(parallel.tensor, parallel.pipeline, 600, config.train.seed)
+        groups = make_groups(
+            parallel.tensor_parallel_size, parallel.pipeline_parallel_size, 600, config.train.seed
+        )
         device = Device("cpu", META, "fake", f"simulated {target}")
         rounding = ROUNDING if target == "cuda" else 1
         return count_step(_resolved(config, target), device, groups, batch, simulated=True, rounding=rounding)
@@ -55,7 +57,7 @@ def simulate_rank(
 
 def places(config: RunConfig, world: int) -> list[int]:
     """Ranks of data-parallel index 0, one for each tensor and pipeline index: all others do what one of them does."""
-    tp, pp = config.parallel.tensor, config.parallel.pipeline
+    tp, pp = config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size
     return [p * (world // pp) + t for p in range(pp) for t in range(tp)]
 
 
@@ -107,9 +109,9 @@ def _without_data(config: RunConfig, target: Target) -> Iterator[None]:
         for place, replacement in (
             ("torch.distributed.new_group", fake_group),
             ("torch.Generator", generator_on),
-            ("lcl_mcore.models.segments._send", lambda index, device: index.to(device)),
-            ("lcl_mcore.training.build.choose_backend", backend_of),
-            ("lcl_mcore.training.build.initialize", lambda *args: None),
+            ("lcl_mcore.models.attention._send", lambda index, device: index.to(device)),
+            ("lcl_mcore.build.choose_backend", backend_of),
+            ("lcl_mcore.build.initialize", lambda *args: None),
             ("torch.nn.functional.scaled_dot_product_attention", _attention_for(target)),
             ("torch.optim.optimizer._get_fused_kernels_supported_devices", lambda: ["meta", "cuda"]),
         ):

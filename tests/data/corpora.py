@@ -19,8 +19,10 @@ from lcl_mcore.data.tokenizer import Tokenizer, train_bpe
 WORDS = ("red", "green", "blue", "round", "square", "old", "new", "large", "cat", "dog", "house", "tree")
 
 
-def picture(seed: int, width: int = 80, height: int = 72, container: str = "JPEG", **options: Any) -> bytes:
-    """A smooth coloured picture."""
+def image_bytes(
+    seed: int, width: int = 80, height: int = 72, container: str = "JPEG", **options: Any
+) -> bytes:
+    """A smooth coloured image."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
     stream = io.BytesIO()
@@ -39,7 +41,7 @@ def small_tokenizer() -> Tokenizer:
 
 
 def document(kind: str, seed: int) -> tuple[list[str], list[tuple[int, float]]]:
-    """Texts, and (text index, similarity) of each picture."""
+    """Texts, and (text index, similarity) of each image."""
     rng = random.Random(seed)
     if kind == "pair":
         return [sentence(rng, rng.randint(2, 9))], [(0, 1.0)]
@@ -62,7 +64,7 @@ def make_dataset(
         texts, images = document(kind, seed * 100_000 + number)
         entries, contents = [], []
         for k, (index, similarity) in enumerate(images):
-            content = picture(seed * 1_000_000 + number * 10 + k, 64 + number % 30, 70)
+            content = image_bytes(seed * 1_000_000 + number * 10 + k, 64 + number % 30, 70)
             entries.append(entry_for(k, (content, "jpg", 64 + number % 30, 70), index, similarity))
             contents.append(content)
         made = Document(f"doc-{number:06d}", kind, tuple(texts), tuple(entries))  # type: ignore[arg-type]

@@ -17,25 +17,28 @@ from typing import Any
 import torch.distributed as dist
 
 from corpora import LOADER, config, small_tokenizer
-from lcl_mcore.data.batch import MicroBatch
+from lcl_mcore.batch import MicroBatch
+from lcl_mcore.data.image_reader import ImageReader
 from lcl_mcore.data.loader import build_loader
-from lcl_mcore.data.read_images import ImageReader
 from lcl_mcore.errors import DataError
 
 
 def row_digests(batch: MicroBatch, row_tokens: int) -> list[str]:
     """A digest per row of everything in it: ids, positions, targets, crops' pixels, keys, contexts."""
     result = []
-    for r in range(len(batch.row_keys)):
+    for r in range(len(batch.sequence_keys)):
         low, high = r * row_tokens, (r + 1) * row_tokens
         digest = hashlib.sha256(batch.tokens[low:high].numpy().tobytes())
         digest.update(batch.positions[low:high].numpy().tobytes())
-        digest.update(batch.row_keys[r : r + 1].numpy().tobytes())
+        digest.update(batch.sequence_keys[r : r + 1].numpy().tobytes())
         mine = (batch.image_starts >= low) & (batch.image_starts < high)
         if len(batch.images):  # later pipeline stages get none
             digest.update(batch.images[mine].numpy().tobytes())
         digest.update(batch.image_keys[mine].numpy().tobytes())
-        for rows, values in ((batch.target_rows, batch.target_labels), (batch.context_rows, batch.group_ids)):
+        for rows, values in (
+            (batch.target_positions, batch.target_labels),
+            (batch.context_positions, batch.group_ids),
+        ):
             mine = (rows >= low) & (rows < high)
             digest.update((rows[mine] - low).numpy().tobytes() + values[mine].numpy().tobytes())
         result.append(digest.hexdigest()[:16])
@@ -43,7 +46,7 @@ def row_digests(batch: MicroBatch, row_tokens: int) -> list[str]:
 
 
 def break_reader() -> None:
-    """From now on reading pictures fails on this rank in a way that nobody planned for."""
+    """From now on reading images fails on this rank in a way that nobody planned for."""
 
     def fail(*arguments: Any) -> None:
         raise TypeError("no such thing")
@@ -69,11 +72,16 @@ def main() -> None:
     position: dict[str, Any] | None = json.loads(saved.read_text()) if saved.exists() else None
     data = config(*map(Path, options["folders"]), **options.get("config", {}))
     loader = build_loader(
-        data, **{**LOADER, "micro_batch_size": options.get("micro_batch_size", 2)},
-        tokenizer=small_tokenizer(), dp_rank=dp_rank, dp_size=dp_size,
-        counts_group=counts_group, model_group=model_group, position=position,
+        data,
+        **{**LOADER, "micro_batch_size": options.get("micro_batch_size", 2)},
+        tokenizer=small_tokenizer(),
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        counts_group=counts_group,
+        model_group=model_group,
+        position=position,
         pixel_ranks=options.get("pixel_ranks"),
-    )  # fmt: skip
+    )
     if options.get("break_rank") == rank:
         break_reader()
     try:
@@ -82,11 +90,15 @@ def main() -> None:
             batch = next(loader)
             rows = [d for b in batch.micro_batches for d in row_digests(b, data.sequence_length)]
             line = {
-                "attempt": int(os.environ["ATTEMPT"]), "step": step, "dp": dp_rank, "model": model_rank,
-                "rows": rows, "hash": batch.order_hash,
+                "attempt": int(os.environ["ATTEMPT"]),
+                "step": step,
+                "dp": dp_rank,
+                "model": model_rank,
+                "rows": rows,
+                "hash": batch.order_hash,
                 "documents": [d for b in batch.micro_batches for d in b.documents],
-                "pictures": [list(b.images.shape) for b in batch.micro_batches],
-            }  # fmt: skip
+                "images": [list(b.images.shape) for b in batch.micro_batches],
+            }
             with (out / f"rank{rank}.jsonl").open("a") as stream:
                 stream.write(json.dumps(line) + "\n")
             if rank == 0:  # the "checkpoint" of the batch just trained on, written whole or not at all

@@ -1,4 +1,4 @@
-"""Pixels: every kind of picture comes out right, back ends agree, failures keep their place."""
+"""Pixels: every kind of image comes out right, back ends agree, failures keep their place."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import pytest
 import torch
 from PIL import Image
 
-from corpora import LOADER, config, make_dataset, picture, small_tokenizer
+from corpora import LOADER, config, image_bytes, make_dataset, small_tokenizer
 from lcl_mcore.data import dali
 from lcl_mcore.data.crop import Window, centre_window, random_window
 from lcl_mcore.data.decode import CpuDecoder, Decoder, Job, build_decoder
-from lcl_mcore.data.keyed import KeyedRandom
+from lcl_mcore.data.images import BadImageError, open_image, upright_rgb
 from lcl_mcore.data.loader import build_loader
-from lcl_mcore.data.pictures import BadPictureError, open_picture, upright_rgb
 from lcl_mcore.errors import ConfigError, DataError
+from lcl_mcore.rng import KeyedRandom
 
 
 def saved(image: Image.Image, container: str, **options: object) -> bytes:
@@ -27,14 +27,14 @@ def saved(image: Image.Image, container: str, **options: object) -> bytes:
 
 
 def upright(content: bytes) -> np.ndarray:
-    return np.asarray(upright_rgb(open_picture(content))).astype(int)
+    return np.asarray(upright_rgb(open_image(content))).astype(int)
 
 
 def colours(width: int = 96, height: int = 64) -> Image.Image:
-    return Image.open(io.BytesIO(picture(3, width, height, "PNG"))).convert("RGB")
+    return Image.open(io.BytesIO(image_bytes(3, width, height, "PNG"))).convert("RGB")
 
 
-def test_every_kind_of_picture_comes_out_right() -> None:
+def test_every_kind_of_image_comes_out_right() -> None:
     image = colours()
     wanted = np.asarray(image).astype(int)
     for container in ("PNG", "BMP", "TIFF", "PPM"):
@@ -71,7 +71,7 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
     assert 126 < pixels.mean() < 129
 
 
-def test_exif_orientation_turns_the_picture() -> None:
+def test_exif_orientation_turns_the_image() -> None:
     image = colours()
     exif = Image.Exif()
     exif[0x0112] = 6
@@ -90,17 +90,17 @@ def test_animations_show_their_first_frame() -> None:
     ("content", "reason"),
     [
         (b"", "empty"),
-        (b"<!DOCTYPE html><html>not found</html>", "not a picture"),
-        (b"\x00" * 5000, "not a picture"),
-        (picture(1)[:900], "undecodable"),
-        (picture(1, 200, 150, "PNG")[:4000], "undecodable"),
+        (b"<!DOCTYPE html><html>not found</html>", "not a image"),
+        (b"\x00" * 5000, "not a image"),
+        (image_bytes(1)[:900], "undecodable"),
+        (image_bytes(1, 200, 150, "PNG")[:4000], "undecodable"),
         (saved(Image.new("L", (20_000, 2_500)), "PNG"), "oversized"),
         (saved(Image.new("1", (17_000, 10)), "PNG"), "oversized"),
     ],
 )
-def test_bad_pictures_name_their_reason(content: bytes, reason: str) -> None:
-    with pytest.raises(BadPictureError) as caught:
-        upright_rgb(open_picture(content))
+def test_bad_images_name_their_reason(content: bytes, reason: str) -> None:
+    with pytest.raises(BadImageError) as caught:
+        upright_rgb(open_image(content))
     assert caught.value.reason == reason
 
 
@@ -124,7 +124,7 @@ def jobs(count: int, container: str = "JPEG") -> list[Job]:
     for n in range(count):
         width, height = 90 + 37 * (n % 9), 80 + 53 * (n % 7)
         options = {"quality": 90} if container == "JPEG" else {}
-        content = picture(n, width, height, container, **options)
+        content = image_bytes(n, width, height, container, **options)
         window = random_window(width, height, (0.9, 1.0), (0.75, 4 / 3), KeyedRandom("w", n))
         result.append(Job(lambda content=content: content, width, height, window))  # type: ignore[misc]
     return result
@@ -153,7 +153,7 @@ def exact(job: Job, side: int) -> np.ndarray:
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("container", ["JPEG", "PNG", "WEBP"])
 def test_decoders_agree_with_a_plain_decode(backend: str, container: str) -> None:
-    """The documented tolerance: 1 level of 255 on average per picture, whatever the path."""
+    """The documented tolerance: 1 level of 255 on average per image, whatever the path."""
     decoder = make(backend)
     work = jobs(24, container)
     pixels, reasons = decoder.decode(work, 64)
@@ -189,7 +189,7 @@ def test_a_missing_dali_is_named_with_its_right_package(monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_picture_does_not_depend_on_its_batch(backend: str) -> None:
+def test_a_image_does_not_depend_on_its_batch(backend: str) -> None:
     decoder = make(backend)
     work = jobs(12)
     together, _ = decoder.decode(work, 48)
@@ -205,7 +205,7 @@ def test_a_picture_does_not_depend_on_its_batch(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_bad_picture_is_grey_and_its_neighbours_are_not(backend: str) -> None:
+def test_a_bad_image_is_grey_and_its_neighbours_are_not(backend: str) -> None:
     decoder = make(backend)
     work = jobs(6)
     broken = work[2].read()[:1500]
@@ -231,7 +231,7 @@ def flip_bytes(path: Path, names: list[str]) -> None:
     path.write_bytes(content)
 
 
-def test_failed_pictures_become_placeholders_and_the_order_stays(tmp_path: Path) -> None:
+def test_failed_images_become_placeholders_and_the_order_stays(tmp_path: Path) -> None:
     options = {**LOADER, "tokenizer": small_tokenizer(), "dp_rank": 0, "dp_size": 1}
     folder = make_dataset(tmp_path / "set", "pair", 30, per_shard=30)
     data = config(folder)
@@ -271,6 +271,6 @@ def test_too_many_failures_in_a_row_stop_the_run(tmp_path: Path) -> None:
         dp_rank=0,
         dp_size=1,
     )
-    with pytest.raises(DataError, match=r"set/shard-000\.tar/doc-\d+\.0\.jpg: the 5th picture in a row"):
+    with pytest.raises(DataError, match=r"set/shard-000\.tar/doc-\d+\.0\.jpg: the 5th image in a row"):
         next(loader)
     loader.close()

@@ -155,7 +155,7 @@ def test_any_exception_on_one_rank_stops_the_others_with_its_cause(
 
 
 def test_later_pipeline_stages_get_no_pixels(options: dict[str, Any], tmp_path: Path) -> None:
-    """Rank 1 of the model group leaves the pictures out; everything else is the same."""
+    """Rank 1 of the model group leaves the images out; everything else is the same."""
     out = tmp_path / "run"
     more = {**options, "model": 2, "pixel_ranks": [0], "steps": 3}
     assert finish(start(out, 2, more)) == [0, 0]
@@ -165,5 +165,5 @@ def test_later_pipeline_stages_get_no_pixels(options: dict[str, Any], tmp_path: 
     assert [(e["step"], e["hash"], e["documents"]) for e in first] == [
         (e["step"], e["hash"], e["documents"]) for e in last
     ]
-    assert all(shape[0] > 0 for e in first for shape in e["pictures"])
-    assert all(shape == [0, 3, 32, 32] for e in last for shape in e["pictures"])
+    assert all(shape[0] > 0 for e in first for shape in e["images"])
+    assert all(shape == [0, 3, 32, 32] for e in last for shape in e["images"])

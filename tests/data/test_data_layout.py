@@ -11,8 +11,8 @@ from corpora import small_tokenizer
 from lcl_mcore.config.data import SourceConfig
 from lcl_mcore.data.dataset import Members
 from lcl_mcore.data.document import Document, ImageEntry
-from lcl_mcore.data.layout import LaidDocument, Layout
-from lcl_mcore.data.order import Draw
+from lcl_mcore.data.order import SampleIndex
+from lcl_mcore.data.tokenized import Layout, TokenizedDocument
 
 TOKENIZER = small_tokenizer()
 P = 9
@@ -26,17 +26,17 @@ def lay(
     n: int = 0,
     row: int = 500,
     **options: Any,
-) -> LaidDocument | None:
+) -> TokenizedDocument | None:
     entries = tuple(
         ImageEntry(f"{i}.jpg", 80, 80, "jpg", "0" * 64, 9, index, similarity)
         for i, (index, similarity) in enumerate(images)
     )
     layout = Layout(SourceConfig(path="x", **options), TOKENIZER, image_tokens=P, row_tokens=row, seed=1)
     stored = Document("k", kind, tuple(texts), entries)  # type: ignore[arg-type]
-    return layout.lay(Draw(0, 0, n), stored, Members("s.tar", ()))
+    return layout.lay(SampleIndex(0, 0, n), stored, Members("s.tar", ()))
 
 
-def shape(document: LaidDocument | None) -> list[Any]:
+def shape(document: TokenizedDocument | None) -> list[Any]:
     """Texts decoded, images as numbers."""
     assert document is not None
     return [p.image if p.image >= 0 else TOKENIZER.decode(p.ids).strip() for p in document.pieces]
@@ -140,9 +140,14 @@ def test_released_cut(spare: int, pieces: int, end: bool) -> None:
     text = "cat dog"
     size = len(TOKENIZER.encode(text))
     document = lay(
-        "matched", [text, text], [(0, 0.3)], row=1 + size + P + 2 + spare,
-        image_first_probability=0.0, cut_rule="tokens", image_choice="first",
-    )  # fmt: skip
+        "matched",
+        [text, text],
+        [(0, 0.3)],
+        row=1 + size + P + 2 + spare,
+        image_first_probability=0.0,
+        cut_rule="tokens",
+        image_choice="first",
+    )
     assert document is not None
     assert (len(document.pieces), document.end) == (pieces, end)
     total = 1 + sum(p.size(P + 2) for p in document.pieces) + document.end

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from corpora import LOADER, config, make_dataset, small_tokenizer
-from lcl_mcore.data.batch import MicroBatch, StepBatch
+from lcl_mcore.batch import MicroBatch, StepBatch
 from lcl_mcore.data.loader import build_loader
 from lcl_mcore.errors import ConfigError, DataError
 
@@ -41,17 +41,17 @@ def rows_of(step: StepBatch) -> list[tuple[Any, ...]]:
     """Each row of a step with its images, independent of how rows are grouped."""
     rows = []
     for batch in step.micro_batches:
-        for r in range(len(batch.row_keys)):
+        for r in range(len(batch.sequence_keys)):
             mine = (batch.image_starts >= r * S) & (batch.image_starts < (r + 1) * S)
-            context = (batch.context_rows >= r * S) & (batch.context_rows < (r + 1) * S)
+            context = (batch.context_positions >= r * S) & (batch.context_positions < (r + 1) * S)
             rows.append(
                 (
                     batch.tokens[r * S : (r + 1) * S].tolist(),
                     batch.positions[r * S : (r + 1) * S].tolist(),
-                    int(batch.row_keys[r]),
+                    int(batch.sequence_keys[r]),
                     batch.image_keys[mine].tolist(),
                     batch.images[mine].sum((1, 2, 3)).tolist(),
-                    (batch.context_rows[context] - r * S).tolist(),
+                    (batch.context_positions[context] - r * S).tolist(),
                     batch.group_ids[context].tolist(),
                 )
             )
@@ -62,7 +62,7 @@ def check_contract(batch: MicroBatch) -> None:
     """Everything that `MicroBatch` promises, recomputed from tokens and segment lengths."""
     ids = TOKENIZER
     tokens = batch.tokens.tolist()
-    assert sum(batch.lengths) == len(tokens) == len(batch.row_keys) * S
+    assert sum(batch.lengths) == len(tokens) == len(batch.sequence_keys) * S
     targets, starts, contexts, place = [], [], [], 0
     for length in batch.lengths:
         segment = tokens[place : place + length]
@@ -81,9 +81,9 @@ def check_contract(batch: MicroBatch) -> None:
                 targets.append((place + i - 1, token))
         place += length
     assert batch.image_starts.tolist() == starts
-    assert batch.context_rows.tolist() == contexts
+    assert batch.context_positions.tolist() == contexts
     assert batch.image_starts[batch.context_images].tolist() == [row + 1 for row in contexts]
-    assert list(zip(batch.target_rows.tolist(), batch.target_labels.tolist(), strict=True)) == targets
+    assert list(zip(batch.target_positions.tolist(), batch.target_labels.tolist(), strict=True)) == targets
     assert batch.images.shape == (len(starts), 3, 32, 32)
     assert batch.images.dtype == torch.uint8
     assert len(set(batch.image_keys.tolist())) == len(starts)
@@ -98,7 +98,7 @@ def test_batches_keep_the_contract(folders: list[Path], packing: str) -> None:
         counts = step.counts
         assert counts.images == (sum(len(b.image_starts) for b in step.micro_batches),)
         assert counts.contexts == (sum(sum(c) for c in counts.micro_contexts),)
-        assert counts.targets == (sum(len(b.target_rows) for b in step.micro_batches),)
+        assert counts.targets == (sum(len(b.target_positions) for b in step.micro_batches),)
         used = sum(int((b.tokens != TOKENIZER.pad).sum()) for b in step.micro_batches)
         assert counts.tokens == (used,)
         assert step.statistics["fill"] == pytest.approx(used / (8 * S))
@@ -158,16 +158,18 @@ def test_released_variants_differ_as_documented(folders: list[Path]) -> None:
     released = config(folders[0], packing="off", context_rule="index0", source_options={"ends": "released"})
     for step in steps(released, 4):
         for batch in step.micro_batches:
-            assert len(batch.documents) == len(batch.row_keys)
-            for r in range(len(batch.row_keys)):
+            assert len(batch.documents) == len(batch.sequence_keys)
+            for r in range(len(batch.sequence_keys)):
                 row = batch.tokens[r * S : (r + 1) * S].tolist()
                 text_first = row[0] == TOKENIZER.bos
                 assert text_first or row[0] == TOKENIZER.boi
                 assert (TOKENIZER.eos in row) == (not text_first)
                 texts = sum(token < TOKENIZER.text_size for token in row)
-                mine = (batch.target_rows >= r * S) & (batch.target_rows < (r + 1) * S)
+                mine = (batch.target_positions >= r * S) & (batch.target_positions < (r + 1) * S)
                 assert int(mine.sum()) == texts + 1  # <BoI> if the text is first, else the end token
-                has_context = ((batch.context_rows >= r * S) & (batch.context_rows < (r + 1) * S)).any()
+                has_context = (
+                    (batch.context_positions >= r * S) & (batch.context_positions < (r + 1) * S)
+                ).any()
                 assert bool(has_context) == text_first
 
 

@@ -7,9 +7,9 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from lcl_mcore.data.keyed import KeyedRandom, Permutation, key64
-from lcl_mcore.data.order import DocumentOrder, Draw, mix_schedule
+from lcl_mcore.data.order import DocumentOrder, SampleIndex, mix_schedule
 from lcl_mcore.errors import DataError
+from lcl_mcore.rng import KeyedRandom, Permutation, key64
 
 
 @pytest.mark.parametrize("n", [1, 2, 3, 7, 64, 1000, 4097])
@@ -53,7 +53,8 @@ def test_each_epoch_shows_every_document_once() -> None:
     first = {draw.index for draw in draws if draw.source == 1 and draw.epoch == 0}
     assert first == set(range(20))
     epochs = [
-        [d.index for d in (order.draw(0, n) for n in range(2000)) if d == Draw(0, e, d.index)] for e in (0, 1)
+        [d.index for d in (order.draw(0, n) for n in range(2000)) if d == SampleIndex(0, e, d.index)]
+        for e in (0, 1)
     ]
     assert epochs[0] != epochs[1]
 

@@ -11,15 +11,17 @@ import pytest
 
 from lcl_mcore.data.dataset import Members
 from lcl_mcore.data.document import Document, ImageEntry
-from lcl_mcore.data.lane import Lane, LaneState
-from lcl_mcore.data.layout import LaidDocument, Piece
-from lcl_mcore.data.order import Draw
+from lcl_mcore.data.order import SampleIndex
 from lcl_mcore.data.packing import Packer, best_subset, chunk_from
+from lcl_mcore.data.sample_stream import SampleStream, StreamState
+from lcl_mcore.data.tokenized import Piece, TokenizedDocument
 
 IMAGE = 198
 
 
-def laid(n: int, pieces: list[int | str], *, kind: str = "matched", may_split: bool = False) -> LaidDocument:
+def laid(
+    n: int, pieces: list[int | str], *, kind: str = "matched", may_split: bool = False
+) -> TokenizedDocument:
     """A document of texts (token counts) and images ("i")."""
     images = tuple(ImageEntry("0.jpg", 9, 9, "jpg", "0" * 64, 9) for p in pieces if p == "i")
     made, seen = [], 0
@@ -27,12 +29,14 @@ def laid(n: int, pieces: list[int | str], *, kind: str = "matched", may_split: b
         made.append(Piece(image=seen) if p == "i" else Piece(ids=tuple(range(int(p)))))
         seen += p == "i"
     stored = Document(f"d{n}", kind, (), images)  # type: ignore[arg-type]
-    return LaidDocument(Draw(0, 0, n), "s", stored, Members("x.tar", ()), tuple(made), may_split=may_split)
+    return TokenizedDocument(
+        SampleIndex(0, 0, n), "s", stored, Members("x.tar", ()), tuple(made), may_split=may_split
+    )
 
 
-def lane(documents, packing: str = "best_fit", state: LaneState | None = None, **options) -> Lane:
+def lane(documents, packing: str = "best_fit", state: StreamState | None = None, **options) -> SampleStream:
     packer = Packer(options.pop("tokens", 2048), IMAGE, **options)
-    return Lane(documents, packer, packing=packing, block_rows=8, state=state or LaneState())  # type: ignore[arg-type]
+    return SampleStream(documents, packer, packing=packing, block_rows=8, state=state or StreamState())  # type: ignore[arg-type]
 
 
 def test_best_subset_is_exact() -> None:
@@ -57,7 +61,7 @@ def mixed(rng: random.Random) -> list[int | str]:
 def test_fill_is_above_97_percent_and_nothing_is_lost(balance: bool) -> None:
     documents = [laid(n, mixed(random.Random(n))) for n in range(3000)]
     one = lane(lambda n: documents[n], balance_images=balance)
-    rows = [one.next_row() for _ in range(300)]
+    rows = [one.next_sequence() for _ in range(300)]
     used = np.array([sum(chunk.size for chunk in row) for row in rows])
     assert used.max() <= 2048
     assert used.mean() / 2048 > 0.98
@@ -73,31 +77,31 @@ def test_balancing_evens_the_images_out() -> None:
     spread = []
     for balance in (False, True):
         one = lane(lambda n: laid(n, mixed(random.Random(n))), balance_images=balance)
-        spread.append(np.std([sum(chunk.images for chunk in one.next_row()) for _ in range(200)]))
+        spread.append(np.std([sum(chunk.images for chunk in one.next_sequence()) for _ in range(200)]))
     assert spread[1] < 0.75 * spread[0]
 
 
 def test_pairs_fill_rows_and_are_never_divided() -> None:
-    def pair(n: int) -> LaidDocument:
+    def pair(n: int) -> TokenizedDocument:
         return laid(n, [random.Random(n).randint(5, 60), "i"], kind="pair")
 
     one = lane(pair)
-    rows = [one.next_row() for _ in range(200)]
+    rows = [one.next_sequence() for _ in range(200)]
     assert all(len(chunk.pieces) == 2 for row in rows for chunk in row)
     assert sum(chunk.size for row in rows for chunk in row) / (200 * 2048) > 0.98
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "windows", "off"])
 def test_a_lane_goes_on_from_its_state(packing: str) -> None:
-    def source(n: int) -> LaidDocument | None:
+    def source(n: int) -> TokenizedDocument | None:
         rng = random.Random(n)
         return None if rng.random() < 0.2 else laid(n, mixed(rng) * rng.randint(1, 4), may_split=True)
 
     one = lane(source, packing)
     for _ in range(37):
-        state = LaneState.from_list(json.loads(json.dumps(one.state.to_list())))
-        wanted = one.next_row()
-        assert lane(source, packing, state).next_row() == wanted
+        state = StreamState.from_list(json.loads(json.dumps(one.state.to_list())))
+        wanted = one.next_sequence()
+        assert lane(source, packing, state).next_sequence() == wanted
 
 
 def test_windows_cut_texts_anywhere_and_images_nowhere() -> None:
@@ -106,7 +110,7 @@ def test_windows_cut_texts_anywhere_and_images_nowhere() -> None:
     ids: dict[int, list[int]] = {}
     images: dict[int, int] = {}
     for _ in range(60):
-        row = one.next_row()
+        row = one.next_sequence()
         used = sum(chunk.size for chunk in row)
         assert used <= 1000
         assert used == 1000 or 1000 - used < IMAGE
@@ -124,7 +128,7 @@ def test_long_documents_go_on_in_other_rows() -> None:
     pieces = [
         (chunk.n, chunk.piece + i)
         for _ in range(40)
-        for chunk in one.next_row()
+        for chunk in one.next_sequence()
         for i in range(len(chunk.pieces))
     ]
     assert len(set(pieces)) == len(pieces)

@@ -21,20 +21,20 @@ import pytest
 import webdataset
 from PIL import Image
 
-from corpora import picture
+from corpora import image_bytes
 from lcl_mcore.data.dataset import NativeDataset
 from lcl_mcore.data.prepare.engine import Options, RawDocument, Reader, prepare
 from lcl_mcore.data.prepare.html import HtmlReader
 from lcl_mcore.data.prepare.mmc4 import Mmc4Reader
-from lcl_mcore.data.prepare.normalise import PictureLimits
+from lcl_mcore.data.prepare.normalise import ImageLimits
 from lcl_mcore.data.prepare.pairs import PairReader
 from lcl_mcore.data.prepare.parquet import ParquetReader
-from lcl_mcore.data.prepare.repeats import pictures_of
+from lcl_mcore.data.prepare.repeats import images_of
 from lcl_mcore.data.prepare.split import split
 from lcl_mcore.errors import DataError
 
 TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
-OPTIONS = Options(limits=PictureLimits(min_side=32))
+OPTIONS = Options(limits=ImageLimits(min_side=32))
 
 
 def run(reader: Reader, output: Path, options: Options = OPTIONS) -> dict[str, Any]:
@@ -52,18 +52,18 @@ def mmc4_line(n: int, **changes: Any) -> str:
 
 
 def make_mmc4(folder: Path, good: int) -> Path:
-    """A shard with good documents and one of each hostile kind; pictures beside it."""
+    """A shard with good documents and one of each hostile kind; images beside it."""
     images = folder / "images"
     images.mkdir(parents=True)
     for n in range(good):
-        (images / f"{n}.jpg").write_bytes(picture(n))
+        (images / f"{n}.jpg").write_bytes(image_bytes(n))
     (images / "page.jpg").write_bytes(b"<html>404</html>")
-    (images / "cut.jpg").write_bytes(picture(1)[:700])
+    (images / "cut.jpg").write_bytes(image_bytes(1)[:700])
     (images / "bomb.png").write_bytes(_bomb())
-    (folder / "secret.jpg").write_bytes(picture(5))
+    (folder / "secret.jpg").write_bytes(image_bytes(5))
     (images / "link.jpg").symlink_to(folder / "secret.jpg")
     info = {"matched_text_index": 0, "matched_sim": 0.3}
-    bad_pictures = [
+    bad_images = [
         "page.jpg",
         "cut.jpg",
         "bomb.png",
@@ -73,7 +73,7 @@ def make_mmc4(folder: Path, good: int) -> Path:
         "no.jpg",
     ]
     hostile = [
-        mmc4_line(0, image_info=[{"image_name": name, **info} for name in [*bad_pictures, "0.jpg"]]),
+        mmc4_line(0, image_info=[{"image_name": name, **info} for name in [*bad_images, "0.jpg"]]),
         mmc4_line(0, image_info=[{"image_name": "0.jpg", **info}] * 10_000),
         '{"text_list": ["a"], "image_info": [{"image_name": "0.jpg", "matched_text_index": 0, "matched_sim": NaN}]}',
         '{"text_list": ["a"], "text_list": ["b"], "image_info": []}',
@@ -83,7 +83,7 @@ def make_mmc4(folder: Path, good: int) -> Path:
         json.dumps([1, 2]),
         mmc4_line(0, text_list=[3, 4]),
         mmc4_line(0, text_list=["lone \ud800 surrogate <BoI> </s>", "x"]),
-        mmc4_line(0, image_info=[{"image_base64": base64.b64encode(picture(9)).decode(), **info}]),
+        mmc4_line(0, image_info=[{"image_base64": base64.b64encode(image_bytes(9)).decode(), **info}]),
         mmc4_line(0, image_info=[{"image_base64": "!!!", **info}]),
         '{"text_list": ["' + "x" * (5 << 20) + '"]}',
     ]
@@ -98,25 +98,29 @@ def _bomb() -> bytes:
     return stream.getvalue()
 
 
-def test_mmc4_with_hostile_lines_and_pictures(tmp_path: Path) -> None:
+def test_mmc4_with_hostile_lines_and_images(tmp_path: Path) -> None:
     source = make_mmc4(tmp_path / "in", 20)
     manifest = run(Mmc4Reader(source), tmp_path / "out")
     assert manifest["dropped_documents"] == {
         "bad JSON": 7,
         "line too long": 1,
-        "no picture left": 1,
+        "no image left": 1,
         "too many images": 1,
     }
     assert manifest["dropped_images"] == {
-        "bad base64": 1, "missing file": 1, "not a picture": 1, "oversized": 1, "path leaves the folder": 3,
+        "bad base64": 1,
+        "missing file": 1,
+        "not a image": 1,
+        "oversized": 1,
+        "path leaves the folder": 3,
         "undecodable": 1,
-    }  # fmt: skip
+    }
     assert (manifest["documents"], manifest["images"]) == (23, 23)
     data = NativeDataset(str(tmp_path / "out"))
     document, members = data.document(7)
     assert document.texts == ("first 7", "second 7")
     assert (document.images[0].text_index, document.images[0].similarity) == (1, 0.3)
-    assert data.picture(document, members, 0) == picture(7)
+    assert data.image(document, members, 0) == image_bytes(7)
     kept, _ = data.document(20)
     assert [image.name for image in kept.images] == ["0.jpg"]
     assert data.document(21)[0].texts[0] in (
@@ -147,9 +151,9 @@ def test_parquet_with_urls(tmp_path: Path) -> None:
     images = tmp_path / "in" / "images"
     images.mkdir(parents=True)
     urls = [f"https://example.org/p/{n}.jpg?x=1" for n in range(3)]
-    (images / f"{hashlib.sha256(urls[0].encode()).hexdigest()}.jpg").write_bytes(picture(0))
-    (images / "1.jpg").write_bytes(picture(1))
-    (images / "listed.jpg").write_bytes(picture(2))
+    (images / f"{hashlib.sha256(urls[0].encode()).hexdigest()}.jpg").write_bytes(image_bytes(0))
+    (images / "1.jpg").write_bytes(image_bytes(1))
+    (images / "listed.jpg").write_bytes(image_bytes(2))
     (images / "images.csv").write_text(f"{urls[2]},listed.jpg\n")
     marker = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"
     rows = [
@@ -166,7 +170,7 @@ def test_parquet_with_urls(tmp_path: Path) -> None:
     assert manifest["dropped_documents"] == {
         "a place holds not just one of image and text": 1,
         "images and texts differ in length": 1,
-        "no picture left": 2,
+        "no image left": 2,
     }
     first, second = (NativeDataset(str(tmp_path / "out")).document(i)[0] for i in (0, 1))
     assert (first.texts, [image.text_index for image in first.images]) == (("between",), [0, 1])
@@ -190,15 +194,22 @@ def test_pairs_from_good_and_damaged_tars(tmp_path: Path) -> None:
     pairs = [
         m
         for n in range(10)
-        for m in [(f"{n:04d}.jpg", picture(n)), (f"{n:04d}.txt", f"caption {n}".encode())]
+        for m in [(f"{n:04d}.jpg", image_bytes(n)), (f"{n:04d}.txt", f"caption {n}".encode())]
     ]
     odd = [
-        ("a.b.jpg", picture(1)), ("a.txt", b"dots are not part of the key"),
-        ("0003.jpg", picture(3)), ("0003.txt", b"again"),
-        ("x.txt", b"no picture"), ("y.jpg", picture(2)), ("z.jpg", picture(2)), ("z.txt", b"  "),
-        ("../../escape.jpg", picture(4)), ("../../escape.txt", b"never written anywhere"),
-        ("w.jpg", picture(6)), ("w.json", b'{"caption": "from json", "url": "http://x"}'),
-    ]  # fmt: skip
+        ("a.b.jpg", image_bytes(1)),
+        ("a.txt", b"dots are not part of the key"),
+        ("0003.jpg", image_bytes(3)),
+        ("0003.txt", b"again"),
+        ("x.txt", b"no image"),
+        ("y.jpg", image_bytes(2)),
+        ("z.jpg", image_bytes(2)),
+        ("z.txt", b"  "),
+        ("../../escape.jpg", image_bytes(4)),
+        ("../../escape.txt", b"never written anywhere"),
+        ("w.jpg", image_bytes(6)),
+        ("w.json", b'{"caption": "from json", "url": "http://x"}'),
+    ]
     make_tar(source / "00000.tar", pairs + odd)
     make_tar(source / "00001.tar", pairs)
     whole = (source / "00001.tar").read_bytes()
@@ -207,7 +218,7 @@ def test_pairs_from_good_and_damaged_tars(tmp_path: Path) -> None:
     manifest = run(PairReader(source), tmp_path / "out")
     dropped = manifest["dropped_documents"]
     assert dropped["a key stands twice"] == 1
-    assert dropped["no picture in the sample"] >= 1
+    assert dropped["no image in the sample"] >= 1
     assert dropped["the tar is cut or damaged here"] == 2
     assert manifest["documents"] >= 12 + 4
     texts = {
@@ -221,8 +232,8 @@ def test_html_keeps_order_and_leaves_navigation_out(tmp_path: Path) -> None:
     source = tmp_path / "in"
     source.mkdir()
     for n in range(4):
-        (source / f"{n}.png").write_bytes(picture(n, 90, 90, "PNG"))
-    (source / "logo.png").write_bytes(picture(50, 90, 90, "PNG"))
+        (source / f"{n}.png").write_bytes(image_bytes(n, 90, 90, "PNG"))
+    (source / "logo.png").write_bytes(image_bytes(50, 90, 90, "PNG"))
     words = "one two three four five six seven eight nine ten"
     for n in range(4):
         (source / f"page{n}.html").write_text(
@@ -231,7 +242,7 @@ def test_html_keeps_order_and_leaves_navigation_out(tmp_path: Path) -> None:
             f"<p>{words}</p><figure><img src='{n}.png'/><figcaption>Figure {n}</figcaption></figure>"
             f"<img src='http://[no'><img src='../../etc/passwd'><img src='https://example.org/x.png'><footer>end</footer></body></html>"
         )
-    options = Options(limits=PictureLimits(min_side=32), max_repeats=2)
+    options = Options(limits=ImageLimits(min_side=32), max_repeats=2)
     manifest = run(HtmlReader(source), tmp_path / "out", options)
     assert (manifest["documents"], manifest["images"]) == (4, 4)
     assert manifest["dropped_images"] == {"over-repeated": 4, "path leaves the folder": 4}
@@ -240,9 +251,9 @@ def test_html_keeps_order_and_leaves_navigation_out(tmp_path: Path) -> None:
     assert [image.text_index for image in document.images] == [3]
 
 
-def test_repeated_pictures_are_found_without_reading_pages_in_full(tmp_path: Path) -> None:
-    """The quick look finds every picture that the full reading has, and those it leaves out."""
-    (tmp_path / "a.png").write_bytes(picture(1, 90, 90, "PNG"))
+def test_repeated_images_are_found_without_reading_pages_in_full(tmp_path: Path) -> None:
+    """The quick look finds every image that the full reading has, and those it leaves out."""
+    (tmp_path / "a.png").write_bytes(image_bytes(1, 90, 90, "PNG"))
     words = "word " * 30
     (tmp_path / "page.html").write_text(
         f"<nav><img src='a.png'></nav><p>{words}</p><IMG alt='x>y' class=b\n src='a.png'/><img<img src=a.png>"
@@ -252,25 +263,25 @@ def test_repeated_pictures_are_found_without_reading_pages_in_full(tmp_path: Pat
     (job,) = reader.jobs()
     (page,) = reader.documents(job)
     assert isinstance(page, RawDocument)
-    quick = {image.source for images in pictures_of(reader, job) for image in images}
+    quick = {image.source for images in images_of(reader, job) for image in images}
     assert {image.source for image in page.images} <= quick
     assert {"a.png", "b.png", "c d.png"} <= quick
 
 
-def make_shared(folder: Path, pictures: list[list[int]]) -> Path:
-    """Prepared pages with the pictures of the given numbers."""
+def make_shared(folder: Path, images: list[list[int]]) -> Path:
+    """Prepared pages with the images of the given numbers."""
     pages = folder / "pages"
     pages.mkdir(parents=True)
-    for number in {number for page in pictures for number in page}:
-        (pages / f"{number}.png").write_bytes(picture(number, 90, 90, "PNG"))
-    for n, page in enumerate(pictures):
+    for number in {number for page in images for number in page}:
+        (pages / f"{number}.png").write_bytes(image_bytes(number, 90, 90, "PNG"))
+    for n, page in enumerate(images):
         shown = "".join(f"<img src='{number}.png'>" for number in page)
         (pages / f"{n:03d}.html").write_text(f"<p>{'word ' * 30} page {n}</p>{shown}")
     run(HtmlReader(pages), folder / "all")
     return folder / "all"
 
 
-def test_split_never_parts_documents_that_share_a_picture(tmp_path: Path) -> None:
+def test_split_never_parts_documents_that_share_a_image(tmp_path: Path) -> None:
     chain = [[n, n + 1] for n in range(30)]  # one group of 30 documents
     twins = [[100 + n // 2] for n in range(20)]  # ten groups of 2
     single = [[200 + n] for n in range(50)]
@@ -286,7 +297,7 @@ def test_split_never_parts_documents_that_share_a_picture(tmp_path: Path) -> Non
         texts[part] = {text for document, _ in documents for text in document.texts}
         for document, members in documents:
             for n in range(len(document.images)):
-                data.picture(document, members, n)  # checks the sha256
+                data.image(document, members, n)  # checks the sha256
     assert not parts["train"] & parts["heldout"]
     assert len(texts["train"] | texts["heldout"]) == 100
     assert len({t for t in texts["heldout"] if int(t.split()[-1]) < 30}) == 0
@@ -311,7 +322,7 @@ def test_plain_webdataset_reads_the_result(tmp_path: Path, corrupt: bool) -> Non
     assert len(samples) == 15
     first = json.loads(samples[3]["json"])
     assert first["text_list"] == ["first 3", "second 3"]
-    assert samples[3]["0.jpg"] == picture(3)
+    assert samples[3]["0.jpg"] == image_bytes(3)
     if corrupt:
         shard.write_bytes(shard.read_bytes()[:5000])
         with pytest.raises(DataError, match=rf"{shard.name}: has 5000 bytes, the manifest says"):
@@ -331,7 +342,7 @@ def test_a_second_run_changes_nothing_and_other_options_are_refused(tmp_path: Pa
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == stamps
     assert ".progress" not in {p.name for p in (tmp_path / "out").iterdir()}
     with pytest.raises(DataError, match="with other options"):
-        run(Mmc4Reader(source), tmp_path / "out", Options(limits=PictureLimits(min_side=10)))
+        run(Mmc4Reader(source), tmp_path / "out", Options(limits=ImageLimits(min_side=10)))
 
 
 @pytest.mark.slow
@@ -343,7 +354,10 @@ def test_killed_at_random_moments_gives_the_same_files(tmp_path: Path) -> None:
         pairs = [
             member
             for n in range(20)
-            for member in [(f"{n:04d}.png", picture(n + t, 150, 150, "PNG")), (f"{n:04d}.txt", b"a caption")]
+            for member in [
+                (f"{n:04d}.png", image_bytes(n + t, 150, 150, "PNG")),
+                (f"{n:04d}.txt", b"a caption"),
+            ]
         ]
         make_tar(source / f"{t:05d}.tar", pairs)
 

@@ -22,8 +22,8 @@ from lcl_mcore.data.dataset import NativeDataset
 from lcl_mcore.data.loader import build_loader
 from lcl_mcore.data.order import DocumentOrder
 from lcl_mcore.data.shards import ShardInfo, index_name, write_manifest
-from lcl_mcore.data.storage import ByteCache, LocalStorage, RemoteStorage, open_storage
 from lcl_mcore.errors import DataError
+from lcl_mcore.storage import ByteCache, LocalStorage, RemoteStorage, open_storage
 
 
 def free_port() -> int:
@@ -89,9 +89,12 @@ def test_loader_over_s3_survives_a_server_that_dies(tmp_path: Path, monkeypatch:
     local = build_loader(config(folder, shuffle_block=5), **options)
     remote_config = config(folder, shuffle_block=5, read_retries=100, prefetch_steps=1, read_cache_mb=1)
     source = remote_config.sources[0].__class__(path="s3://data/set", name="set")
-    remote = build_loader(config(shuffle_block=5, read_retries=100, prefetch_steps=1).__class__(
-        **{**remote_config.__dict__, "sources": (source,)}
-    ), **options)  # fmt: skip
+    remote = build_loader(
+        config(shuffle_block=5, read_retries=100, prefetch_steps=1).__class__(
+            **{**remote_config.__dict__, "sources": (source,)}
+        ),
+        **options,
+    )
     restart = threading.Timer(2.0, server.start)
     try:
         for step in range(8):

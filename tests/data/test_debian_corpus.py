@@ -1,4 +1,4 @@
-"""Real pages with real pictures: scikit-image's documentation, fetched from Debian and never installed."""
+"""Real pages with real images: scikit-image's documentation, fetched from Debian and never installed."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ def test_pages_become_full_rows(pages: Path, tmp_path: Path) -> None:
     data = NativeDataset(str(out))
     documents = [data.document(i)[0] for i in range(len(data))]
     samples = list(webdataset.WebDataset(sorted(map(str, out.glob("*.tar"))), shardshuffle=False))
-    pictures = [
+    images = [
         content
         for sample in samples
         for name, content in sample.items()
         if name.split(".")[-1] in ("jpg", "png", "webp")
     ]
-    hashes = {hashlib.sha256(content).hexdigest() for content in pictures}
+    hashes = {hashlib.sha256(content).hexdigest() for content in images}
     assert len(samples) == len(documents) == manifest["documents"] > 100
-    assert len(pictures) == sum(len(document.images) for document in documents) == manifest["images"] > 500
+    assert len(images) == sum(len(document.images) for document in documents) == manifest["images"] > 500
     assert hashes == {image.sha256 for document in documents for image in document.images}
-    for content in pictures[::10]:
+    for content in images[::10]:
         Image.open(io.BytesIO(content)).load()
     assert sum(manifest["dropped_images"].values()) > 0  # the logo on every page
     tokenizer = train_bpe((text for document in documents for text in document.texts), 2000)

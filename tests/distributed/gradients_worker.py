@@ -22,16 +22,16 @@ from megatron.core.distributed import finalize_model_grads
 from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 
 from batches import SHAPES, Document, micro_batch, with_rates
+from lcl_mcore.batch import GlobalCounts, MicroBatch, StepBatch
+from lcl_mcore.build import build_model
 from lcl_mcore.config.data import DataConfig
 from lcl_mcore.config.model import ModelConfig
 from lcl_mcore.config.run import LossConfig, ParallelConfig, RunConfig, TrainConfig
-from lcl_mcore.data.batch import GlobalCounts, MicroBatch, StepBatch
+from lcl_mcore.distributed.device import init_process_group, pick_device
+from lcl_mcore.distributed.groups import Groups, make_groups
 from lcl_mcore.models.lcl import LclModel
-from lcl_mcore.parallel.groups import Groups, make_groups
-from lcl_mcore.platform.device import init_process_group, pick_device
-from lcl_mcore.training.build import build_model
-from lcl_mcore.training.optimizer import Optimizer, wrap_data_parallel
-from lcl_mcore.training.step import TrainStep
+from lcl_mcore.optimizer import Optimizer, wrap_data_parallel
+from lcl_mcore.train_step import TrainStep
 from reference_model import ReferenceLcl, reference_grads_as_lcl, worst_gradient
 
 ROW = 64
@@ -49,22 +49,43 @@ LAYOUTS: dict[int, list[ParallelConfig]] = {
     1: [ParallelConfig()],
     2: [
         ParallelConfig(),
-        ParallelConfig(pipeline=2, stage_layers=(0, 2), recompute_language="selective"),
-        ParallelConfig(tensor=2, vision="tensor"),
-        ParallelConfig(tensor=2, vision="tensor", sequence=True, recompute_vision="block:1"),
-        ParallelConfig(tensor=2, vision="data"),
-        ParallelConfig(tensor=2, vision="data", sequence=True, recompute_vision="selective"),
+        ParallelConfig(pipeline_parallel_size=2, stage_layers=(0, 2), recompute_language="selective"),
+        ParallelConfig(tensor_parallel_size=2, vision_parallel="tensor"),
+        ParallelConfig(
+            tensor_parallel_size=2,
+            vision_parallel="tensor",
+            sequence_parallel=True,
+            recompute_vision="block:1",
+        ),
+        ParallelConfig(tensor_parallel_size=2, vision_parallel="data"),
+        ParallelConfig(
+            tensor_parallel_size=2,
+            vision_parallel="data",
+            sequence_parallel=True,
+            recompute_vision="selective",
+        ),
     ],
     4: [
         ParallelConfig(),
         ParallelConfig(
-            pipeline=2, stage_layers=(1, 1), recompute_vision="full", recompute_language="block:1"
+            pipeline_parallel_size=2,
+            stage_layers=(1, 1),
+            recompute_vision="full",
+            recompute_language="block:1",
         ),
-        ParallelConfig(pipeline=4, stage_layers=(1, 1, 1, 1)),
-        ParallelConfig(tensor=2, pipeline=2, stage_layers=(1, 1), vision="data"),
-        ParallelConfig(tensor=2, pipeline=2, stage_layers=(1, 1), vision="tensor", sequence=True),
-        ParallelConfig(tensor=2, vision="data", sequence=True),
-        ParallelConfig(tensor=2, vision="tensor", sequence=True),
+        ParallelConfig(pipeline_parallel_size=4, stage_layers=(1, 1, 1, 1)),
+        ParallelConfig(
+            tensor_parallel_size=2, pipeline_parallel_size=2, stage_layers=(1, 1), vision_parallel="data"
+        ),
+        ParallelConfig(
+            tensor_parallel_size=2,
+            pipeline_parallel_size=2,
+            stage_layers=(1, 1),
+            vision_parallel="tensor",
+            sequence_parallel=True,
+        ),
+        ParallelConfig(tensor_parallel_size=2, vision_parallel="data", sequence_parallel=True),
+        ParallelConfig(tensor_parallel_size=2, vision_parallel="tensor", sequence_parallel=True),
     ],
 }
 
@@ -73,7 +94,7 @@ def fit(shape: ModelConfig, parallel: ParallelConfig) -> tuple[ModelConfig, Para
     """Give a pipeline of four stages four layers, and put what the first stage leaves on the others."""
     if parallel.stage_layers is None:
         return shape, parallel
-    if parallel.pipeline == 4:
+    if parallel.pipeline_parallel_size == 4:
         return dataclasses.replace(shape, language=dataclasses.replace(shape.language, layers=4)), parallel
     first = parallel.stage_layers[0]
     return shape, dataclasses.replace(parallel, stage_layers=(first, shape.language.layers - first))
@@ -97,8 +118,11 @@ def quarter_batches(shape: ModelConfig) -> list[list[MicroBatch]]:
         for row in quarter:
             micro = micro_batch(shape, [row], ROW, seed=10 + rows)
             n = micro.images.shape[0]
-            micros.append(dataclasses.replace(
-                micro, image_keys=torch.arange(images, images + n), row_keys=torch.tensor([rows])))  # fmt: skip
+            micros.append(
+                dataclasses.replace(
+                    micro, image_keys=torch.arange(images, images + n), sequence_keys=torch.tensor([rows])
+                )
+            )
             images, rows = images + n, rows + 1
         result.append(micros)
     return result
@@ -110,10 +134,18 @@ def merge(micros: list[MicroBatch]) -> MicroBatch:
     tokens = images = 0
     shifted: dict[str, list[torch.Tensor]] = {}
     for m in micros:
-        for name in ("image_starts", "context_rows", "target_rows"):
+        for name in ("image_starts", "context_positions", "target_positions"):
             shifted.setdefault(name, []).append(getattr(m, name) + tokens)
         shifted.setdefault("context_images", []).append(m.context_images + images)
-        for name in ("tokens", "positions", "images", "target_labels", "image_keys", "row_keys", "group_ids"):
+        for name in (
+            "tokens",
+            "positions",
+            "images",
+            "target_labels",
+            "image_keys",
+            "sequence_keys",
+            "group_ids",
+        ):
             shifted.setdefault(name, []).append(getattr(m, name))
         tokens, images = tokens + m.tokens.shape[0], images + m.images.shape[0]
     return MicroBatch(**joined, **{name: torch.cat(parts) for name, parts in shifted.items()})
@@ -130,12 +162,12 @@ def step_batch(per_rank: list[list[MicroBatch]], rank: int) -> StepBatch:
         return tuple(sum(getattr(m, name).shape[0] for m in micros) for micros in per_rank)
 
     micro_contexts = tuple(
-        tuple(micros[i].context_rows.shape[0] for micros in per_rank) for i in range(len(per_rank[0]))
+        tuple(micros[i].context_positions.shape[0] for micros in per_rank) for i in range(len(per_rank[0]))
     )
     global_counts = GlobalCounts(
         counts("image_starts"),
-        counts("context_rows"),
-        counts("target_rows"),
+        counts("context_positions"),
+        counts("target_positions"),
         counts("tokens"),
         (),
         micro_contexts,
@@ -240,21 +272,27 @@ def run_case(
 
 def cases(groups: Groups, parallel: ParallelConfig, last: bool) -> Iterator[dict[str, Any]]:
     """All cases of one layout; those of other implementations and weights in the `last` one only."""
-    most = 8 * parallel.tensor * parallel.pipeline // dist.get_world_size()  # micro-batches of a rank's rows
+    most = (
+        8 * parallel.tensor_parallel_size * parallel.pipeline_parallel_size // dist.get_world_size()
+    )  # micro-batches of a rank's rows
     for name, shape in SHAPES.items():
         several = 2 if most > 1 else 1
         ways = ((1, "global"), (2, "global"), (5, "global"), (several, "rank"))
         for micros, mean in ways if name == "opt" else ((several, "global"),):
-            if micros <= most and (micros < 5 or parallel.pipeline == 1):  # a pipeline's have equal sizes
+            if micros <= most and (
+                micros < 5 or parallel.pipeline_parallel_size == 1
+            ):  # a pipeline's have equal sizes
                 case = {"shape": name, "micros": micros, "mean": mean}
                 yield case | run_case(shape, groups, parallel, micros, mean)
-        for micros, options in EXTRA if last or parallel.pipeline == 2 else ():
-            if parallel.pipeline == 1 or "negatives" not in options:
+        for micros, options in EXTRA if last or parallel.pipeline_parallel_size == 2 else ():
+            if parallel.pipeline_parallel_size == 1 or "negatives" not in options:
                 case = {"shape": name, "micros": micros, "mean": "global", **options}
                 yield case | run_case(shape, groups, parallel, micros, "global", **options)
     dropping, _ = fit(with_rates(SHAPES["opt"], 0.3, 0.2), parallel)
     deep = dataclasses.replace(dropping, language=dataclasses.replace(dropping.language, layers=4))
-    for shape, micros in ((dropping, 1), (dropping, 2), (deep, 1))[: 3 if parallel.pipeline == 1 else 2]:
+    for shape, micros in ((dropping, 1), (dropping, 2), (deep, 1))[
+        : 3 if parallel.pipeline_parallel_size == 1 else 2
+    ]:
         case = {"shape": "dropping", "micros": micros, "mean": "global", "layers": shape.language.layers}
         yield case | run_case(shape, groups, parallel, micros, "global")
 
@@ -275,7 +313,13 @@ def main() -> None:
     for (tp, pp), group in itertools.groupby(layouts, key=lambda item: (item.tensor, item.pipeline)):
         groups = make_groups(tp, pp, 60, 1)  # once per mesh: each set of groups costs threads
         for parallel in group:
-            place = {"tp": tp, "pp": pp, "sp": parallel.sequence, "vision": parallel.vision, "world": world}
+            place = {
+                "tp": tp,
+                "pp": pp,
+                "sp": parallel.sequence_parallel,
+                "vision": parallel.vision_parallel,
+                "world": world,
+            }
             results += [place | case for case in cases(groups, parallel, last=parallel is layouts[-1])]
         parallel_state.destroy_model_parallel()
     if dist.get_rank() == 0:

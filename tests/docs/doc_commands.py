@@ -9,9 +9,31 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
 STARTS = (
-    "python", "python3", "torchrun", "make", "sbatch", "srun", "scancel", "salloc", "pytest", "pip", "git", "bash",
-    "sh", "docker", "enroot", "ruff", "mypy", "tensorboard", "apt-get", "curl", "wget", "conda", "uv", "cd",
-)  # fmt: skip
+    "python",
+    "python3",
+    "torchrun",
+    "make",
+    "sbatch",
+    "srun",
+    "scancel",
+    "salloc",
+    "pytest",
+    "pip",
+    "git",
+    "bash",
+    "sh",
+    "docker",
+    "enroot",
+    "ruff",
+    "mypy",
+    "tensorboard",
+    "apt-get",
+    "curl",
+    "wget",
+    "conda",
+    "uv",
+    "cd",
+)
 
 
 @dataclass(frozen=True)

@@ -107,7 +107,11 @@ def step(words: list[str]) -> dict[str, Any]:
     if words[1:3] != ["-m", "torch.distributed.run"]:
         return {"words": words, "until": "argparse.ArgumentParser.parse_args", "world": 1}
     count = int(words[words.index("--nproc-per-node") + 1])
-    return {"words": ["torchrun", *words[3:]], "until": "lcl_mcore.training.launch.start_job", "world": count}
+    return {
+        "words": ["torchrun", *words[3:]],
+        "until": "lcl_mcore.distributed.context.start",
+        "world": count,
+    }
 
 
 def main() -> None:

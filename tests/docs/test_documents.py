@@ -83,8 +83,12 @@ def carried_out(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[tu
     (workspace / "jobs.json").write_text(json.dumps(jobs), encoding="utf-8")
     done = subprocess.run(
         [sys.executable, str(HERE / "docs_worker.py"), str(workspace), str(workspace / "jobs.json")],
-        env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=800, check=False,
-    )  # fmt: skip
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=800,
+        check=False,
+    )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
     results = json.loads(done.stdout.splitlines()[-1])
     return workspace, list(zip([*entries, demo], results, strict=True))
@@ -123,8 +127,10 @@ def test_the_demo_is_made_of_accepted_commands(carried_out: tuple[Path, list[tup
     demo = carried_out[1][-1][1]
     assert demo["code"] == 0, demo
     assert [step["script"] for step in demo["steps"]] == [
-        "tools/build_demo_corpus.py", "tools/pretrain_lcl.py", "tools/evaluate.py",
-    ]  # fmt: skip
+        "tools/build_demo_corpus.py",
+        "tools/pretrain_lcl.py",
+        "tools/evaluate.py",
+    ]
     for step in demo["steps"]:
         assert step["reached"], step
 
@@ -205,13 +211,18 @@ def flags_of_tools() -> set[str]:
 # Of programs that are not ours.
 FOREIGN = {
     "torchrun": {
-        "--nnodes", "--nproc-per-node", "--max-restarts", "--rdzv-backend", "--rdzv-id", "--rdzv-endpoint",
+        "--nnodes",
+        "--nproc-per-node",
+        "--max-restarts",
+        "--rdzv-backend",
+        "--rdzv-id",
+        "--rdzv-endpoint",
         "--rdzv-conf",
     },
     "sbatch and scancel": {"--partition", "--time", "--output", "--requeue", "--signal"},
     "pip": {"--no-build-isolation"},
     "open_clip": {"--accum-freq", "--fsdp-checkpoint"},
-}  # fmt: skip
+}
 
 
 def test_options_exist(texts: dict[str, Text]) -> None:
@@ -267,12 +278,15 @@ def test_documents_are_taken_apart() -> None:
         "\n"
         "text\n    python no.py\n"
         "```\nsbatch job.sbatch --c=1 # queue\n```\n"
-        "[there](docs/a.md#part) and [web](https://example.org), `--set loss.mean=rank`, `optim.lr`\n"
+        "[there](docs/a.md#part) and [web](https://example.org), `--set loss.averaging=rank`, `optim.lr`\n"
     )
     assert commands(text) == [
-        "python tools/y.py one --two", "OMP_NUM_THREADS=1 torchrun z.py", "sbatch job.sbatch --c=1", "make demo",
+        "python tools/y.py one --two",
+        "OMP_NUM_THREADS=1 torchrun z.py",
+        "sbatch job.sbatch --c=1",
+        "make demo",
         "python tools/x.py --a 1",
-    ]  # fmt: skip
+    ]
     assert options(text) == {"--two", "--c", "--a", "--set"}
-    assert settings(text) >= {"loss.mean", "optim.lr"}
+    assert settings(text) >= {"loss.averaging", "optim.lr"}
     assert links("[there](docs/a.md#part) and [web](https://example.org)") == {"docs/a.md#part"}

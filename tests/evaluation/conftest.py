@@ -30,13 +30,16 @@ def run(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from launch import torchrun
 
     out = tmp_path_factory.mktemp("evaluation-runs") / "run"
-    torchrun(2, *command(pairs, out, "parallel.tensor=2", "evaluation.every=2", "evaluation.limit=60"))
+    torchrun(
+        2,
+        *command(pairs, out, "parallel.tensor_parallel_size=2", "evaluation.every=2", "evaluation.limit=60"),
+    )
     return out
 
 
 @pytest.fixture(scope="session")
 def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """IDX files of 200 and 60 pictures of three classes: bright on the left, on the right, or in the middle."""
+    """IDX files of 200 and 60 images of three classes: bright on the left, on the right, or in the middle."""
     folder = tmp_path_factory.mktemp("labelled")
     generator = np.random.default_rng(0)
     for prefix, count in (("train", 200), ("t10k", 60)):
@@ -60,9 +63,14 @@ def tool() -> Callable[..., str]:
 
     def call(*words: str, timeout: float = 500) -> str:
         done = subprocess.run(
-            [sys.executable, *words], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True,
-            text=True, timeout=timeout, check=False,
-        )  # fmt: skip
+            [sys.executable, *words],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

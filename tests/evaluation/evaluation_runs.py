@@ -22,7 +22,25 @@ SMALL = (*MODEL, "model.language.layers=1", "checkpoint.every=0", "log.tensorboa
 def command(corpus: Path, out: Path, *more: str) -> list[str]:
     """Command line of a tiny run with evaluation; `more` are settings."""
     return [
-        "tools/pretrain_lcl.py", "--recipe", "demo", "--data", str(corpus / "pairs"), "--tokenizer", str(corpus),
-        "--out", str(out), "--steps", "4", "--micro-batch-size", "2", "--global-batch-size", "4", "--timeout", "60",
-        "--set", *SMALL, f"evaluation.data={corpus / 'pairs'}", *more,
-    ]  # fmt: skip
+        "tools/pretrain_lcl.py",
+        "--recipe",
+        "demo",
+        "--data",
+        str(corpus / "pairs"),
+        "--tokenizer",
+        str(corpus),
+        "--out",
+        str(out),
+        "--steps",
+        "4",
+        "--micro-batch-size",
+        "2",
+        "--global-batch-size",
+        "4",
+        "--timeout",
+        "60",
+        "--set",
+        *SMALL,
+        f"evaluation.data={corpus / 'pairs'}",
+        *more,
+    ]

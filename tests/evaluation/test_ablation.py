@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
 
 def make_pages(folder: Path) -> None:
-    """Forty pages of three pictures; far more words between them than are kept."""
+    """Forty pages of three images; far more words between them than are kept."""
     generator = np.random.default_rng(0)
     folder.mkdir()
     for page in range(40):
@@ -34,10 +34,27 @@ def make_pages(folder: Path) -> None:
 def test_two_settings_end_in_a_table(tmp_path: Path, labelled: Path, tool: Callable[..., str]) -> None:
     make_pages(tmp_path / "pages")
     words = [
-        "examples/ablation/run.py", "--pages", str(tmp_path / "pages"), "--labelled", str(labelled), "--data",
-        str(tmp_path / "data"), "--out", str(tmp_path / "runs"), "--report", str(tmp_path / "report"), "--steps", "3",
-        "--seeds", "1", "--probe-pictures", "60", "--settings", "generation only", "both, 0.1",
-    ]  # fmt: skip
+        "examples/ablation/run.py",
+        "--pages",
+        str(tmp_path / "pages"),
+        "--labelled",
+        str(labelled),
+        "--data",
+        str(tmp_path / "data"),
+        "--out",
+        str(tmp_path / "runs"),
+        "--report",
+        str(tmp_path / "report"),
+        "--steps",
+        "3",
+        "--seeds",
+        "1",
+        "--probe-images",
+        "60",
+        "--settings",
+        "generation only",
+        "both, 0.1",
+    ]
     first = tool(*words, timeout=800)
     report = json.loads((tmp_path / "report" / "ablation.json").read_text())
     assert [run["setting"] for run in report["runs"]] == ["generation only", "both, 0.1"]
@@ -45,7 +62,7 @@ def test_two_settings_end_in_a_table(tmp_path: Path, labelled: Path, tool: Calla
     one, two = (run["trained"] for run in report["runs"])
     assert one["steps"] == two["steps"] == 3
     assert one["images_seen"] == two["images_seen"] > 0
-    assert one["pictures"] > 3
+    assert one["images"] > 3
     assert [("untrained" in run) for run in report["runs"]] == [True, False]
     for numbers in (one, two, report["runs"][0]["untrained"]):
         assert 0 <= numbers["frozen_accuracy"] <= 1

@@ -26,7 +26,7 @@ def test_periodic_numbers_are_those_of_the_command(run: Path, pairs: Path, tool:
     lines = records(run / "evaluation.jsonl")
     assert [line["step"] for line in lines] == [2, 4]
     for line in lines:
-        assert line["pictures"] == 60
+        assert line["images"] == 60
         assert 0.0 <= line["R@1"] <= line["R@5"] <= 1.0
         assert 3.0 < line["generation"] < math.log(400) + 1
     assert any((run / "tensorboard").iterdir())
@@ -45,9 +45,13 @@ def test_a_stop_signal_during_evaluation_is_noticed(pairs: Path, tmp_path: Path)
     out = tmp_path / "stopped"
     settings = ("evaluation.every=1", "evaluation.limit=60", "train.micro_batch_size=1", "train.steps=500")
     process = subprocess.Popen(
-        [sys.executable, *command(pairs, out, *settings)], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-    )  # fmt: skip
+        [sys.executable, *command(pairs, out, *settings)],
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
     end = time.monotonic() + 300
     while not (out / "evaluation.jsonl").is_file() and time.monotonic() < end:
         assert process.poll() is None, process.stdout.read() if process.stdout else ""
@@ -66,7 +70,7 @@ def test_classification(run: Path, labelled: Path, tool: Tool) -> None:
     words = ["--epochs", "20", "--batch-size", "50", "--lr", "3e-3"]
     tool("tools/evaluate.py", "classify", str(run), "--data", str(labelled), *words)
     result: dict[str, Any] = json.loads((run / "results" / "classification-frozen-transfer.json").read_text())
-    assert (result["train_pictures"], result["test_pictures"], result["classes"]) == (200, 60, 3)
+    assert (result["train_images"], result["test_images"], result["classes"]) == (200, 60, 3)
     assert result["steps"] == 4
     for name in ("trained", "random_init"):
         assert result[name]["top1"] > 0.8, result
@@ -88,7 +92,7 @@ def test_the_other_commands(run: Path, pairs: Path, labelled: Path, tool: Tool, 
     assert found["trained"]["top5"] == 1.0
     tool("tools/evaluate.py", "retrieval", str(run), "--data", str(pairs / "pairs"), "--limit", "20")
     found = json.loads((run / "results" / "retrieval.json").read_text())
-    assert found["pictures"] == 20
+    assert found["images"] == 20
     assert found["captions"] >= 20
     assert found["trained"] != found["random_init"]
     tool(
@@ -112,7 +116,7 @@ def test_the_other_commands(run: Path, pairs: Path, labelled: Path, tool: Tool, 
     more = ["--chunk-size", "3", "--language-model", "pretrained", "--text-tokens", "20", "--max-tokens", "4"]
     tool("tools/evaluate.py", "caption", str(run), "--data", str(pairs / "pairs"), *words, *more)
     found = json.loads((run / "results" / "caption-full-transfer.json").read_text())
-    assert (found["train_pictures"], found["pictures"], found["training"]["drop_path"]) == (20, 6, 0.2)
+    assert (found["train_images"], found["images"], found["training"]["drop_path"]) == (20, 6, 0.2)
     assert 3.0 < found["trained"]["test_loss"] < math.log(400) + 1
     assert found["trained"]["test_loss"] != found["random_init"]["test_loss"]
     assert "pixels" not in found

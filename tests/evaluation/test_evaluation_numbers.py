@@ -15,9 +15,9 @@ from PIL import Image
 from lcl_mcore.config.evaluation import EvaluationConfig, ProbeConfig
 from lcl_mcore.errors import DataError
 from lcl_mcore.evaluation.caption import scores, words
-from lcl_mcore.evaluation.captioned import open_captioned, recalls
+from lcl_mcore.evaluation.captioned import open_caption_dataset, recalls
 from lcl_mcore.evaluation.commands import parse
-from lcl_mcore.evaluation.labelled import open_labelled
+from lcl_mcore.evaluation.labelled import open_classification_dataset
 from lcl_mcore.evaluation.overview import _mean_cosine, effective_rank
 from lcl_mcore.evaluation.probe import AttentionProbe, accuracy, fit, learning_rate
 
@@ -43,7 +43,7 @@ def test_effective_rank() -> None:
 
 
 def test_recall_with_several_captions() -> None:
-    """Captions 0 to 2 are right; 3 to 5 belong to a picture and look like another one: ties count against."""
+    """Captions 0 to 2 are right; 3 to 5 belong to a image and look like another one: ties count against."""
     text = torch.cat((torch.eye(3), torch.eye(3)[[1, 2, 0]]))
     owner = torch.tensor([0, 1, 2, 0, 1, 2])
     found = recalls(torch.eye(3), text, owner, (1, 2, 3))
@@ -63,7 +63,7 @@ def test_caption_scores() -> None:
 
 
 def test_labelled_readers_agree(tmp_path: Path) -> None:
-    """A folder of classes, a tar per class and webdataset tars hold the same pictures."""
+    """A folder of classes, a tar per class and webdataset tars hold the same images."""
     levels = {"cat": (10, 60), "dog": (200,)}
     for split in ("train", "val"):
         folder, tars, samples = (
@@ -89,44 +89,54 @@ def test_labelled_readers_agree(tmp_path: Path) -> None:
                         web.addfile(label, io.BytesIO(str(number).encode()))
     for kind in ("folder", "tars", "web"):
         for split in ("train", "test"):
-            data = open_labelled(tmp_path / kind, split, 16)
+            data = open_classification_dataset(tmp_path / kind, split, 16)
             assert data.labels.tolist() == [0, 0, 1], kind
             assert data.classes == (("0", "1") if kind == "web" else ("cat", "dog"))
             pixels = data.fetch([2, 0, 1])
             assert pixels.shape == (3, 3, 16, 16)
             assert pixels.float().mean((1, 2, 3)).tolist() == [200, 10, 60]
-    part = open_labelled(tmp_path / "folder", "train", 16).subset(2, seed=1)
+    part = open_classification_dataset(tmp_path / "folder", "train", 16).subset(2, seed=1)
     assert part.fetch([0, 1]).shape == (2, 3, 16, 16)
-    (tmp_path / "folder" / "train" / "dog" / "200.png").write_bytes(b"no picture")
+    (tmp_path / "folder" / "train" / "dog" / "200.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"200\.png: cannot be decoded"):
-        open_labelled(tmp_path / "folder", "train", 16).fetch([2])
+        open_classification_dataset(tmp_path / "folder", "train", 16).fetch([2])
     with pytest.raises(DataError, match="has no train split"):
-        open_labelled(tmp_path / "nothing", "train", 16)
+        open_classification_dataset(tmp_path / "nothing", "train", 16)
 
 
 def test_caption_files(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         (tmp_path / name).write_bytes(jpeg(90))
-    karpathy = {"images": [
-        {"filename": "a.png", "filepath": "", "split": "test", "sentences": [{"raw": "one"}, {"raw": "two"}]},
-        {"filename": "b.png", "split": "train", "sentences": [{"raw": "three"}]},
-    ]}  # fmt: skip
+    karpathy = {
+        "images": [
+            {
+                "filename": "a.png",
+                "filepath": "",
+                "split": "test",
+                "sentences": [{"raw": "one"}, {"raw": "two"}],
+            },
+            {"filename": "b.png", "split": "train", "sentences": [{"raw": "three"}]},
+        ]
+    }
     (tmp_path / "k.json").write_text(json.dumps(karpathy))
-    data = open_captioned(str(tmp_path / "k.json"), None, "test", 0, 16)
+    data = open_caption_dataset(str(tmp_path / "k.json"), None, "test", 0, 16)
     assert data.captions == (("one", "two"),)
     assert data.fetch([0]).unique().tolist() == [90]
     nocaps = {
         "images": [{"id": 7, "file_name": "b.png"}, {"id": 8, "file_name": "a.png"}],
         "annotations": [{"image_id": i, "caption": text} for i, text in ((7, "x"), (8, "y"), (7, "z"))],
-    }  # fmt: skip
+    }
     (tmp_path / "n.json").write_text(json.dumps(nocaps))
-    assert open_captioned(str(tmp_path / "n.json"), tmp_path, "test", 0, 16).captions == (("x", "z"), ("y",))
-    assert len(open_captioned(str(tmp_path / "n.json"), tmp_path, "test", 1, 16)) == 1
+    assert open_caption_dataset(str(tmp_path / "n.json"), tmp_path, "test", 0, 16).captions == (
+        ("x", "z"),
+        ("y",),
+    )
+    assert len(open_caption_dataset(str(tmp_path / "n.json"), tmp_path, "test", 1, 16)) == 1
     (tmp_path / "a.png").unlink()
     with pytest.raises(DataError, match=r"a\.png: is not there"):
-        open_captioned(str(tmp_path / "n.json"), tmp_path, "test", 0, 16)
+        open_caption_dataset(str(tmp_path / "n.json"), tmp_path, "test", 0, 16)
     with pytest.raises(DataError, match="neither a prepared data set nor a caption file"):
-        open_captioned(str(tmp_path / "b.png"), None, "test", 0, 16)
+        open_caption_dataset(str(tmp_path / "b.png"), None, "test", 0, 16)
 
 
 def test_probe_learns_where_to_look() -> None:

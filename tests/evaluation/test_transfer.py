@@ -23,9 +23,9 @@ from lcl_mcore.config.recipes import load_recipe
 from lcl_mcore.errors import ConfigError, NonFiniteError
 from lcl_mcore.evaluation import caption_transfer as captions
 from lcl_mcore.evaluation import retrieval_transfer as towers
-from lcl_mcore.evaluation.captioned import Captioned
+from lcl_mcore.evaluation.captioned import CaptionDataset
 from lcl_mcore.evaluation.commands import _both_pairs, parse, transfer_settings
-from lcl_mcore.evaluation.loading import Opened
+from lcl_mcore.evaluation.loading import LoadedModel
 from lcl_mcore.evaluation.transfer import Encoder, check_apart, drop_path, vit
 
 SHAPE = ModelConfig(
@@ -37,28 +37,34 @@ SHAPE = ModelConfig(
 )
 COLOURS = torch.cartesian_prod(*[torch.tensor([30.0, 220.0])] * 3)
 CAPTIONS = (
-    "an old red cat by the house", "the large green dog", "blue round tree in the old house", "new square red tree",
-    "a house with a red dog", "two green cats and a tree", "round blue house with square cat", "large old new tree",
-)  # fmt: skip
+    "an old red cat by the house",
+    "the large green dog",
+    "blue round tree in the old house",
+    "new square red tree",
+    "a house with a red dog",
+    "two green cats and a tree",
+    "round blue house with square cat",
+    "large old new tree",
+)
 
 
-def coloured(copies: int, seed: int) -> Captioned:
-    """Noisy pictures of eight colours, each with its colour's caption."""
+def coloured(copies: int, seed: int) -> CaptionDataset:
+    """Noisy images of eight colours, each with its colour's caption."""
     colours = torch.arange(8).repeat(copies)
     noise = 25 * torch.randn(len(colours), 3, 32, 32, generator=torch.Generator().manual_seed(seed))
-    pictures = (COLOURS[colours][:, :, None, None] + noise).clamp(0, 255).byte()
+    images = (COLOURS[colours][:, :, None, None] + noise).clamp(0, 255).byte()
 
     def fetch(indices: Sequence[int]) -> Tensor:
-        return pictures[list(indices)]
+        return images[list(indices)]
 
-    return Captioned("colours", tuple((CAPTIONS[i],) for i in colours.tolist()), fetch)
+    return CaptionDataset("colours", tuple((CAPTIONS[i],) for i in colours.tolist()), fetch)
 
 
 @pytest.fixture(scope="module")
-def opened(build: Callable[..., Any], groups: Any, tmp_path_factory: pytest.TempPathFactory) -> Opened:
+def opened(build: Callable[..., Any], groups: Any, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     """A model with random weights, as if it had been loaded."""
     from corpora import small_tokenizer
-    from lcl_mcore.platform.device import pick_device
+    from lcl_mcore.distributed.device import pick_device
 
     folder = tmp_path_factory.mktemp("transfer")
     small_tokenizer().save(folder / "tokenizer.json")
@@ -67,15 +73,15 @@ def opened(build: Callable[..., Any], groups: Any, tmp_path_factory: pytest.Temp
     data = replace(recipe.data, tokenizer=TokenizerConfig(kind="file", path=str(folder)), sequence_length=48)
     job: Any = SimpleNamespace(device=device, groups=SimpleNamespace(megatron=groups), note=lambda line: None)
     state: Any = SimpleNamespace(step=0, images_seen=0)
-    return Opened(replace(recipe, model=SHAPE, data=data), model, job, folder, folder, state)
+    return LoadedModel(replace(recipe, model=SHAPE, data=data), model, job, folder, folder, state)
 
 
 def constant(width: int) -> Encoder:
-    """Says the same of every picture."""
+    """Says the same of every image."""
     return Encoder(width, lambda images, seed: torch.ones(len(images), 4, width), torch.device("cpu"))
 
 
-def weights(opened: Opened) -> list[Tensor]:
+def weights(opened: LoadedModel) -> list[Tensor]:
     return [parameter.detach().clone() for parameter in opened.model.vision.parameters()]
 
 
@@ -86,11 +92,11 @@ def same(before: list[Tensor], after: list[Tensor]) -> bool:
 RETRIEVAL = RetrievalConfig(steps=60, batch_size=16, lr=1e-2, chunk_size=16)
 
 
-def make_towers(opened: Opened, width: int, config: RetrievalConfig = RETRIEVAL) -> towers.TwoTowers:
-    return towers.TwoTowers(SHAPE, width, opened.job, opened.tokenizer(), config)
+def make_towers(opened: LoadedModel, width: int, config: RetrievalConfig = RETRIEVAL) -> towers.DualEncoder:
+    return towers.DualEncoder(SHAPE, width, opened.job, opened.tokenizer(), config)
 
 
-def test_the_text_feature_is_that_of_the_plain_model_at_the_last_token(opened: Opened) -> None:
+def test_the_text_feature_is_that_of_the_plain_model_at_the_last_token(opened: LoadedModel) -> None:
     """Texts of unequal length in one call, against the reference model on one text at a time."""
     from batches import micro_batch
     from reference_model import ReferenceLcl
@@ -120,7 +126,7 @@ def test_the_text_feature_is_that_of_the_plain_model_at_the_last_token(opened: O
     assert float((found @ found.T).fill_diagonal_(0).abs().max()) < 0.999
 
 
-def test_a_batch_in_parts_has_the_gradient_of_the_whole(opened: Opened) -> None:
+def test_a_batch_in_parts_has_the_gradient_of_the_whole(opened: LoadedModel) -> None:
     train, losses, gradients = coloured(2, 0), [], []
     before = weights(opened)
     for chunk in (16, 5):
@@ -141,7 +147,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(opened: Opened) -> None:
             parameter.copy_(value)
 
 
-def test_retrieval_is_perfect_where_colours_are_seen_and_chance_where_not(opened: Opened) -> None:
+def test_retrieval_is_perfect_where_colours_are_seen_and_chance_where_not(opened: LoadedModel) -> None:
     train, test, before = coloured(8, 0), coloured(1, 1), weights(opened)
     two, encoder = make_towers(opened, 32), vit(opened.model)
     loss = towers.train_towers(two, encoder, train, RETRIEVAL)
@@ -155,7 +161,7 @@ def test_retrieval_is_perfect_where_colours_are_seen_and_chance_where_not(opened
     assert (found["TR@1"], found["IR@1"]) == (1 / 8, 0.0)  # ties count against a query
 
 
-def test_full_transfer_moves_the_encoder_and_gives_it_back(opened: Opened) -> None:
+def test_full_transfer_moves_the_encoder_and_gives_it_back(opened: LoadedModel) -> None:
     train, test, before = coloured(2, 0), coloured(1, 1), weights(opened)
     moved: list[bool] = []
     config = replace(RETRIEVAL, transfer="full", steps=2, batch_size=8)
@@ -182,7 +188,7 @@ def test_full_transfer_moves_the_encoder_and_gives_it_back(opened: Opened) -> No
 CAPTION = CaptionConfig(steps=80, batch_size=8, lr=1e-2, chunk_size=6, text_tokens=30, warmup=0.1)
 
 
-def test_captions_are_reproduced_where_colours_are_seen(opened: Opened) -> None:
+def test_captions_are_reproduced_where_colours_are_seen(opened: LoadedModel) -> None:
     train, test, before = coloured(4, 0), coloured(1, 1), weights(opened)
     scores = {}
     for name, encoder in {"seen": vit(opened.model), "unseen": constant(32)}.items():
@@ -195,14 +201,14 @@ def test_captions_are_reproduced_where_colours_are_seen(opened: Opened) -> None:
     assert [item["written"] for item in seen["examples"]] == list(CAPTIONS)
     assert seen["BLEU-4"] == pytest.approx(100, abs=1e-3)
     assert seen["CIDEr"] == pytest.approx(1000, rel=1e-3)  # its maximum is 10
-    assert seen["wrong_pictures"]["BLEU-4"] < 5
+    assert seen["wrong_images"]["BLEU-4"] < 5
     assert len({item["written"] for item in unseen["examples"]}) == 1
     assert unseen["CIDEr"] < 200
     assert unseen["test_loss"] > seen["test_loss"] + 0.2
     assert same(before, weights(opened))
 
 
-def test_the_own_writers_loss_is_that_of_the_plain_model(opened: Opened) -> None:
+def test_the_own_writers_loss_is_that_of_the_plain_model(opened: LoadedModel) -> None:
     """Pre-trained weights, and the sum over all tokens from logits that are written out."""
     pretrained = [p.detach() for p in opened.model.language.parameters()]
     config = replace(CAPTION, language_model="pretrained", freeze_language_model=True)
@@ -225,7 +231,7 @@ def test_the_own_writers_loss_is_that_of_the_plain_model(opened: Opened) -> None
 def local_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A causal LM of Hugging Face's making with random weights."""
     from corpora import small_tokenizer
-    from lcl_mcore.platform.torchvision_ops import make_importable
+    from lcl_mcore.distributed.torchvision_ops import make_importable
 
     make_importable()
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
@@ -236,14 +242,21 @@ def local_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer_file=str(folder / "raw.json"), eos_token="</s>", bos_token="<s>"
     )
     torch.manual_seed(0)
-    shape = GPT2Config(vocab_size=len(tokenizer), n_embd=16, n_layer=2, n_head=2, n_positions=64,
-                       bos_token_id=tokenizer.bos_token_id, eos_token_id=tokenizer.eos_token_id)  # fmt: skip
+    shape = GPT2Config(
+        vocab_size=len(tokenizer),
+        n_embd=16,
+        n_layer=2,
+        n_head=2,
+        n_positions=64,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
     GPT2LMHeadModel(shape).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def test_a_hugging_face_lm_reads_latents_like_tokens(opened: Opened, local_lm: Path) -> None:
+def test_a_hugging_face_lm_reads_latents_like_tokens(opened: LoadedModel, local_lm: Path) -> None:
     """Latents that are the embeddings of tokens give the loss and the continuation of those tokens."""
     config = replace(CAPTION, language_model=str(local_lm))
     writer: Any = captions.make_writer(opened, config, None)
@@ -275,7 +288,7 @@ def test_a_hugging_face_lm_reads_latents_like_tokens(opened: Opened, local_lm: P
     assert loss < 3.0  # from log 302 = 5.7
 
 
-def test_drop_path_grows_to_the_last_block_and_is_undone(opened: Opened) -> None:
+def test_drop_path_grows_to_the_last_block_and_is_undone(opened: LoadedModel) -> None:
     vision, images = opened.model.vision, coloured(1, 0).fetch(range(8))
     vision.train()
     with drop_path(vision, 0.5):
@@ -308,7 +321,7 @@ def test_both_splits_of_one_file(tmp_path: Path) -> None:
         _both_pairs(parse([*words, "--train-split", "test"]), opened, 0)
 
 
-def test_what_is_refused(opened: Opened) -> None:
+def test_what_is_refused(opened: LoadedModel) -> None:
     def settings(*words: str) -> dict[str, Any] | None:
         flags: argparse.Namespace = parse(["retrieval", "runs/x", "--data", "d", *words])
         return transfer_settings(flags)

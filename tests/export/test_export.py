@@ -13,12 +13,12 @@ import torch
 from lcl_mcore.config.model import VisionConfig
 from lcl_mcore.errors import CheckpointError
 from lcl_mcore.evaluation.loading import full_state
-from lcl_mcore.export.encoder import deviation, normalised, own_features, pictures
-from lcl_mcore.export.formats import FORMATS
-from lcl_mcore.export.reload import Request, reload_features
-from lcl_mcore.models.exchange import load_encoder, read_encoder, start_from
+from lcl_mcore.interop.export import deviation, normalised, own_features, random_images
+from lcl_mcore.interop.export_formats import FORMATS
+from lcl_mcore.interop.released import write_full_state
+from lcl_mcore.interop.reload import Request, reload_features
+from lcl_mcore.interop.vit_formats import load_encoder, read_encoder, start_from
 from lcl_mcore.models.lcl import LclModel
-from lcl_mcore.models.released import write_full_state
 
 Make = Callable[..., LclModel]
 BASE = VisionConfig(image_size=48, patch_size=16, width=48, layers=2, heads=4, mlp_width=100)
@@ -33,7 +33,7 @@ SHAPES = {
 @pytest.mark.timeout(240)
 def test_features_are_equal_and_weights_come_back(make_model: Make, tmp_path: Path) -> None:
     """Every format and every shape; all reloads in one process."""
-    requests, expected, images = [], [], pictures(BASE.image_size)
+    requests, expected, images = [], [], random_images(BASE.image_size)
     for kind, shape in SHAPES.items():
         model = make_model(shape)
         ours = own_features(model, images)
@@ -75,7 +75,7 @@ def test_what_a_format_has_and_we_lack_is_folded_or_refused(make_model: Make, tm
     from safetensors.torch import load_file, save_file
 
     shape = SHAPES["class token"]
-    model, images = make_model(shape), pictures(48)
+    model, images = make_model(shape), random_images(48)
     ours = own_features(model, images)
     FORMATS["timm"].write(full_state(model), shape, tmp_path)
     file = tmp_path / "model.safetensors"

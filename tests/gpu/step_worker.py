@@ -19,17 +19,17 @@ from typing import Any
 import torch
 from megatron.core.distributed import finalize_model_grads
 
+from lcl_mcore.batch import StepBatch
 from lcl_mcore.benchmarking.step import pinned
-from lcl_mcore.benchmarking.synthetic import synthetic_step
+from lcl_mcore.build import DTYPES, build_model
 from lcl_mcore.config.data import DataConfig
 from lcl_mcore.config.model import LanguageConfig, ModelConfig, VisionConfig
 from lcl_mcore.config.run import OptimConfig, ParallelConfig, RunConfig, TrainConfig
-from lcl_mcore.data.batch import StepBatch
-from lcl_mcore.parallel.groups import make_groups
-from lcl_mcore.platform.device import init_process_group, pick_device
-from lcl_mcore.training.build import DTYPES, build_model
-from lcl_mcore.training.optimizer import Optimizer, wrap_data_parallel
-from lcl_mcore.training.step import TrainStep
+from lcl_mcore.data.synthetic import synthetic_step
+from lcl_mcore.distributed.device import init_process_group, pick_device
+from lcl_mcore.distributed.groups import make_groups
+from lcl_mcore.optimizer import Optimizer, wrap_data_parallel
+from lcl_mcore.train_step import TrainStep
 
 STEPS = 4
 
@@ -38,28 +38,44 @@ def config_for(args: argparse.Namespace) -> RunConfig:
     """Heads of 64 channels, ragged documents, drop-path; no dropout, whose masks differ between devices."""
     shape = ModelConfig(
         vision=VisionConfig(
-            image_size=64, patch_size=16, width=128, layers=2, heads=2, mlp_width=256, layer_scale=0.3,
+            image_size=64,
+            patch_size=16,
+            width=128,
+            layers=2,
+            heads=2,
+            mlp_width=256,
+            layer_scale=0.3,
             drop_path=0.2,
         ),
         language=LanguageConfig(
-            vocab_size=1000, width=256, layers=2, heads=4, mlp_width=512, max_positions=256,
+            vocab_size=1000,
+            width=256,
+            layers=2,
+            heads=4,
+            mlp_width=512,
+            max_positions=256,
             dropout=args.dropout,
         ),
         pool_heads=4,
-    )  # fmt: skip
+    )
     return RunConfig(
         recipe="gpu-test",
         model=shape,
         data=DataConfig(sequence_length=256),
         parallel=ParallelConfig(
-            recompute_vision=args.recompute, recompute_language=args.recompute, fuse_gradients=args.fuse,
+            recompute_vision=args.recompute,
+            recompute_language=args.recompute,
+            gradient_accumulation_fusion=args.fuse,
         ),
         optim=OptimConfig(backend=args.optimizer),
         train=TrainConfig(
-            micro_batch_size=4, global_batch_size=4 * args.micro_batches, precision=args.precision,
-            backend=args.backend, seed=3,
+            micro_batch_size=4,
+            global_batch_size=4 * args.micro_batches,
+            precision=args.precision,
+            backend=args.backend,
+            seed=3,
         ),
-    )  # fmt: skip
+    )
 
 
 def gradients(train: TrainStep, batch: StepBatch) -> dict[str, torch.Tensor]:

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from lcl_mcore import optional_packages as probe
 from lcl_mcore.config.run import OptimConfig
-from lcl_mcore.platform import probe
-from lcl_mcore.training.adam import Adam, FusedAdam, TorchAdam
+from lcl_mcore.fused_adam import Adam, FusedAdam, TorchAdam
 
 pytestmark = [
     pytest.mark.gpu,

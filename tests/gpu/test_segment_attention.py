@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from lcl_mcore.models import segments as module
-from lcl_mcore.models.segments import make_segments, sdpa_segments
-from lcl_mcore.platform import probe
+from lcl_mcore import optional_packages as probe
+from lcl_mcore.models import attention as module
+from lcl_mcore.models.attention import make_segments, sdpa_segments
 
 pytestmark = [
     pytest.mark.gpu,

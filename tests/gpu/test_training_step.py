@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from lcl_mcore.platform import probe
+from lcl_mcore import optional_packages as probe
 
 pytestmark = [
     pytest.mark.gpu,

@@ -49,9 +49,17 @@ def relative(ours: Tensor, truth: Tensor, floor: float = 1e-9) -> float:
 
 
 def case(
-    n: int, d: int, scale: float, *, kind: str = "trained", precision: str = "fp32", groups: bool = False,
-    weights: bool = False, rows: int | None = None, sum_rows: int | None = None,
-) -> dict[str, Any]:  # fmt: skip
+    n: int,
+    d: int,
+    scale: float,
+    *,
+    kind: str = "trained",
+    precision: str = "fp32",
+    groups: bool = False,
+    weights: bool = False,
+    rows: int | None = None,
+    sum_rows: int | None = None,
+) -> dict[str, Any]:
     image, text = embeddings(kind, n, d)
     if precision == "fp16":  # what remains to be measured is the kernels' own rounding
         image, text = image.half(), text.half()
@@ -73,9 +81,15 @@ def case(
                 # fp16 inputs would also round the returned gradients: ask for them in fp32.
                 i, t = (x.detach().float().requires_grad_() for x in (i, t))
                 loss = infonce(
-                    i, t, s, weights=w, group_ids=group_ids, impl="triton", precision=precision,
+                    i,
+                    t,
+                    s,
+                    weights=w,
+                    group_ids=group_ids,
+                    impl="triton",
+                    precision=precision,
                     tile=(rows, 0) if rows else None,
-                )  # fmt: skip
+                )
         loss.backward()
         outcome.append((loss.detach(), i.grad, t.grad, s.grad))
     truth, ours = outcome

@@ -6,28 +6,44 @@ import dataclasses
 
 import torch
 
+from lcl_mcore.batch import MicroBatch
 from lcl_mcore.config.model import LanguageConfig, ModelConfig, VisionConfig
-from lcl_mcore.data.batch import MicroBatch
 
 Document = tuple[int | str, ...]
 """A document: a number is that many text tokens, "i" an image."""
 
 OPT = ModelConfig(
     vision=VisionConfig(
-        image_size=32, patch_size=16, width=48, layers=3, heads=4, mlp_width=96, class_token=False,
-        pre_norm=False, layer_scale=0.3,
+        image_size=32,
+        patch_size=16,
+        width=48,
+        layers=3,
+        heads=4,
+        mlp_width=96,
+        class_token=False,
+        pre_norm=False,
+        layer_scale=0.3,
     ),
     language=LanguageConfig(vocab_size=300, width=32, layers=2, heads=4, mlp_width=64, max_positions=64),
     pool_heads=2,
-)  # fmt: skip
+)
 CLIP = ModelConfig(
     vision=VisionConfig(image_size=48, patch_size=16, width=32, layers=2, heads=2, mlp_width=128),
     language=LanguageConfig(
-        vocab_size=261, width=48, layers=3, heads=2, mlp_width=192, activation="gelu", max_positions=64,
-        position_offset=0, tied_head=False, separate_norms=True, init="clip_text",
+        vocab_size=261,
+        width=48,
+        layers=3,
+        heads=2,
+        mlp_width=192,
+        activation="gelu",
+        max_positions=64,
+        position_offset=0,
+        tied_head=False,
+        separate_norms=True,
+        init="clip_text",
     ),
     pool_heads=4,
-)  # fmt: skip
+)
 SHAPES = {"opt": OPT, "clip": CLIP}
 
 
@@ -49,7 +65,7 @@ def micro_batch(
     positions: list[int] = []
     starts: list[int] = []
     lengths, group_ids = [], []
-    context_rows, context_images, target_rows, target_labels = [], [], [], []
+    context_positions, context_images, target_positions, target_labels = [], [], [], []
     for r, documents in enumerate(rows):
         for d, document in enumerate(documents):
             ids = [begin]
@@ -58,7 +74,7 @@ def micro_batch(
                     ids += torch.randint(1, vocab - 5, (piece,), generator=generator).tolist()
                     continue
                 if len(ids) > (1 if context_rule == "text" else 0):
-                    context_rows.append(len(tokens) + len(ids))
+                    context_positions.append(len(tokens) + len(ids))
                     context_images.append(len(starts))
                     group_ids.append(1000 * r + d)
                 starts.append(len(tokens) + len(ids) + 1)
@@ -66,7 +82,7 @@ def micro_batch(
             ids.append(end)
             for i, label in enumerate(ids[1:]):
                 if label not in (hole, eoi):
-                    target_rows.append(len(tokens) + i)
+                    target_positions.append(len(tokens) + i)
                     target_labels.append(label)
             tokens += ids
             positions += range(len(ids))
@@ -79,10 +95,17 @@ def micro_batch(
             lengths.append(padding)
     size = (len(starts), 3, shape.vision.image_size, shape.vision.image_size)
     as_tensor: dict[str, list[int]] = {
-        "tokens": tokens, "positions": positions, "image_starts": starts, "context_rows": context_rows,
-        "context_images": context_images, "target_rows": target_rows, "target_labels": target_labels,
-        "image_keys": list(range(len(starts))), "row_keys": list(range(len(rows))), "group_ids": group_ids,
-    }  # fmt: skip
+        "tokens": tokens,
+        "positions": positions,
+        "image_starts": starts,
+        "context_positions": context_positions,
+        "context_images": context_images,
+        "target_positions": target_positions,
+        "target_labels": target_labels,
+        "image_keys": list(range(len(starts))),
+        "sequence_keys": list(range(len(rows))),
+        "group_ids": group_ids,
+    }
     return MicroBatch(
         lengths=tuple(lengths),
         images=torch.randint(0, 256, size, generator=generator, dtype=torch.uint8),

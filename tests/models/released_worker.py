@@ -15,13 +15,13 @@ import torch
 import torch.distributed as dist
 from lcl_kernels import infonce_reference
 
+from lcl_mcore.distributed.device import init_process_group, pick_device
+from lcl_mcore.distributed.groups import make_groups
+from lcl_mcore.interop.released import load_full_state, read_full_state
 from lcl_mcore.losses.generation import generation_loss_sum
 from lcl_mcore.models.backends import choose_layers
 from lcl_mcore.models.lcl import LclModel
-from lcl_mcore.models.released import load_full_state, read_full_state
 from lcl_mcore.models.transformer_config import Layout
-from lcl_mcore.parallel.groups import make_groups
-from lcl_mcore.platform.device import init_process_group, pick_device
 
 
 def main() -> None:
@@ -39,16 +39,19 @@ def main() -> None:
     batch = released_batch(0)
     with torch.no_grad():
         features, hidden = model(batch)
-        image, context = model.image_side(batch, features.vectors), model.context_side(batch, hidden)
+        image, context = model.image_embeds(batch, features.vectors), model.context_embeds(batch, hidden)
         contrastive = infonce_reference(image, context, model.temperature())
         generation = generation_loss_sum(
-            model.language.targets(hidden, batch.target_rows), model.language.head_weight,
-            batch.target_labels, vocab_start=model.language.vocab_range[0],
-            vocab_size=SHAPE.language.vocab_size, tp_group=groups.tp,
-        )  # fmt: skip
+            model.language.targets(hidden, batch.target_positions),
+            model.language.head_weight,
+            batch.target_labels,
+            vocab_start=model.language.vocab_range[0],
+            vocab_size=SHAPE.language.vocab_size,
+            tp_group=groups.tp,
+        )
     if dist.get_rank() == 0:
         rows = tuple(model.language.head_weight.shape)
-        print(json.dumps([contrastive.item(), generation.item() / len(batch.target_rows), rows]))
+        print(json.dumps([contrastive.item(), generation.item() / len(batch.target_positions), rows]))
     dist.destroy_process_group()
 
 

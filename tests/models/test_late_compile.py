@@ -6,12 +6,12 @@ import subprocess
 import sys
 from typing import Any
 
-from lcl_mcore.platform.late_compile import later
+from lcl_mcore.distributed.late_compile import later
 
 IMPORTS = """
 import sys, torch
 compile = torch.compile
-import lcl_mcore.training.trainer
+import lcl_mcore.trainer
 import megatron.core
 from megatron.core.fusions import fused_bias_dropout, fused_bias_gelu
 assert torch.compile is compile

@@ -11,7 +11,7 @@ from lcl_kernels import infonce_reference, linear_cross_entropy_reference
 from torch import Tensor
 
 from batches import SHAPES, Document, micro_batch
-from lcl_mcore.data.batch import MicroBatch
+from lcl_mcore.batch import MicroBatch
 from lcl_mcore.models.lcl import LclModel
 from reference_model import ReferenceLcl, reference_grads_as_lcl, worst_gradient
 
@@ -28,13 +28,15 @@ ROWS: dict[str, list[list[Document]]] = {
 def lcl_losses(model: LclModel, batch: MicroBatch) -> tuple[Tensor, Tensor]:
     """Both losses of one process's batch, on `LclModel`'s outputs and the formulas of `lcl_kernels`."""
     features, hidden = model(batch)
-    image, context = model.image_side(batch, features.vectors), model.context_side(batch, hidden)
+    image, context = model.image_embeds(batch, features.vectors), model.context_embeds(batch, hidden)
     contrastive = infonce_reference(image, context, model.temperature())
     total = linear_cross_entropy_reference(
-        model.language.targets(hidden, batch.target_rows), model.language.head_weight, batch.target_labels,
+        model.language.targets(hidden, batch.target_positions),
+        model.language.head_weight,
+        batch.target_labels,
         valid_vocab=model.shape.language.vocab_size,
-    )  # fmt: skip
-    generation = total / max(len(batch.target_rows), 1)
+    )
+    generation = total / max(len(batch.target_positions), 1)
     return contrastive, generation
 
 
@@ -61,8 +63,8 @@ def test_features_and_hidden_states_equal_the_reference(build: Build, name: str)
         assert close(features.latents, latents) < 1e-5
         expected = reference.read(batch, latents)
         assert close(hidden, expected) < 1e-5
-        ours = model.context_side(batch, hidden)
-        context = F.normalize(reference.contexts(expected, batch.context_rows), dim=-1)
+        ours = model.context_embeds(batch, hidden)
+        context = F.normalize(reference.contexts(expected, batch.context_positions), dim=-1)
         assert ours.shape == (5, SHAPES[name].language.width)  # 7 images, 2 of them first in a document
         assert close(ours, context) < 1e-5
 
@@ -119,8 +121,8 @@ def test_reference_means_over_images_and_over_ranks(build: Build) -> None:
             pooled, latents = reference.encode(b.images)
             hidden = reference.read(b, latents)
             vectors.append(F.normalize(pooled[b.context_images], dim=-1))
-            contexts.append(F.normalize(reference.contexts(hidden, b.context_rows), dim=-1))
-            logits = reference.logits(hidden, b.target_rows)
+            contexts.append(F.normalize(reference.contexts(hidden, b.context_positions), dim=-1))
+            logits = reference.logits(hidden, b.target_positions)
             nll.append(F.cross_entropy(logits, b.target_labels, reduction="none"))
         scores = reference.logit_scale.exp() * torch.cat(vectors) @ torch.cat(contexts).T
         target = torch.arange(6)

@@ -15,13 +15,13 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from batches import CLIP, OPT, SHAPES, Document, micro_batch
+from lcl_mcore.batch import GlobalCounts, MicroBatch, StepBatch
 from lcl_mcore.config.data import DataConfig
 from lcl_mcore.config.model import ModelConfig, VisionConfig
 from lcl_mcore.config.recipes import RECIPES, load_recipe
 from lcl_mcore.config.run import RunConfig
-from lcl_mcore.data.batch import GlobalCounts, MicroBatch, StepBatch
-from lcl_mcore.models import segments
-from lcl_mcore.models.count import (
+from lcl_mcore.models import attention as segments
+from lcl_mcore.models.flops import (
     FlopCounter,
     attention_pairs,
     describe_model,
@@ -87,8 +87,12 @@ def by_component(model: LclModel, shape: ModelConfig) -> dict[str, int]:
         elif rest == "head" or rest.startswith("norm_head"):
             component = "output_head"
         else:
-            component = {"vision": "vision_encoder", "pool": "pool_and_projector",
-                         "language": "language_model", "temperature": "temperature"}[part]  # fmt: skip
+            component = {
+                "vision": "vision_encoder",
+                "pool": "pool_and_projector",
+                "language": "language_model",
+                "temperature": "temperature",
+            }[part]
         size = parameter.numel()
         counts[component] += size - padding if rest in ("head", "token_embedding.weight") else size
     return counts
@@ -122,10 +126,12 @@ def counted(model: LclModel, batch: MicroBatch) -> tuple[int, int]:
     counter = FlopCounterMode(display=False)
     with counter, sdpa_kernel(SDPBackend.MATH):  # products that the counter sees one by one
         features, hidden = model(batch)
-        image, context = model.image_side(batch, features.vectors), model.context_side(batch, hidden)
+        image, context = model.image_embeds(batch, features.vectors), model.context_embeds(batch, hidden)
         loss = infonce_reference(image, context, model.temperature())
         loss = loss + linear_cross_entropy_reference(
-            model.language.targets(hidden, batch.target_rows), model.language.head_weight, batch.target_labels
+            model.language.targets(hidden, batch.target_positions),
+            model.language.head_weight,
+            batch.target_labels,
         )
         forward = counter.get_total_flops()
         loss.backward()
@@ -133,8 +139,13 @@ def counted(model: LclModel, batch: MicroBatch) -> tuple[int, int]:
 
 
 def ours(shape: ModelConfig, batch: MicroBatch, pairs: int) -> tuple[int, int]:
-    sizes: dict[str, Any] = {"images": len(batch.images), "tokens": len(batch.tokens), "pairs": pairs,
-             "contexts": len(batch.context_rows), "targets": len(batch.target_rows)}  # fmt: skip
+    sizes: dict[str, Any] = {
+        "images": len(batch.images),
+        "tokens": len(batch.tokens),
+        "pairs": pairs,
+        "contexts": len(batch.context_positions),
+        "targets": len(batch.target_positions),
+    }
     return step_flops(shape, **sizes, forward_only=True), step_flops(shape, **sizes)
 
 

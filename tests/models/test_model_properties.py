@@ -12,12 +12,12 @@ from lcl_kernels import infonce_reference, linear_cross_entropy_reference
 from torch import Tensor
 
 from batches import CLIP, OPT, SHAPES, Document, micro_batch, with_rates
+from lcl_mcore.batch import MicroBatch
 from lcl_mcore.config.model import ModelConfig
-from lcl_mcore.data.batch import MicroBatch
+from lcl_mcore.models.attention import make_segments
 from lcl_mcore.models.lcl import INITIAL_LOG_SCALE, LclModel
-from lcl_mcore.models.randomness import uniform
-from lcl_mcore.models.segments import make_segments
 from lcl_mcore.models.transformer_config import Layout
+from lcl_mcore.rng import uniform
 
 Build = Callable[..., LclModel]
 names = pytest.mark.parametrize("name", SHAPES)
@@ -25,19 +25,21 @@ names = pytest.mark.parametrize("name", SHAPES)
 
 def contexts(model: LclModel, batch: MicroBatch) -> Tensor:
     with torch.no_grad():
-        return model.context_side(batch, model(batch)[1])
+        return model.context_embeds(batch, model(batch)[1])
 
 
 def losses(model: LclModel, batch: MicroBatch, seed: int = 0) -> tuple[Tensor, Tensor]:
     features, hidden = model(batch, seed)
     contrastive = infonce_reference(
-        model.image_side(batch, features.vectors), model.context_side(batch, hidden), model.temperature()
+        model.image_embeds(batch, features.vectors), model.context_embeds(batch, hidden), model.temperature()
     )
     generation = linear_cross_entropy_reference(
-        model.language.targets(hidden, batch.target_rows), model.language.head_weight, batch.target_labels,
+        model.language.targets(hidden, batch.target_positions),
+        model.language.head_weight,
+        batch.target_labels,
         valid_vocab=model.shape.language.vocab_size,
-    )  # fmt: skip
-    return contrastive, generation / max(len(batch.target_rows), 1)
+    )
+    return contrastive, generation / max(len(batch.target_positions), 1)
 
 
 @names
@@ -97,7 +99,7 @@ def test_an_image_without_context_enters_the_generation_loss_only(build: Build) 
         large = dataclasses.replace(large, images=torch.cat((small.images, large.images[2:])))
         without, with_one = losses(model, small), losses(model, large)
         index0 = micro_batch(CLIP, [*first, [("i", 9)]], context_rule="index0")
-    assert len(index0.context_rows) == 3
+    assert len(index0.context_positions) == 3
     assert with_one[0].item() == pytest.approx(without[0].item(), rel=1e-6)
     assert abs(with_one[1].item() - without[1].item()) > 1e-3
 
@@ -116,7 +118,7 @@ def test_no_targets_at_all_gives_zero(build: Build) -> None:
     model = build(OPT)
     batch = micro_batch(OPT, [[(5,)]])
     batch = dataclasses.replace(
-        batch, target_rows=batch.target_rows[:0], target_labels=batch.target_labels[:0]
+        batch, target_positions=batch.target_positions[:0], target_labels=batch.target_labels[:0]
     )
     both = losses(model, batch)
     assert [float(x.detach()) for x in both] == [0.0, 0.0]
@@ -197,7 +199,7 @@ def test_initial_weights_have_the_released_distributions(build: Build, shape: Mo
         values = parameter.detach()
         if "norm" in name:
             assert values.eq(1.0 if name.endswith("weight") else 0.0).all(), name
-        elif name.endswith("gain"):
+        elif name.endswith("gamma"):
             assert values.eq(shape.vision.layer_scale).all(), name
         elif name == "temperature.log_scale":
             continue
@@ -244,12 +246,12 @@ def test_dropout_follows_the_row_not_its_place(build: Build, name: str) -> None:
     batch = micro_batch(SHAPES[name], rows)
     latents = torch.empty(0, SHAPES[name].vision.patches, SHAPES[name].language.width)
     with torch.no_grad():
-        together = model.read(batch, latents, (4, 8, 15), 1).view(3, 64, -1)
+        together = model.forward_language(batch, latents, (4, 8, 15), 1).view(3, 64, -1)
         half = dataclasses.replace(
             micro_batch(SHAPES[name], rows[2:]), tokens=batch.tokens[128:], positions=batch.positions[128:]
         )
-        alone = model.read(half, latents, (15,), 1).view(1, 64, -1)
-        other_key = model.read(half, latents, (16,), 1).view(1, 64, -1)
+        alone = model.forward_language(half, latents, (15,), 1).view(1, 64, -1)
+        other_key = model.forward_language(half, latents, (16,), 1).view(1, 64, -1)
     assert float((together[2] - alone[0]).abs().max()) < 1e-5
     assert (other_key - alone).abs().max() > 1e-2
 
@@ -267,7 +269,7 @@ def test_masks_have_the_stated_rate_and_keep_the_mean(build: Build) -> None:
     )
     branch.segments, branch.token_range = segments, (0, len(ones))
     with torch.no_grad():
-        branch.gain.fill_(1.0)
+        branch.gamma.fill_(1.0)
         out = branch(True, False)((ones, None), torch.zeros_like(ones), 0.0)
     per_image = out.view(4096, -1)
     assert per_image.unique().tolist() == pytest.approx([0.0, 1 / 0.6])

@@ -22,13 +22,12 @@ from lcl_kernels import infonce_reference, linear_cross_entropy_reference
 from torch import Tensor, nn
 
 from batches import OPT
+from lcl_mcore.batch import MicroBatch
 from lcl_mcore.config.files import read_config
 from lcl_mcore.config.model import LanguageConfig, ModelConfig, VisionConfig
 from lcl_mcore.config.recipes import load_recipe
-from lcl_mcore.data.batch import MicroBatch
 from lcl_mcore.errors import CheckpointError, ConfigError
-from lcl_mcore.models.lcl import LclModel
-from lcl_mcore.models.released import (
+from lcl_mcore.interop.released import (
     from_released,
     load_full_state,
     read_full_state,
@@ -37,6 +36,7 @@ from lcl_mcore.models.released import (
     to_released,
     write_full_state,
 )
+from lcl_mcore.models.lcl import LclModel
 from lcl_mcore.models.stages import stage_of
 from reference_model import ReferenceLcl
 
@@ -48,11 +48,20 @@ BEGIN, END, HOLE, BOI, EOI = range(VOCABULARY - 5, VOCABULARY)
 SHAPE = ModelConfig(
     vision=VisionConfig(image_size=48, patch_size=16, width=64, layers=2, heads=4, mlp_width=256),
     language=LanguageConfig(
-        vocab_size=VOCABULARY, width=48, layers=3, heads=2, mlp_width=192, activation="gelu",
-        max_positions=LENGTH, position_offset=0, tied_head=False, separate_norms=True, init="clip_text",
+        vocab_size=VOCABULARY,
+        width=48,
+        layers=3,
+        heads=2,
+        mlp_width=192,
+        activation="gelu",
+        max_positions=LENGTH,
+        position_offset=0,
+        tied_head=False,
+        separate_norms=True,
+        init="clip_text",
     ),
     pool_heads=4,
-)  # fmt: skip
+)
 IMAGE = [BOI, *[HOLE] * PATCHES, EOI]
 SEQUENCES = [
     [
@@ -106,13 +115,19 @@ def released_batch(rank: int) -> MicroBatch:
     pixels = (wave(f"image{rank}", (len(starts), 3, 48, 48)) * 0.5 + 0.5) * 255
     count = len(SEQUENCES[rank])
     return MicroBatch(
-        tokens=torch.tensor(tokens), positions=torch.arange(LENGTH).repeat(count), lengths=tuple(lengths),
-        images=pixels.to(torch.uint8), image_starts=torch.tensor(starts),
-        context_rows=torch.tensor(contexts), context_images=torch.tensor(context_images),
-        target_rows=torch.tensor(rows), target_labels=torch.tensor(labels),
-        image_keys=torch.arange(len(starts)), row_keys=torch.arange(count),
+        tokens=torch.tensor(tokens),
+        positions=torch.arange(LENGTH).repeat(count),
+        lengths=tuple(lengths),
+        images=pixels.to(torch.uint8),
+        image_starts=torch.tensor(starts),
+        context_positions=torch.tensor(contexts),
+        context_images=torch.tensor(context_images),
+        target_positions=torch.tensor(rows),
+        target_labels=torch.tensor(labels),
+        image_keys=torch.arange(len(starts)),
+        sequence_keys=torch.arange(count),
         group_ids=torch.arange(len(contexts)),
-    )  # fmt: skip
+    )
 
 
 def check_gradients(gradients: dict[str, Tensor]) -> None:
@@ -152,14 +167,16 @@ def test_imported_weights_give_the_released_losses_and_gradients(build: Build, r
     for rank in range(ranks):
         batch = released_batch(rank)
         features, hidden = model(batch)
-        images.append(model.image_side(batch, features.vectors))
-        contexts.append(model.context_side(batch, hidden))
+        images.append(model.image_embeds(batch, features.vectors))
+        contexts.append(model.context_embeds(batch, hidden))
         weights.append(torch.full((len(images[-1]),), 1 / (ranks * len(images[-1]))))
         total = linear_cross_entropy_reference(
-            model.language.targets(hidden, batch.target_rows), model.language.head_weight,
-            batch.target_labels, valid_vocab=VOCABULARY,
-        )  # fmt: skip
-        generation = generation + total / (ranks * len(batch.target_rows))
+            model.language.targets(hidden, batch.target_positions),
+            model.language.head_weight,
+            batch.target_labels,
+            valid_vocab=VOCABULARY,
+        )
+        generation = generation + total / (ranks * len(batch.target_positions))
     contrastive = infonce_reference(
         torch.cat(images), torch.cat(contexts), model.temperature(), weights=torch.cat(weights)
     )
@@ -324,11 +341,20 @@ def test_the_tool_writes_weights_and_a_configuration(tmp_path: Path) -> None:
     shape = ModelConfig(
         vision=VisionConfig(image_size=32, patch_size=16, width=128, layers=1, heads=2, mlp_width=512),
         language=LanguageConfig(
-            vocab_size=49411, width=128, layers=1, heads=2, mlp_width=512, activation="gelu",
-            max_positions=32, position_offset=0, tied_head=False, separate_norms=True, init="clip_text",
+            vocab_size=49411,
+            width=128,
+            layers=1,
+            heads=2,
+            mlp_width=512,
+            activation="gelu",
+            max_positions=32,
+            position_offset=0,
+            tied_head=False,
+            separate_norms=True,
+            init="clip_text",
         ),
         pool_heads=2,
-    )  # fmt: skip
+    )
     with torch.no_grad():
         state = {name: torch.randn(p.shape) for name, p in ReferenceLcl(shape).named_parameters()}
     torch.save({"epoch": 1, "name": "x", "state_dict": state}, tmp_path / "epoch_1.pt")
@@ -343,13 +369,17 @@ def test_the_tool_writes_weights_and_a_configuration(tmp_path: Path) -> None:
     ]
     refused = subprocess.run([*command, "3"], capture_output=True, text=True, timeout=120, check=False)
     assert refused.returncode == 2
-    assert "model.language.heads = 2 with parallel.tensor = 3" in refused.stderr
+    assert "model.language.heads = 2 with parallel.tensor_parallel_size = 3" in refused.stderr
     assert not (tmp_path / "out").exists()
     done = subprocess.run([*command, "2"], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     config = read_config(tmp_path / "out" / "config.yaml")
     assert config.model == shape
-    assert (config.parallel.tensor, config.loss.mean, config.data.context_rule) == (2, "rank", "index0")
+    assert (config.parallel.tensor_parallel_size, config.loss.averaging, config.data.context_rule) == (
+        2,
+        "rank",
+        "index0",
+    )
     full = read_full_state(tmp_path / "out")
     assert all(torch.equal(value, state[name]) for name, value in to_released(full, shape).items())
 
@@ -360,9 +390,13 @@ def test_imported_weights_give_the_released_losses_at_tp_2(tmp_path: Path) -> No
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     worker = Path(__file__).parent / "released_worker.py"
     done = subprocess.run(
-        [*command, str(worker), str(tmp_path)], env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=200, check=False,
-    )  # fmt: skip
+        [*command, str(worker), str(tmp_path)],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     contrastive, generation, head = json.loads(done.stdout.splitlines()[-1])
     assert head == [192, 48]  # half of 261 rows padded to 384

@@ -19,7 +19,7 @@ def config(recipe: str, **parallel: object) -> RunConfig:
 @pytest.mark.parametrize("recipe", ["paper-l14", "large-h14", "large-g14", "released-b16-laion"])
 @pytest.mark.parametrize("stages", [1, 2, 3, 4, 6, 8])
 def test_every_layer_stands_on_one_stage(recipe: str, stages: int) -> None:
-    run = config(recipe, pipeline=stages)
+    run = config(recipe, pipeline_parallel_size=stages)
     split = split_stages(run)
     assert len(split) == stages
     assert min(split[1:], default=1) >= 1
@@ -37,7 +37,7 @@ def test_the_split_is_the_best_of_all_for_two_stages() -> None:
         run,
         model=ModelConfig(vision=vision, language=language, pool_heads=8),
         data=replace(run.data, sequence_length=1024),
-        parallel=ParallelConfig(pipeline=2),
+        parallel=ParallelConfig(pipeline_parallel_size=2),
     )
     # In multiply-adds per token: a layer of width w costs 12 w^2, and attention 2 w per key.
     width, row, patches = 512, 1024, 196
@@ -51,15 +51,17 @@ def test_the_split_is_the_best_of_all_for_two_stages() -> None:
 
 
 def test_a_heavy_vit_has_the_first_stage_to_itself() -> None:
-    assert split_stages(config("paper-l14", pipeline=2)) == (0, 12)
+    assert split_stages(config("paper-l14", pipeline_parallel_size=2)) == (0, 12)
 
 
 def test_the_configured_split_is_taken() -> None:
-    assert split_stages(config("paper-l14", pipeline=3, stage_layers=(2, 4, 6))) == (2, 4, 6)
+    assert split_stages(config("paper-l14", pipeline_parallel_size=3, stage_layers=(2, 4, 6))) == (2, 4, 6)
 
 
 def test_small_vits_are_replicated_and_large_ones_split() -> None:
-    assert config("paper-l14", tensor=2).vision_parallel == "data"
-    assert config("large-g14", tensor=2).vision_parallel == "tensor"
-    assert config("large-g14", tensor=2, vision="data").vision_parallel == "data"
-    assert config("paper-l14", tensor=1).vision_parallel == "tensor"
+    assert config("paper-l14", tensor_parallel_size=2).resolved_vision_parallel == "data"
+    assert config("large-g14", tensor_parallel_size=2).resolved_vision_parallel == "tensor"
+    assert (
+        config("large-g14", tensor_parallel_size=2, vision_parallel="data").resolved_vision_parallel == "data"
+    )
+    assert config("paper-l14", tensor_parallel_size=1).resolved_vision_parallel == "tensor"

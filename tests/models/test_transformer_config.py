@@ -35,8 +35,10 @@ def test_recompute_of_one_tower(choice: str, granularity: str, method: str, laye
     layout = Layout(recompute_vision=choice)
     vision = vision_transformer_config(VisionConfig(), layout)
     assert (vision.recompute_granularity, vision.recompute_method, vision.recompute_num_layers) == (
-        granularity, method, layers,
-    )  # fmt: skip
+        granularity,
+        method,
+        layers,
+    )
     assert language_transformer_config(LanguageConfig(), layout).recompute_granularity is None
 
 

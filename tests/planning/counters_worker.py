@@ -25,18 +25,31 @@ from lcl_mcore.planning.simulate import simulate_rank
 FILE = Path(__file__).with_name("counters.json")
 MODEL = ModelConfig(
     vision=VisionConfig(
-        image_size=64, patch_size=16, width=128, layers=2, heads=2, mlp_width=256, layer_scale=0.1, drop_path=0.2
+        image_size=64,
+        patch_size=16,
+        width=128,
+        layers=2,
+        heads=2,
+        mlp_width=256,
+        layer_scale=0.1,
+        drop_path=0.2,
     ),
     language=LanguageConfig(
         vocab_size=1000, width=128, layers=3, heads=2, mlp_width=256, max_positions=256, dropout=0.1
     ),
     pool_heads=2,
-)  # fmt: skip
+)
 # Name -> processes, how they share the work, and the ranks counted: the first of each pipeline stage.
 LAYOUTS: dict[str, tuple[int, ParallelConfig, tuple[int, ...]]] = {
     "dp 2": (2, ParallelConfig(), (0,)),
     "dp 2, recompute": (2, ParallelConfig(recompute_vision="full", recompute_language="selective"), (0,)),
-    "tp 2, pp 2, dp 2": (8, ParallelConfig(tensor=2, pipeline=2, sequence=True, vision="tensor"), (0, 4)),
+    "tp 2, pp 2, dp 2": (
+        8,
+        ParallelConfig(
+            tensor_parallel_size=2, pipeline_parallel_size=2, sequence_parallel=True, vision_parallel="tensor"
+        ),
+        (0, 4),
+    ),
 }
 
 
@@ -63,9 +76,7 @@ def plain(counted: RankCount) -> dict[str, Any]:
         name = f"{event.group}: {event.op}"
         collectives[name] += 1
         volume[name] += event.bytes
-    return {
-        "FLOPs": flops, "collectives": collectives, "bytes communicated": volume, "operators": operators
-    }  # fmt: skip
+    return {"FLOPs": flops, "collectives": collectives, "bytes communicated": volume, "operators": operators}
 
 
 def versions() -> str:

@@ -16,25 +16,29 @@ from megatron.core import parallel_state
 
 from lcl_mcore.config.recipes import load_recipe
 from lcl_mcore.config.run import ParallelConfig, RunConfig
-from lcl_mcore.parallel.groups import make_groups
+from lcl_mcore.distributed.device import init_process_group, pick_device
+from lcl_mcore.distributed.groups import make_groups
 from lcl_mcore.planning.counting import RankCount, count_step, rank_batch
 from lcl_mcore.planning.simulate import simulate_rank
-from lcl_mcore.platform.device import init_process_group, pick_device
 
 LAYOUTS = {
-    "vision data": ParallelConfig(tensor=2, pipeline=2, vision="data"),
+    "vision data": ParallelConfig(tensor_parallel_size=2, pipeline_parallel_size=2, vision_parallel="data"),
     "vision tensor": ParallelConfig(
-        tensor=2, pipeline=2, vision="tensor", sequence=True,
-        recompute_vision="block:3", recompute_language="selective",
+        tensor_parallel_size=2,
+        pipeline_parallel_size=2,
+        vision_parallel="tensor",
+        sequence_parallel=True,
+        recompute_vision="block:3",
+        recompute_language="selective",
     ),
     "data parallel, recompute": ParallelConfig(recompute_vision="full", recompute_language="full"),
-}  # fmt: skip
+}
 
 
 def config_for(parallel: ParallelConfig) -> RunConfig:
     """The demo's model, two micro-batches of two rows on each data-parallel rank."""
     config = load_recipe("demo")
-    dp = 8 // (parallel.tensor * parallel.pipeline)
+    dp = 8 // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
     train = dataclasses.replace(config.train, micro_batch_size=2, global_batch_size=4 * dp)
     return dataclasses.replace(config, parallel=parallel, train=train)
 
@@ -58,7 +62,7 @@ def main() -> None:
     rank, real = dist.get_rank(), {}
     for name, parallel in LAYOUTS.items():
         config = config_for(parallel)
-        groups = make_groups(parallel.tensor, parallel.pipeline, 120, 0)
+        groups = make_groups(parallel.tensor_parallel_size, parallel.pipeline_parallel_size, 120, 0)
         real[name] = count_step(config, device, groups, rank_batch(config, groups.dp.size()))
         parallel_state.destroy_model_parallel()
     dist.barrier()

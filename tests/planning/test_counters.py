@@ -54,9 +54,13 @@ def committed() -> Counts:
 @pytest.mark.timeout(420)
 def test_a_step_costs_what_was_committed(committed: Counts) -> None:
     done = subprocess.run(
-        [sys.executable, str(HERE / "counters_worker.py")], env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True, text=True, timeout=400, check=False,
-    )  # fmt: skip
+        [sys.executable, str(HERE / "counters_worker.py")],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=400,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     found: Counts = json.loads(done.stdout.splitlines()[-1])
     assert len(found["counts"]) == 4
@@ -65,8 +69,9 @@ def test_a_step_costs_what_was_committed(committed: Counts) -> None:
         assert sum(counts["bytes communicated"].values()) > 10**6
     problems = changes(committed, found)
     assert not problems, (
-        "a training step costs something else than before (docs/contributing.md, Counters):\n" + "\n".join(problems)
-    )  # fmt: skip
+        "a training step costs something else than before (docs/contributing.md, Counters):\n"
+        + "\n".join(problems)
+    )
 
 
 def test_what_recompute_and_splitting_cost(committed: Counts) -> None:
@@ -74,9 +79,12 @@ def test_what_recompute_and_splitting_cost(committed: Counts) -> None:
     plain, again, first, last = (
         committed["counts"][place]
         for place in (
-            "dp 2; rank 0", "dp 2, recompute; rank 0", "tp 2, pp 2, dp 2; rank 0", "tp 2, pp 2, dp 2; rank 4"
+            "dp 2; rank 0",
+            "dp 2, recompute; rank 0",
+            "tp 2, pp 2, dp 2; rank 0",
+            "tp 2, pp 2, dp 2; rank 4",
         )
-    )  # fmt: skip
+    )
     assert again["FLOPs"]["backward: product"] > 1.2 * plain["FLOPs"]["backward: product"]
     for name in ("first pass: product", "forward: product", "loss: product"):
         assert again["FLOPs"][name] == plain["FLOPs"][name]
@@ -103,9 +111,11 @@ def test_growth_is_named(committed: Counts) -> None:
     found["operators"][versions][place]["forward"] += sum(found["operators"][versions][place].values()) // 40
     lines = changes(committed, found)
     assert [line.removeprefix(f"{place}: ").split(":")[0] for line in lines] == [
-        "FLOPs, forward", "collectives, TENSOR_MODEL_PARALLEL_GROUP", "bytes communicated, WORLD",
+        "FLOPs, forward",
+        "collectives, TENSOR_MODEL_PARALLEL_GROUP",
+        "bytes communicated, WORLD",
         f"operators with {versions}",
-    ]  # fmt: skip
+    ]
     assert lines[2].endswith("8, committed 0")
     assert f"committed {before}" in lines[3]
     # Within the slack, or with versions that have no numbers, operators are not compared.

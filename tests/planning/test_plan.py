@@ -51,9 +51,15 @@ class TestAgainstRealRanks:
                 assert events(count["simulated"]) == events(count["real"])
                 used |= {event.op for event in events(count["real"])}
         assert used >= {
-            "send", "recv_", "broadcast_", "allreduce_", "_allgather_base_", "_reduce_scatter_base_",
-            "reduce_scatter_tensor_coalesced_", "allgather_into_tensor_coalesced_",
-        }  # fmt: skip
+            "send",
+            "recv_",
+            "broadcast_",
+            "allreduce_",
+            "_allgather_base_",
+            "_reduce_scatter_base_",
+            "reduce_scatter_tensor_coalesced_",
+            "allgather_into_tensor_coalesced_",
+        }
         first = events(seen["vision tensor"][0]["real"])
         assert len(first) > 200
         assert any(e.phase == "backward" and e.op == "reduce_scatter_tensor_coalesced_" for e in first)
@@ -106,9 +112,26 @@ class TestAgainstRealRanks:
 def test_command(tmp_path: Path) -> None:
     """A third of the paper's batch, so that two micro-batches are counted instead of six."""
     out = tmp_path / "plan"
-    command = [sys.executable, "tools/plan.py", "--recipe", "paper-l14", "--gpus", "512", "--gpu", "h100", "--search",
-               "none", "--global-batch-size", "4096", "--price-per-gpu-hour", "2", "--mtbf-hours", "15",
-               "--out", str(out)]  # fmt: skip
+    command = [
+        sys.executable,
+        "tools/plan.py",
+        "--recipe",
+        "paper-l14",
+        "--gpus",
+        "512",
+        "--gpu",
+        "h100",
+        "--search",
+        "none",
+        "--global-batch-size",
+        "4096",
+        "--price-per-gpu-hour",
+        "2",
+        "--mtbf-hours",
+        "15",
+        "--out",
+        str(out),
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=560, check=False)
     assert done.returncode == 0, done.stderr
     plan = json.loads(out.with_suffix(".json").read_text())

@@ -46,12 +46,37 @@ class Job:
     def __init__(self, slurm: Cluster, folder: Path, name: str, **environment: str) -> None:
         self.slurm, self.out, self.log = slurm, folder / name, folder / f"{name}.log"
         self.number = slurm.submit(
-            *SMALL, f"--output={self.log}", "examples/slurm/8-nodes.sbatch",
-            "--recipe", "demo", "--data", str(folder / "pairs"), "--tokenizer", str(folder), "--out", str(self.out),
-            "--steps", str(STEPS), "--micro-batch-size", "2", "--global-batch-size", "8", "--checkpoint-every",
-            str(EVERY), "--log-every", "10", "--timeout", "60", "--set", *MODEL, *DROPPING,
-            cwd=ROOT, OMP_NUM_THREADS="1", LCL_PYTHON=sys.executable, **environment,
-        )  # fmt: skip
+            *SMALL,
+            f"--output={self.log}",
+            "examples/slurm/8-nodes.sbatch",
+            "--recipe",
+            "demo",
+            "--data",
+            str(folder / "pairs"),
+            "--tokenizer",
+            str(folder),
+            "--out",
+            str(self.out),
+            "--steps",
+            str(STEPS),
+            "--micro-batch-size",
+            "2",
+            "--global-batch-size",
+            "8",
+            "--checkpoint-every",
+            str(EVERY),
+            "--log-every",
+            "10",
+            "--timeout",
+            "60",
+            "--set",
+            *MODEL,
+            *DROPPING,
+            cwd=ROOT,
+            OMP_NUM_THREADS="1",
+            LCL_PYTHON=sys.executable,
+            **environment,
+        )
 
     def steps(self) -> int:
         metrics = self.out / "metrics.jsonl"
@@ -99,11 +124,17 @@ class Campaign:
             time.sleep(0.1)
         first = job.resumes()[-1]
         job.wait(lambda: job.steps() > reached, f"step {reached + 1} after {what}")
-        self.events.append({
-            "event": what, "steps_before": before, "steps_when_ended": reached, "resumed_at_step": first,
-            "steps_redone": max(0, reached - first), "restarts_by_slurm": int(self.slurm.job(job.number)["Restarts"]),
-            "seconds_to_pass_again": round(time.monotonic() - started, 1),
-        })  # fmt: skip
+        self.events.append(
+            {
+                "event": what,
+                "steps_before": before,
+                "steps_when_ended": reached,
+                "resumed_at_step": first,
+                "steps_redone": max(0, reached - first),
+                "restarts_by_slurm": int(self.slurm.job(job.number)["Restarts"]),
+                "seconds_to_pass_again": round(time.monotonic() - started, 1),
+            }
+        )
         print(json.dumps(self.events[-1]), flush=True)
 
     def run(self) -> None:
@@ -213,12 +244,19 @@ def main() -> int:
         ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
     )
     report = {
-        "command": "make slurm-test", "commit": commit.stdout.strip(), "date": time.strftime("%Y-%m-%d"),
-        "hardware": f"{platform.machine()}, two SLURM nodes on one machine without a GPU", "slurm": version,
-        "steps": STEPS, "checkpoint_every": EVERY, "grace_seconds": GRACE_SECONDS,
-        "seconds": round(time.monotonic() - started), "events": campaign.events, "checks": campaign.checks,
+        "command": "make slurm-test",
+        "commit": commit.stdout.strip(),
+        "date": time.strftime("%Y-%m-%d"),
+        "hardware": f"{platform.machine()}, two SLURM nodes on one machine without a GPU",
+        "slurm": version,
+        "steps": STEPS,
+        "checkpoint_every": EVERY,
+        "grace_seconds": GRACE_SECONDS,
+        "seconds": round(time.monotonic() - started),
+        "events": campaign.events,
+        "checks": campaign.checks,
         "passed": all(campaign.checks.values()),
-    }  # fmt: skip
+    }
     args.report.parent.mkdir(parents=True, exist_ok=True)
     args.report.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(f"{'passed' if report['passed'] else 'FAILED'}: {args.report}")

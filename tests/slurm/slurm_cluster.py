@@ -24,9 +24,15 @@ from pathlib import Path
 from typing import Any
 
 PACKAGES = (
-    "slurmctld", "slurmd", "slurm-client", "slurm-wlm-basic-plugins", "munge", "libmunge2", "libhwloc15",
+    "slurmctld",
+    "slurmd",
+    "slurm-client",
+    "slurm-wlm-basic-plugins",
+    "munge",
+    "libmunge2",
+    "libhwloc15",
     "liblua5.1-0",
-)  # fmt: skip
+)
 NODES = ("n1", "n2")
 GRACE_SECONDS = 60
 """What a pre-empted job gets between the request to stop and the end."""
@@ -139,10 +145,15 @@ class Cluster:
         key.write_bytes(secrets.token_bytes(128))
         key.chmod(0o400)
         self._daemon(
-            sbin / "munged", "--foreground", "--force", f"--socket={folder}/munge.socket", f"--key-file={key}",
-            f"--pid-file={folder}/munged.pid", f"--log-file={folder}/munged.log",
+            sbin / "munged",
+            "--foreground",
+            "--force",
+            f"--socket={folder}/munge.socket",
+            f"--key-file={key}",
+            f"--pid-file={folder}/munged.pid",
+            f"--log-file={folder}/munged.log",
             f"--seed-file={folder}/munged.seed",
-        )  # fmt: skip
+        )
         self.wait_for(lambda: (folder / "munge.socket").exists(), "munged's socket", 20)
         host = socket.gethostname()
         nodes = [
@@ -150,9 +161,17 @@ class Cluster:
             f"RealMemory=1000 State=UNKNOWN"
             for name in NODES
         ]
-        (folder / "slurm.conf").write_text(CONFIGURATION.format(
-            host=host, controller_port=free_port(), folder=folder, user=getpass.getuser(), plugins=self.plugins,
-            nodes="\n".join(nodes), grace=GRACE_SECONDS))  # fmt: skip
+        (folder / "slurm.conf").write_text(
+            CONFIGURATION.format(
+                host=host,
+                controller_port=free_port(),
+                folder=folder,
+                user=getpass.getuser(),
+                plugins=self.plugins,
+                nodes="\n".join(nodes),
+                grace=GRACE_SECONDS,
+            )
+        )
         self._daemon(sbin / "slurmctld-wlm", "-D", "-i")
         for name in NODES:
             (folder / f"spool-{name}").mkdir()
@@ -161,9 +180,15 @@ class Cluster:
 
     def _daemon(self, *command: str | Path) -> None:
         log = open(self.folder / f"{Path(command[0]).name}-{len(self.daemons)}.out", "wb")  # noqa: SIM115
-        self.daemons.append(subprocess.Popen(
-            [str(word) for word in command], env=self.environment, stdout=log, stderr=subprocess.STDOUT,
-            start_new_session=True))  # fmt: skip
+        self.daemons.append(
+            subprocess.Popen(
+                [str(word) for word in command],
+                env=self.environment,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        )
         log.close()
 
     def stop(self) -> None:
@@ -192,9 +217,14 @@ class Cluster:
     def call(self, *command: str | Path, check: bool = True, cwd: Path | None = None, **extra: str) -> str:
         """Run one of SLURM's commands; its standard output."""
         done = subprocess.run(
-            [str(word) for word in command], env=self.environment | extra, capture_output=True, text=True,
-            timeout=120, check=False, cwd=cwd,
-        )  # fmt: skip
+            [str(word) for word in command],
+            env=self.environment | extra,
+            capture_output=True,
+            text=True,
+            timeout=120,
+            check=False,
+            cwd=cwd,
+        )
         if check and done.returncode:
             raise RuntimeError(
                 f"{' '.join(map(str, command))}: {done.returncode}\n{done.stdout}\n{done.stderr}"

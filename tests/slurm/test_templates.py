@@ -64,10 +64,14 @@ def test_container_recipe_pins_and_takes_nothing_from_impostors() -> None:
     assert "NOT BUILT" in text
     code = "\n".join(line for line in text.splitlines() if not line.startswith("#"))
     for pin in (
-        r"torch==\d", r"transformer-engine\[core_cu13,pytorch\]==\d", r"flash-attn==\d",
-        r"nvidia-dali-cuda130==\d", r"APEX=[0-9a-f]{40}\b", r"apex @ git\+https://github\.com/NVIDIA/apex@\$\{APEX\}",
+        r"torch==\d",
+        r"transformer-engine\[core_cu13,pytorch\]==\d",
+        r"flash-attn==\d",
+        r"nvidia-dali-cuda130==\d",
+        r"APEX=[0-9a-f]{40}\b",
+        r"apex @ git\+https://github\.com/NVIDIA/apex@\$\{APEX\}",
         r"megatron-core==\d",
-    ):  # fmt: skip
+    ):
         assert re.search(pin, code), pin
     assert not re.search(r"install[^\n]*\s(apex|nvidia-dali)(==|\s|$)", code)
 
@@ -136,17 +140,24 @@ def attempt(tmp_path: Path) -> Callable[..., tuple[int, bool, str, list[str]]]:
         if killed:
             (tmp_path / "run" / "logs").mkdir(parents=True)
             (tmp_path / "run" / "logs" / "77-killed").touch()
-        variables = {
-            k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "LCL_", "NCCL_"))
-        } | {
-            "PATH": f"{tmp_path}:{os.environ['PATH']}", "CASE": str(tmp_path), "SLURM_SUBMIT_DIR": str(ROOT),
-            "SLURM_JOB_ID": "77", "SLURM_JOB_NODELIST": "n[1-2]", "SLURM_JOB_NUM_NODES": "2",
-            "SLURM_CPUS_PER_TASK": "12", "SLURM_GPUS_ON_NODE": "8",
-        }  # fmt: skip
+        variables = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "LCL_", "NCCL_"))} | {
+            "PATH": f"{tmp_path}:{os.environ['PATH']}",
+            "CASE": str(tmp_path),
+            "SLURM_SUBMIT_DIR": str(ROOT),
+            "SLURM_JOB_ID": "77",
+            "SLURM_JOB_NODELIST": "n[1-2]",
+            "SLURM_JOB_NUM_NODES": "2",
+            "SLURM_CPUS_PER_TASK": "12",
+            "SLURM_GPUS_ON_NODE": "8",
+        }
         done = subprocess.run(
             [SLURM / "train.sh", *(flags or ("--recipe", "demo", "--out", str(tmp_path / "run")))],
-            env=variables | environment, capture_output=True, text=True, timeout=60, check=False,
-        )  # fmt: skip
+            env=variables | environment,
+            capture_output=True,
+            text=True,
+            timeout=60,
+            check=False,
+        )
         steps = (tmp_path / "steps").read_text().splitlines() if (tmp_path / "steps").exists() else []
         return done.returncode, (tmp_path / "requeued").exists(), done.stdout + done.stderr, steps
 
@@ -189,7 +200,12 @@ def test_a_container_sees_the_repository_and_the_run(attempt: Callable, tmp_path
         ({"TRAIN_CODE": "1", "earlier": "00000100"}, 1, False, "without a new checkpoint"),
         ({"earlier": "00000008", "NEW_STEP": "00000009"}, None, True, "failed with 0"),  # octal-looking
         ({"STOPPED": "1", "JOB_STATE": "CANCELLED"}, 0, False, "SLURM ended the job (CANCELLED)"),
-        ({"STOPPED": "1", "SLURM_RESTART_COUNT": "3", "LCL_MAX_REQUEUES": "3"}, 1, False, "already queued again 3"),
+        (
+            {"STOPPED": "1", "SLURM_RESTART_COUNT": "3", "LCL_MAX_REQUEUES": "3"},
+            1,
+            False,
+            "already queued again 3",
+        ),
         ({"PREFLIGHT_CODE": "1"}, 1, False, "preflight: exit code 1"),
         # srun stops the other nodes when one has failed: that is no request.
         ({"STOPPED": "1", "PREFLIGHT_CODE": "1"}, 1, False, "failed with 1 without a new checkpoint"),
@@ -198,7 +214,7 @@ def test_a_container_sees_the_repository_and_the_run(attempt: Callable, tmp_path
         ({"STOPPED": "1", "TRAIN_CODE": "137"}, None, True, "killed from outside (code 137)"),
         ({"TRAIN_CODE": "137", "killed": "yes"}, 137, False, "failed with 137 without a new checkpoint"),
     ],
-)  # fmt: skip
+)
 def test_when_a_job_is_queued_again(
     attempt: Callable, case: dict[str, str], expected: int | None, requeued: bool, word: str
 ) -> None:
@@ -220,14 +236,25 @@ def test_mistakes_are_refused_before_anything_starts(attempt: Callable, tmp_path
 
 def launch(folder: Path, python: str, *command: str) -> subprocess.Popen[bytes]:
     variables = {
-        "SLURM_NODEID": "0", "SLURM_JOB_NUM_NODES": "1", "SLURM_JOB_ID": "77", "SLURM_STEP_ID": "0",
-        "LCL_PROCS_PER_NODE": "2", "LCL_RESTARTS": "0", "LCL_ENDPOINT": "127.0.0.1:0", "LCL_LOGS": str(folder),
-        "LCL_STOPPED": str(folder / "stopped"), "LCL_SAVE_SECONDS": "60", "LCL_PYTHON": python,
-    }  # fmt: skip
+        "SLURM_NODEID": "0",
+        "SLURM_JOB_NUM_NODES": "1",
+        "SLURM_JOB_ID": "77",
+        "SLURM_STEP_ID": "0",
+        "LCL_PROCS_PER_NODE": "2",
+        "LCL_RESTARTS": "0",
+        "LCL_ENDPOINT": "127.0.0.1:0",
+        "LCL_LOGS": str(folder),
+        "LCL_STOPPED": str(folder / "stopped"),
+        "LCL_SAVE_SECONDS": "60",
+        "LCL_PYTHON": python,
+    }
     return subprocess.Popen(
-        [SLURM / "launch.sh", *command], env=os.environ | variables, start_new_session=True,
-        stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-    )  # fmt: skip
+        [SLURM / "launch.sh", *command],
+        env=os.environ | variables,
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
 
 
 def family(pid: int) -> list[int]:
@@ -277,7 +304,7 @@ def test_stop_signals_do_not_reach_helper_processes() -> None:
     """megatron's writers of checkpoints live on when SLURM signals every process of the step."""
     code = """
 import multiprocessing, os, signal, sys, time
-from lcl_mcore.training.signals import StopRequest
+from lcl_mcore.fault_tolerance.signals import StopRequest
 if __name__ == "__main__":
     stop = StopRequest()
     assert not stop

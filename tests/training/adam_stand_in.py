@@ -17,15 +17,31 @@ class TeLike(torch.optim.Optimizer):
     """Transformer Engine's; `calls` holds each step's scale and flag."""
 
     def __init__(
-        self, params: Any, lr: float = 1e-3, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8,
-        weight_decay: float = 0.0, amsgrad: bool = False, *, bias_correction: bool = True,
-        adam_w_mode: bool = True, capturable: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        params: Any,
+        lr: float = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
+        amsgrad: bool = False,
+        *,
+        bias_correction: bool = True,
+        adam_w_mode: bool = True,
+        capturable: bool = False,
+    ) -> None:
         assert capturable
         assert adam_w_mode
         assert not amsgrad
-        super().__init__(params, {"lr": torch.tensor(lr), "bias_correction": bias_correction, "betas": betas,
-                                  "eps": eps, "weight_decay": weight_decay})  # fmt: skip
+        super().__init__(
+            params,
+            {
+                "lr": torch.tensor(lr),
+                "bias_correction": bias_correction,
+                "betas": betas,
+                "eps": eps,
+                "weight_decay": weight_decay,
+            },
+        )
         self._dummy_overflow_buf = torch.tensor([0], dtype=torch.int)
         self.calls: list[tuple[float, float]] = []
 

@@ -16,7 +16,7 @@ from checkpoint_toys import in_child, restore, save
 
 def killed_upload(url: str, staging: Path, step: int, request: int) -> str:
     """Die before the given request of a save's upload."""
-    from lcl_mcore.training.checkpoint_store import RemoteStore
+    from lcl_mcore.checkpoint.store import RemoteStore
 
     original, seen = RemoteStore._retried, [0]
 

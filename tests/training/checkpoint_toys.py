@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from lcl_mcore.training.checkpoint import Checkpointer, TrainState
-from lcl_mcore.training.checkpoint_io import _HashingFile
-from lcl_mcore.training.checkpoint_state import Shard
-from lcl_mcore.training.checkpoint_store import open_store
+from lcl_mcore.checkpoint.dcp import _HashingFile
+from lcl_mcore.checkpoint.manager import Checkpointer, TrainState
+from lcl_mcore.checkpoint.shards import Shard
+from lcl_mcore.checkpoint.store import open_store
 
 SHAPES = {"weights/a": (64, 48), "exp_avg/a": (64, 48), "weights/b": (7,), "weights/c": (2, 5, 33)}
 

@@ -35,11 +35,33 @@ def arguments(corpus: Path) -> Callable[..., list[str]]:
         settings = [word for word in more if "=" in word]
         flags = [word for word in more if "=" not in word]
         return [
-            "tools/pretrain_lcl.py", "--recipe", "demo", "--data", str(corpus / "pairs"),
-            "--tokenizer", str(corpus), "--out", str(out), "--steps", "8", "--micro-batch-size", "2",
-            "--global-batch-size", "4", "--checkpoint-every", "3", "--log-every", "1", "--timeout", "60",
-            *flags, "--set", *MODEL, *DROPPING, *settings,
-        ]  # fmt: skip
+            "tools/pretrain_lcl.py",
+            "--recipe",
+            "demo",
+            "--data",
+            str(corpus / "pairs"),
+            "--tokenizer",
+            str(corpus),
+            "--out",
+            str(out),
+            "--steps",
+            "8",
+            "--micro-batch-size",
+            "2",
+            "--global-batch-size",
+            "4",
+            "--checkpoint-every",
+            "3",
+            "--log-every",
+            "1",
+            "--timeout",
+            "60",
+            *flags,
+            "--set",
+            *MODEL,
+            *DROPPING,
+            *settings,
+        ]
 
     return make
 
@@ -62,8 +84,14 @@ def run_tool() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(*command: str, timeout: float = 120, **options: Any) -> subprocess.CompletedProcess[str]:
         return subprocess.run(
-            [sys.executable, *command], cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True, text=True, timeout=timeout, check=False, **options,
-        )  # fmt: skip
+            [sys.executable, *command],
+            cwd=ROOT,
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+            **options,
+        )
 
     return run

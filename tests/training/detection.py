@@ -4,7 +4,7 @@
     python tests/training/detection.py --kills 20 --ranks 2
 
 torchrun restarts the job in place. Times are seconds after each SIGKILL: "noticed" is the first message of a
-survivor that names the dead rank; "ready" is the new ranks' announcement (imports,
+survivor that names the dead rank; "ready" is the new ranks' startup_summary (imports,
 rendezvous, model, checkpoint verified and loaded); "training" is the end of their first step. An undisturbed run
 follows, whose losses, gradient norms and documents must be bitwise the same. Writes benchmarks/results/recovery.json;
 exit code 1 beyond 2 s to notice or 30 s to train again, if a restart lost more than what followed the newest complete
@@ -34,8 +34,8 @@ sys.path[:0] = [
     str(Path(__file__).resolve().parents[2] / name) for name in ("", "tests", "tests/training", "tests/data")
 ]
 
-from lcl_mcore.config.restart import EVENTS  # noqa: E402
-from lcl_mcore.training.checkpoint_files import complete_checkpoints, step_of  # noqa: E402
+from lcl_mcore.checkpoint.manifest import complete_checkpoints, step_of  # noqa: E402
+from lcl_mcore.fault_tolerance.restart import EVENTS  # noqa: E402
 from soak_jobs import ROOT, arguments_of, end_all, workers  # noqa: E402
 from soak_report import commit, machine, quantiles  # noqa: E402
 from tiny import make_corpus  # noqa: E402
@@ -108,12 +108,27 @@ def strike(job: subprocess.Popen[str], output: Output, draw: random.Random, run:
 
 
 def launch(ranks: int, kills: int, flags: list[str]) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks),
-               "--max-restarts", str(kills), "tools/pretrain_lcl.py", *flags]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(ranks),
+        "--max-restarts",
+        str(kills),
+        "tools/pretrain_lcl.py",
+        *flags,
+    ]
     return subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT, text=True, start_new_session=True,
-    )  # fmt: skip
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def numbers(run: Path) -> dict[int, list[Any]]:
@@ -170,13 +185,19 @@ def main() -> int:
     holds = fast and not lost and not compared["not_bitwise_equal"]
     report = {
         "command": f"python tests/training/detection.py --kills {options.kills} --ranks {options.ranks} "
-                   f"--seed {options.seed}",
-        "machine": machine(), "memory_gib": round(psutil.virtual_memory().total / 2**30), "commit": commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"), "load_before": round(load, 1),
-        "seconds_after_a_kill": summary, "kills": times, "restarts_that_lost_a_complete_checkpoint": lost,
+        f"--seed {options.seed}",
+        "machine": machine(),
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "commit": commit(),
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "load_before": round(load, 1),
+        "seconds_after_a_kill": summary,
+        "kills": times,
+        "restarts_that_lost_a_complete_checkpoint": lost,
         "beside_an_undisturbed_run": compared,
-        "bounds": {"noticed": NOTICED, "training": TRAINING}, "holds": holds,
-    }  # fmt: skip
+        "bounds": {"noticed": NOTICED, "training": TRAINING},
+        "holds": holds,
+    }
     options.report.parent.mkdir(parents=True, exist_ok=True)
     options.report.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     print(json.dumps(report, indent=1))

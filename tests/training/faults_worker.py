@@ -26,15 +26,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from lcl_mcore.checkpoint import manager as checkpoint
+from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config.cli import parse_flags, resolve
 from lcl_mcore.config.files import check_folder, write_config
-from lcl_mcore.config.restart import is_restart
 from lcl_mcore.data.loader import StepReader
-from lcl_mcore.entry import run_main
-from lcl_mcore.training import checkpoint
-from lcl_mcore.training.recovery import batch_number
-from lcl_mcore.training.trainer import Trainer
-from lcl_mcore.training.watchdog import Watchdog
+from lcl_mcore.fault_tolerance.recovery import batch_number
+from lcl_mcore.fault_tolerance.restart import is_restart
+from lcl_mcore.fault_tolerance.watchdog import Watchdog
+from lcl_mcore.trainer import Trainer
 
 
 def plan_for(path: Path, rank: int) -> list[dict[str, Any]]:
@@ -124,18 +124,18 @@ def main() -> int:
     resume = flags.resume or is_restart(flags.out)
     check_folder(flags.out, resume)
 
-    from lcl_mcore.training.launch import start_job
+    from lcl_mcore.distributed.context import start
 
-    job = start_job(config, flags.out)
-    if job.rank == 0:
+    context = start(config, flags.out)
+    if context.rank == 0:
         write_config(config, flags.out)
-    faults = plan_for(Path(plan), job.rank)
+    faults = plan_for(Path(plan), context.rank)
     strike_by_signal(faults)
     slow_reading(faults)
     kill_the_writer(faults)
-    trainer = Trainer(config, job, resume=resume)
+    trainer = Trainer(config, context, resume=resume)
     spoil(trainer, faults)
-    dist.barrier(group=job.groups.host_control)
+    dist.barrier(group=context.groups.host_control)
     return trainer.run()
 
 

@@ -15,22 +15,26 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from lcl_mcore.config.cli import parse_flags, resolve
-from lcl_mcore.parallel.groups import make_groups
-from lcl_mcore.platform.device import init_process_group, pick_device
-from lcl_mcore.training.build import Job
-from lcl_mcore.training.trainer import Trainer
+from lcl_mcore.distributed.context import Context
+from lcl_mcore.distributed.device import init_process_group, pick_device
+from lcl_mcore.distributed.groups import make_groups
+from lcl_mcore.trainer import Trainer
 
 
 def leave_parameters(trainer: Trainer, path: Path) -> None:
     """Full name -> [values, axis along which tensor-parallel ranks share them, or -1]."""
     if trainer.ddp.ddp_config.overlap_param_gather:
         trainer.ddp.start_param_sync(force_sync=True)
-    torch.save({
-        trainer.model.canonical_name(name): [
-            p.detach().clone(), p.partition_dim if getattr(p, "tensor_model_parallel", False) else -1,
-        ]
-        for name, p in trainer.model.named_parameters()
-    }, path)  # fmt: skip
+    torch.save(
+        {
+            trainer.model.canonical_name(name): [
+                p.detach().clone(),
+                p.partition_dim if getattr(p, "tensor_model_parallel", False) else -1,
+            ]
+            for name, p in trainer.model.named_parameters()
+        },
+        path,
+    )
 
 
 def main() -> None:
@@ -41,14 +45,19 @@ def main() -> None:
         flags = parse_flags(words)
         config = resolve(flags)
         config.check_processes(world)
-        groups = make_groups(config.parallel.tensor, config.parallel.pipeline, 60, config.train.seed)
+        groups = make_groups(
+            config.parallel.tensor_parallel_size,
+            config.parallel.pipeline_parallel_size,
+            60,
+            config.train.seed,
+        )
         out = Path(folder)
         if rank == 0:
             out.mkdir(parents=True, exist_ok=True)
         dist.barrier(group=groups.host_control)
         note = print if rank == 0 else lambda text: None
-        job = Job(device, groups, rank, world, out, note, dist.PrefixStore(out.name, store))
-        trainer = Trainer(config, job, resume=flags.init_from is None, init_from=flags.init_from)
+        context = Context(device, groups, rank, world, out, note, dist.PrefixStore(out.name, store))
+        trainer = Trainer(config, context, resume=flags.init_from is None, init_from=flags.init_from)
         assert trainer.run() == 0
         leave_parameters(trainer, out / f"rank{rank}.pt")
         parallel_state.destroy_model_parallel()

@@ -19,15 +19,15 @@ import torch.distributed as dist
 
 from adam_stand_in import ApexLike
 from faults_worker import spoil
+from lcl_mcore import optimizer
+from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config.cli import parse_flags, resolve
 from lcl_mcore.config.faults import FaultConfig
-from lcl_mcore.entry import run_main
 from lcl_mcore.errors import NonFiniteError
-from lcl_mcore.training import optimizer
-from lcl_mcore.training.adam import FusedAdam, build_adam
-from lcl_mcore.training.progress import StepFaultError
-from lcl_mcore.training.trainer import Trainer
-from lcl_mcore.training.uptime import read_events
+from lcl_mcore.fault_tolerance.goodput import read_events
+from lcl_mcore.fused_adam import FusedAdam, build_adam
+from lcl_mcore.progress import StepFaultError
+from lcl_mcore.trainer import Trainer
 
 QUICK = {"spike_warmup": 3, "spike_steps": 2, "spike_margin": 2, "spike_deviations": 4.0}
 NAN = [{"kind": "nan", "rank": 1, "batch": batch} for batch in (4, 9)]
@@ -88,9 +88,9 @@ def main() -> int:
     folder, *arguments = sys.argv[1:]
     base = resolve(parse_flags(arguments))
 
-    from lcl_mcore.training.launch import start_job
+    from lcl_mcore.distributed.context import start
 
-    job = start_job(base, Path(folder))
+    context = start(base, Path(folder))
     report: dict[str, Any] = {}
     for name, (settings, faults) in RUNS.items():
         if name == "never_there":  # the undisturbed twin of the run with the spike
@@ -98,12 +98,12 @@ def main() -> int:
             settings = {**settings, "skip_batches": gone}
         notes: list[str] = []
         config = dataclasses.replace(base, faults=FaultConfig(**settings))
-        own = dataclasses.replace(job, folder=Path(folder) / name, note=notes.append)
+        own = dataclasses.replace(context, folder=Path(folder) / name, note=notes.append)
         own.folder.mkdir(parents=True, exist_ok=True)
         optimizer.build_adam = partial(FusedAdam, ApexLike) if name == "fused" else build_adam
         trainer = Trainer(config, own, resume=False)
         trainer.log.note = notes.append  # type: ignore[method-assign]
-        spoil(trainer, [f for f in faults if f.get("rank", job.rank) == job.rank])
+        spoil(trainer, [f for f in faults if f.get("rank", context.rank) == context.rank])
         unchanged: list[bool] = []
         before = watch_bad_steps(trainer, unchanged)
         try:
@@ -113,10 +113,10 @@ def main() -> int:
             if name == "stop":  # nothing recovers: compared where the run ended
                 unchanged.append(same(before, tensors(trainer)))
         flags = torch.tensor([len(unchanged), sum(unchanged)])
-        everyone = [torch.zeros_like(flags) for _ in range(job.world)]
-        dist.all_gather(everyone, flags, group=job.groups.host_control)
+        everyone = [torch.zeros_like(flags) for _ in range(context.world_size)]
+        dist.all_gather(everyone, flags, group=context.groups.host_control)
         report[name] = {"notes": notes, "unchanged": [item.tolist() for item in everyone]}
-    if job.rank == 0:
+    if context.rank == 0:
         print(json.dumps(report), flush=True)
     return 0
 

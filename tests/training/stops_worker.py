@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import Any
 
 from faults_worker import slow_reading, strike_by_signal
+from lcl_mcore import trainer as loop
+from lcl_mcore.checkpoint.manager import Checkpointer, Outcome, TrainState
+from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config.cli import parse_flags, resolve
-from lcl_mcore.entry import run_main
+from lcl_mcore.distributed.groups import gather_bytes
 from lcl_mcore.evaluation.periodic import periodic_evaluation
-from lcl_mcore.parallel.groups import gather_bytes
-from lcl_mcore.training import trainer as loop
-from lcl_mcore.training.checkpoint import Checkpointer, Outcome, TrainState
-from lcl_mcore.training.signals import StopRequest
-from lcl_mcore.training.trainer import Trainer
+from lcl_mcore.fault_tolerance.signals import StopRequest
+from lcl_mcore.trainer import Trainer
 
 
 def full_disk(faults: list[dict[str, Any]]) -> None:
@@ -47,13 +47,15 @@ def main() -> int:
     config = resolve(flags)
     assert flags.out is not None
 
-    from lcl_mcore.training.launch import start_job
+    from lcl_mcore.distributed.context import start
 
-    job = start_job(config, flags.out)
+    context = start(config, flags.out)
     flags.out.mkdir(parents=True, exist_ok=True)
     stop = StopRequest()  # one for the process: an earlier run's would take the next one's signals
     loop.StopRequest = lambda: stop  # type: ignore[assignment, misc]
-    plan = [[f for f in faults if f["rank"] == job.rank] for faults in json.loads(Path(rounds).read_text())]
+    plan = [
+        [f for f in faults if f["rank"] == context.rank] for faults in json.loads(Path(rounds).read_text())
+    ]
     everything = [fault for faults in plan for fault in faults]
     strike_by_signal(everything)
     slow_reading(everything)
@@ -61,7 +63,7 @@ def main() -> int:
     report = []
     for number in range(len(plan)):
         stop.received = None
-        trainer = Trainer(config, job, resume=number > 0, evaluation=periodic_evaluation(config, job))
+        trainer = Trainer(config, context, resume=number > 0, evaluation=periodic_evaluation(config, context))
         notes: list[str] = []
         outcomes: list[tuple[int, str]] = []
         settle = trainer._settle
@@ -76,9 +78,9 @@ def main() -> int:
         trainer._settle = settled  # type: ignore[method-assign]
         trainer.log.note = notes.append  # type: ignore[method-assign]
         assert trainer.run() == 0
-        answers = gather_bytes(json.dumps(outcomes).encode(), job.groups.host_control)
+        answers = gather_bytes(json.dumps(outcomes).encode(), context.groups.host_control)
         report.append({"notes": notes, "saves": [json.loads(answer) for answer in answers]})
-    if job.rank == 0:
+    if context.rank == 0:
         print(json.dumps(report), flush=True)
     return 0
 

@@ -8,18 +8,18 @@ import pytest
 import torch
 
 from adam_stand_in import ApexLike, TeLike
+from lcl_mcore import fused_adam as adam
+from lcl_mcore import optional_packages as probe
 from lcl_mcore.config.run import OptimConfig, RunConfig
 from lcl_mcore.errors import ConfigError
+from lcl_mcore.fused_adam import Adam, FusedAdam, TorchAdam, choose_adam
 from lcl_mcore.models.backends import choose_gradient_fusion
 from lcl_mcore.models.transformer_config import (
     Layout,
     language_transformer_config,
     vision_transformer_config,
 )
-from lcl_mcore.platform import probe
-from lcl_mcore.platform.probe import Probe
-from lcl_mcore.training import adam
-from lcl_mcore.training.adam import Adam, FusedAdam, TorchAdam, choose_adam
+from lcl_mcore.optional_packages import Probe
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 OPTIM = OptimConfig(lr=3e-2, weight_decay=0.2)
@@ -107,7 +107,7 @@ def test_choice_of_the_optimizer(
         assert on_cpu.backend == "torch AdamW"
         assert ("te: works on CUDA only" in on_cpu.reason) == (te and requested == "auto")
     if not te:
-        with pytest.raises(ConfigError, match=r"optim.backend = te: is not there"):
+        with pytest.raises(ConfigError, match=r"optim.optimizer_backend = te: is not there"):
             choose_adam("te", CUDA)
 
 

@@ -28,10 +28,10 @@ def test_configuration_mistakes_say_value_rule_and_remedy() -> None:
         ("--recipe", "demoo"): ("demoo", "no recipe has this name", "Did you mean demo?"),
         ("--recipe", "paper-b16", "--tp", "5"): (
             "heads = 12",
-            "parallel.tensor = 5",
+            "parallel.tensor_parallel_size = 5",
             "Use --tp from [1, 2, 3, 4, 6, 12]",
         ),
-        ("--recipe", "demo", "--pp", "9"): ("parallel.pipeline = 9", "--pp"),
+        ("--recipe", "demo", "--pp", "9"): ("parallel.pipeline_parallel_size = 9", "--pp"),
         ("--recipe", "demo", "--pp", "2", "--negatives", "micro_batch"): (
             "micro_batch",
             "--negatives global_batch",
@@ -39,15 +39,15 @@ def test_configuration_mistakes_say_value_rule_and_remedy() -> None:
         ("--recipe", "demo", "--pp", "2", "--set", "parallel.stage_layers=[4]"): ("stage_layers", "balanced"),
         ("--recipe", "demo", "--recompute-vision", "half"): ("recompute_vision = 'half'", "block:4"),
         ("--recipe", "demo", "--cp", "2"): ("parallel.context = 2", "not supported"),
-        ("--recipe", "demo", "--sequence-parallel"): ("parallel.sequence", "--tp to 2 or more"),
+        ("--recipe", "demo", "--sequence-parallel"): ("parallel.sequence_parallel", "--tp to 2 or more"),
         ("--recipe", "demo", "--set", "parallel.overlap_tensor=true"): (
             "overlap_tensor = True",
             "Leave it out",
         ),
-        ("--recipe", "demo", "--device", "cpu", "--set", "optim.backend=apex"): (
-            "optim.backend = apex",
+        ("--recipe", "demo", "--device", "cpu", "--set", "optim.optimizer_backend=apex"): (
+            "optim.optimizer_backend = apex",
             "CUDA only",
-            "optim.backend=auto",
+            "optim.optimizer_backend=auto",
         ),
         ("--recipe", "demo", "--micro-batch-size", "3"): ("micro_batch_size = 3", "multiple of 3"),
         ("--recipe", "demo", "--precision", "fp8", "--device", "cpu"): ("fp8", "GPU", "--precision fp32"),
@@ -93,12 +93,16 @@ def test_a_run_folder_is_not_overwritten(tmp_path: Path, run_tool: Tool, argumen
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_missing_and_damaged_data(tmp_path: Path, corpus: Path, run_tool: Tool, arguments: Arguments) -> None:
-    """Missing data set, missing shard, cut shard, undecodable picture: named, no traceback, nothing written."""
+    """Missing data set, missing shard, cut shard, undecodable image: named, no traceback, nothing written."""
     first = sorted((corpus / "pairs").glob("*.tar"))[0]
     content = first.read_bytes()
     damaged = {"gone": None, "cut": content[:2000], "spoiled": content.replace(b"JFIF", b"HTML")}
-    expected = {"nowhere": (str(tmp_path / "nowhere"),), "gone": (f"{first.name}: is missing",),
-                "cut": (first.name,), "spoiled": ("doc-0000", "picture in a row that cannot be used")}  # fmt: skip
+    expected = {
+        "nowhere": (str(tmp_path / "nowhere"),),
+        "gone": (f"{first.name}: is missing",),
+        "cut": (first.name,),
+        "spoiled": ("doc-0000", "image in a row that cannot be used"),
+    }
     cases = []
     for name in expected:
         folder = tmp_path / name

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from launch import torchrun
-from lcl_mcore.training.checkpoint import complete_checkpoints, verify
-from lcl_mcore.training.checkpoint_files import MANIFEST, manifest_bytes, parse_manifest
-from lcl_mcore.training.safe_load import METADATA
+from lcl_mcore.checkpoint.manager import complete_checkpoints, verify
+from lcl_mcore.checkpoint.manifest import MANIFEST, manifest_bytes, parse_manifest
+from lcl_mcore.checkpoint.safe_load import METADATA
 from runs import assert_same_run, records
 
 pytestmark = pytest.mark.slow

@@ -14,13 +14,13 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
+from lcl_mcore.checkpoint.manager import Outcome
+from lcl_mcore.checkpoint.manifest import manifest_bytes, outdated, parse_manifest, step_of
+from lcl_mcore.checkpoint.policy import SAVE_REQUEST, SavePolicy
+from lcl_mcore.checkpoint.safe_load import METADATA, SafeReader
+from lcl_mcore.checkpoint.shards import Shard, Snapshot, boxes
 from lcl_mcore.config.run import CheckpointConfig
 from lcl_mcore.errors import CheckpointError
-from lcl_mcore.training.checkpoint import Outcome
-from lcl_mcore.training.checkpoint_files import manifest_bytes, outdated, parse_manifest, step_of
-from lcl_mcore.training.checkpoint_policy import SAVE_REQUEST, SavePolicy
-from lcl_mcore.training.checkpoint_state import Shard, Snapshot, boxes
-from lcl_mcore.training.safe_load import METADATA, SafeReader
 
 
 def test_boxes_are_the_range_in_order_and_few() -> None:

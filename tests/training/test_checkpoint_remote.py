@@ -13,8 +13,8 @@ from typing import Any
 
 import pytest
 
-from lcl_mcore.training.checkpoint_files import verify
-from lcl_mcore.training.checkpoint_tool import list_checkpoints
+from lcl_mcore.checkpoint.consolidate import list_checkpoints
+from lcl_mcore.checkpoint.manifest import verify
 
 pytestmark = pytest.mark.slow
 
@@ -29,9 +29,12 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
     for name, value in (
-        ("AWS_ACCESS_KEY_ID", "a"), ("AWS_SECRET_ACCESS_KEY", "b"), ("AWS_DEFAULT_REGION", "us-east-1"),
-        ("AWS_ENDPOINT_URL", url), ("FSSPEC_S3_ENDPOINT_URL", url),
-    ):  # fmt: skip
+        ("AWS_ACCESS_KEY_ID", "a"),
+        ("AWS_SECRET_ACCESS_KEY", "b"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+        ("AWS_ENDPOINT_URL", url),
+        ("FSSPEC_S3_ENDPOINT_URL", url),
+    ):
         monkeypatch.setenv(name, value)
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

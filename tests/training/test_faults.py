@@ -18,8 +18,8 @@ from typing import Any
 import pytest
 
 from launch import torchrun
-from lcl_mcore.training.checkpoint import complete_checkpoints, read_state
-from lcl_mcore.training.uptime import read_events
+from lcl_mcore.checkpoint.manager import complete_checkpoints, read_state
+from lcl_mcore.fault_tolerance.goodput import read_events
 from runs import ROOT, assert_same_run, records
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -40,12 +40,27 @@ def launch(
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / "plan.json"
     path.write_text(json.dumps(plan))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count),
-               *elastic, WORKER, str(path), *arguments[1:]]  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc-per-node",
+        str(count),
+        *elastic,
+        WORKER,
+        str(path),
+        *arguments[1:],
+    ]
     return subprocess.run(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, capture_output=True, text=True,
-        timeout=timeout, check=False,
-    )  # fmt: skip
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )
 
 
 def random_kills(seed: int, count: int, steps: int, ranks: int) -> list[dict[str, Any]]:
@@ -53,10 +68,17 @@ def random_kills(seed: int, count: int, steps: int, ranks: int) -> list[dict[str
     draw = random.Random(seed)
     struck = sorted(draw.sample(range(2, steps), count))
     return [
-        {"kind": "signal", "signal": "SIGKILL", "attempt": attempt, "step": step, "rank": draw.randrange(ranks),
-         "phase": draw.choice(("data", "step", "step")), "delay": draw.choice((0.0, 0.01, 0.05, 0.3))}
+        {
+            "kind": "signal",
+            "signal": "SIGKILL",
+            "attempt": attempt,
+            "step": step,
+            "rank": draw.randrange(ranks),
+            "phase": draw.choice(("data", "step", "step")),
+            "delay": draw.choice((0.0, 0.01, 0.05, 0.3)),
+        }
         for attempt, step in enumerate(struck)
-    ]  # fmt: skip
+    ]
 
 
 @pytest.mark.timeout(600)
@@ -96,8 +118,12 @@ def test_stop_signals_in_every_phase(
     And in the first round one rank of two cannot write its part of a checkpoint: no rank takes it for complete.
     """
     out, plan = tmp_path / "run", tmp_path / "rounds.json"
-    struck = (("SIGTERM", "data", 8, 1), ("SIGUSR2", "save", 12, 0), ("SIGTERM", "evaluate", 15, 1),
-              ("SIGTERM", "step", 18, 1))  # fmt: skip
+    struck = (
+        ("SIGTERM", "data", 8, 1),
+        ("SIGUSR2", "save", 12, 0),
+        ("SIGTERM", "evaluate", 15, 1),
+        ("SIGTERM", "step", 18, 1),
+    )
     rounds: list[list[dict[str, Any]]] = [
         [{"kind": "signal", "signal": name, "rank": rank, "step": step, "phase": phase, "delay": 0.05}]
         for name, phase, step, rank in struck
@@ -108,8 +134,15 @@ def test_stop_signals_in_every_phase(
         {"kind": "disk", "rank": 1, "step": 6},
     ]
     plan.write_text(json.dumps(rounds))
-    flags = arguments(out, "--steps", STEPS, "checkpoint.keep=99", "evaluation.every=5", "evaluation.limit=60",
-                      f"evaluation.data={corpus / 'pairs'}")  # fmt: skip
+    flags = arguments(
+        out,
+        "--steps",
+        STEPS,
+        "checkpoint.keep=99",
+        "evaluation.every=5",
+        "evaluation.limit=60",
+        f"evaluation.data={corpus / 'pairs'}",
+    )
     done = torchrun(2, "tests/training/stops_worker.py", str(plan), *flags[1:], timeout=380)
     report = json.loads(done.stdout.strip().splitlines()[-1])
     left, right = records(undisturbed), records(out)
@@ -153,8 +186,11 @@ def test_a_straggler_and_then_a_hang(arguments: Arguments, tmp_path: Path) -> No
     assert named[0]["kind"] == "own"
     assert named[0]["seconds"] >= 0.2
     assert "straggler  rank 1 works 0." in done.stdout
-    hung = re.findall(r"error: (?:rank 0: )?rank 1 \(.*?\) is stopped by a signal; last seen in step \d+, phase "
-                      r"(?:step|data).*?\(collective: .*? in group .*?\)", done.stderr)  # fmt: skip
+    hung = re.findall(
+        r"error: (?:rank 0: )?rank 1 \(.*?\) is stopped by a signal; last seen in step \d+, phase "
+        r"(?:step|data).*?\(collective: .*? in group .*?\)",
+        done.stderr,
+    )
     assert len(hung) >= 1, done.stderr[-4000:]
     struck = re.search(r"STRIKE ([\d.]+) ", done.stdout)
     assert struck is not None
@@ -180,12 +216,38 @@ def test_a_node_that_does_not_come_back(arguments: Arguments, undisturbed: Path,
     logs = [open(tmp_path / f"node{node}.log", "w") for node in (0, 1)]  # noqa: SIM115
     nodes = []
     for node in (0, 1):
-        command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "1:2", "--nproc-per-node", "1",
-                   "--max-restarts", "3", "--rdzv-backend", "c10d", "--rdzv-id", "lost-node", "--rdzv-endpoint",
-                   f"127.0.0.1:{port}", "--rdzv-conf", f"is_host={int(node == 0)},last_call_timeout=4,"
-                   "keep_alive_interval=1,keep_alive_max_attempt=3", WORKER, str(plan), *flags[1:]]  # fmt: skip
-        nodes.append(subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"},
-                                      stdout=logs[node], stderr=subprocess.STDOUT, start_new_session=True))  # fmt: skip
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            "--nnodes",
+            "1:2",
+            "--nproc-per-node",
+            "1",
+            "--max-restarts",
+            "3",
+            "--rdzv-backend",
+            "c10d",
+            "--rdzv-id",
+            "lost-node",
+            "--rdzv-endpoint",
+            f"127.0.0.1:{port}",
+            "--rdzv-conf",
+            f"is_host={int(node == 0)},last_call_timeout=4,keep_alive_interval=1,keep_alive_max_attempt=3",
+            WORKER,
+            str(plan),
+            *flags[1:],
+        ]
+        nodes.append(
+            subprocess.Popen(
+                command,
+                cwd=ROOT,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                stdout=logs[node],
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        )
         time.sleep(1.0 if node == 0 else 0)  # the first one hosts the rendezvous
     try:
         end = time.monotonic() + 240

@@ -11,8 +11,8 @@ import pytest
 
 from launch import torchrun
 from lcl_mcore.config.faults import FaultConfig
-from lcl_mcore.training.recovery import Recovery, SpikeDetector
-from lcl_mcore.training.uptime import read_events
+from lcl_mcore.fault_tolerance.goodput import read_events
+from lcl_mcore.fault_tolerance.recovery import Recovery, SpikeDetector
 from runs import assert_same_run, records
 
 

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from launch import torchrun
-from lcl_mcore.training.checkpoint_tool import consolidate
+from lcl_mcore.checkpoint.consolidate import consolidate
 from runs import records
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -34,14 +34,22 @@ LAYOUTS: dict[int, dict[str, tuple[str, ...]]] = {
         "pp2-micro4": ("--pp", "2", "--micro-batch-size", "2"),
     },
     4: {
-        "tp2-dp2-sp": ("--tp", "2", "--sequence-parallel", "--vision-parallel", "tensor", "--micro-batch-size", "4"),
+        "tp2-dp2-sp": (
+            "--tp",
+            "2",
+            "--sequence-parallel",
+            "--vision-parallel",
+            "tensor",
+            "--micro-batch-size",
+            "4",
+        ),
         "tp2-pp2": ("--tp", "2", "--pp", "2", "--micro-batch-size", "4"),
         "pp4-micro8": ("--pp", "4", "--micro-batch-size", "1", "parallel.stage_layers=[1,1,1,1]"),
     },
     8: {
         "tp2-pp2-dp2": ("--tp", "2", "--pp", "2", "--micro-batch-size", "2", "--checkpoint-every", "10"),
     },
-}  # fmt: skip
+}
 # With dropout and drop-path, whose masks are keyed by identity.
 DROPPING: dict[int, dict[str, tuple[str, ...]]] = {
     2: {"dropping-tp2-sp": ("--tp", "2", "--sequence-parallel")},
@@ -82,10 +90,13 @@ def matrix(arguments: Arguments, tmp_path_factory: pytest.TempPathFactory) -> Ma
     """A run of one process, and every layout from its third step on."""
     matrix = Matrix(tmp_path_factory.mktemp("layouts"), arguments)
     every = ("--checkpoint-every", str(START))
-    matrix.launch(1, [
-        matrix.job("whole", *every, start=None, rates=PLAIN),
-        matrix.job("dropping", *every, start=None, rates=()),
-    ])  # fmt: skip
+    matrix.launch(
+        1,
+        [
+            matrix.job("whole", *every, start=None, rates=PLAIN),
+            matrix.job("dropping", *every, start=None, rates=()),
+        ],
+    )
     for processes, layouts in LAYOUTS.items():
         jobs = [
             matrix.job(name, *flags, start=("whole", START), rates=PLAIN) for name, flags in layouts.items()
@@ -138,8 +149,8 @@ def test_megatrons_own_loader_reads_what_eight_ranks_saved(matrix: Matrix) -> No
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedTensor
 
-    from lcl_mcore.platform.device import init_process_group, pick_device
-    from lcl_mcore.training.checkpoint import read_full_weights
+    from lcl_mcore.checkpoint.manager import read_full_weights
+    from lcl_mcore.distributed.device import init_process_group, pick_device
 
     if not torch.distributed.is_initialized():
         init_process_group(pick_device("cpu"), 60)

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch import torchrun
-from lcl_mcore.training.checkpoint import complete_checkpoints, read_state, verify
+from lcl_mcore.checkpoint.manager import complete_checkpoints, read_state, verify
 from runs import ROOT, assert_same_run, records
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
@@ -31,9 +31,14 @@ def start(count: int, arguments: list[str]) -> subprocess.Popen[str]:
         *arguments,
     ]
     return subprocess.Popen(
-        command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
-        text=True, start_new_session=True,
-    )  # fmt: skip
+        command,
+        cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
 
 
 def wait_for_step(out: Path, step: int, process: subprocess.Popen[str], limit: float = 90) -> None:

@@ -10,7 +10,7 @@ from lcl_mcore.config.cli import parse_flags, resolve
 from lcl_mcore.config.files import read_config, write_config
 from lcl_mcore.config.recipes import RECIPES, load_recipe
 from lcl_mcore.config.run import OptimConfig
-from lcl_mcore.training.schedule import learning_rate
+from lcl_mcore.lr_schedule import learning_rate
 
 
 def test_learning_rate_at_known_steps() -> None:
@@ -33,7 +33,7 @@ def test_flags_reach_their_knobs() -> None:
     line = "--recipe demo --data a:2 b --tp 2 --sequence-parallel --lr 0.5 --steps 7 --precision bf16"
     config = resolve(parse_flags([*line.split(), "--no-overlap", "--set", "model.vision.layers=3"]))
     assert [(s.path, s.weight) for s in config.data.sources] == [("a", 2.0), ("b", 1.0)]
-    assert (config.parallel.tensor, config.parallel.sequence) == (2, True)
+    assert (config.parallel.tensor_parallel_size, config.parallel.sequence_parallel) == (2, True)
     assert not config.parallel.overlap_grad_reduce
     assert (config.optim.lr, config.train.steps, config.train.precision) == (0.5, 7, "bf16")
     assert config.model.vision.layers == 3

@@ -17,10 +17,14 @@ MIB = 2**20
 def samples(bytes_per_step: float, file_every: int = 0, thread_every: int = 0) -> list[tuple[int, ...]]:
     """Every 20 steps; memory grows fast in the first fifth, as it does while allocators warm up."""
     return [
-        (step, int(300 * MIB + min(step, 300) * MIB / 10 + bytes_per_step * step),
-         50 + (step // file_every if file_every else step % 3), 20 + (step // thread_every if thread_every else 0))
+        (
+            step,
+            int(300 * MIB + min(step, 300) * MIB / 10 + bytes_per_step * step),
+            50 + (step // file_every if file_every else step % 3),
+            20 + (step // thread_every if thread_every else 0),
+        )
         for step in range(20, 2001, 20)
-    ]  # fmt: skip
+    ]
 
 
 def test_flat_holds_and_every_leak_is_seen() -> None:

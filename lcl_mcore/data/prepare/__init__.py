@@ -1,1 +1,1 @@
-"""Public data formats to the native one: every picture decoded once, every drop counted with its reason."""
+"""Public data formats to the native one: every image decoded once, every drop counted with its reason."""

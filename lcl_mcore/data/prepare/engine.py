@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 from lcl_mcore.data.document import MAX_IMAGES, Document, ImageEntry, Kind
-from lcl_mcore.data.pictures import BadPictureError
-from lcl_mcore.data.prepare.normalise import PictureLimits, entry_for, normalise
+from lcl_mcore.data.images import BadImageError
+from lcl_mcore.data.prepare.normalise import ImageLimits, entry_for, normalise
 from lcl_mcore.data.prepare.progress import Progress
-from lcl_mcore.data.safe_json import BadJsonError, parse_object
 from lcl_mcore.data.shards import MANIFEST, ShardInfo, ShardWriter, write_atomically, write_manifest
+from lcl_mcore.data.untrusted_json import BadJsonError, parse_object
 from lcl_mcore.errors import DataError, explain
 
 logger = logging.getLogger(__name__)
@@ -34,13 +34,13 @@ PROGRESS = ".progress"
 class Options:
     """How documents are prepared, whatever their format.
 
-    limits              what a picture must be
-    max_repeats         a picture used in more documents than this is dropped everywhere (0: no limit)
-    require_image       documents left without a picture are dropped
+    limits              what a image must be
+    max_repeats         a image used in more documents than this is dropped everywhere (0: no limit)
+    require_image       documents left without a image are dropped
     shard_documents, shard_bytes   a shard is closed when it reaches one of these
     """
 
-    limits: PictureLimits = field(default_factory=PictureLimits)
+    limits: ImageLimits = field(default_factory=ImageLimits)
     max_repeats: int = 0
     require_image: bool = True
     shard_documents: int = 10_000
@@ -58,7 +58,7 @@ class Job:
 
 @dataclass(frozen=True)
 class RawImage:
-    """A picture as found. `read` may raise `BadPictureError`."""
+    """A image as found. `read` may raise `BadImageError`."""
 
     read: Callable[[], bytes]
     text_index: int = 0
@@ -97,11 +97,11 @@ class Reader(Protocol):
 
 
 @runtime_checkable
-class FindsPictures(Protocol):
-    """A reader that can list pictures without reading documents in full."""
+class FindsImages(Protocol):
+    """A reader that can list images without reading documents in full."""
 
-    def pictures(self, job: Job) -> Iterator[Sequence[RawImage]]:
-        """The pictures of each document of one part; more than `documents` has is allowed."""
+    def images(self, job: Job) -> Iterator[Sequence[RawImage]]:
+        """The images of each document of one part; more than `documents` has is allowed."""
 
 
 @dataclass
@@ -250,7 +250,7 @@ class _Run:
         return result
 
     def _document(self, key: str, raw: RawDocument, result: JobResult) -> tuple[Document, list[bytes]] | None:
-        """The document with the pictures that are kept; None if it is dropped."""
+        """The document with the images that are kept; None if it is dropped."""
         if len(raw.images) > MAX_IMAGES:
             result.documents["too many images"] += 1
             return None
@@ -258,8 +258,8 @@ class _Run:
         contents: list[bytes] = []
         for image in raw.images:
             try:
-                stored = self._picture(image)
-            except BadPictureError as error:
+                stored = self._image(image)
+            except BadImageError as error:
                 result.images[error.reason] += 1
                 raw.more.setdefault("dropped_images", []).append(
                     {"source": image.source[:500], "verdict": str(error)[:200]}
@@ -268,15 +268,15 @@ class _Run:
             entries.append(entry_for(len(entries), stored, image.text_index, image.similarity))
             contents.append(stored[0])
         if not entries and (self._options.require_image or not any(raw.texts)):
-            result.documents["no picture left"] += 1
+            result.documents["no image left"] += 1
             return None
         return Document(key=key, kind=raw.kind, texts=raw.texts, images=tuple(entries)), contents
 
-    def _picture(self, image: RawImage) -> tuple[bytes, str, int, int]:
+    def _image(self, image: RawImage) -> tuple[bytes, str, int, int]:
         content = image.read()
         if self._repeated:
-            from lcl_mcore.data.prepare.repeats import picture_key
+            from lcl_mcore.data.prepare.repeats import image_key
 
-            if picture_key(content) in self._repeated:
-                raise BadPictureError("over-repeated")
+            if image_key(content) in self._repeated:
+                raise BadImageError("over-repeated")
         return normalise(content, self._options.limits)

@@ -1,4 +1,4 @@
-"""Reading pictures and lines from input folders that may hold anything."""
+"""Reading images and lines from input folders that may hold anything."""
 
 from __future__ import annotations
 
@@ -9,28 +9,28 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from lcl_mcore.data.pictures import MAX_BYTES, BadPictureError
-from lcl_mcore.data.safe_json import MAX_BYTES as MAX_LINE
+from lcl_mcore.data.images import MAX_BYTES, BadImageError
+from lcl_mcore.data.untrusted_json import MAX_BYTES as MAX_LINE
 from lcl_mcore.errors import DataError, explain
 
 MAX_RATIO = 200
 REMEDY = "Download the file again."
 
 
-def read_picture(root: Path, name: str) -> bytes:
-    """A picture file below `root`. Names that lead out of it, and links, are refused."""
+def read_image(root: Path, name: str) -> bytes:
+    """A image file below `root`. Names that lead out of it, and links, are refused."""
     base = root.resolve()
     path = base / name
     try:
         if not name or "\0" in name or not path.resolve().is_relative_to(base):
-            raise BadPictureError("path leaves the folder", name[:200])
+            raise BadImageError("path leaves the folder", name[:200])
         if path.is_symlink() or not path.is_file():
-            raise BadPictureError("missing file", name[:200])
+            raise BadImageError("missing file", name[:200])
         if path.stat().st_size > MAX_BYTES:
-            raise BadPictureError("too many bytes", name[:200])
+            raise BadImageError("too many bytes", name[:200])
         return path.read_bytes()
     except OSError as error:
-        raise BadPictureError("unreadable file", f"{name[:200]}: {error.strerror}") from None
+        raise BadImageError("unreadable file", f"{name[:200]}: {error.strerror}") from None
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""A tree of HTML pages with pictures beside them: documentation, a saved site, a book."""
+"""A tree of HTML pages with images beside them: documentation, a saved site, a book."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from lcl_mcore.data.prepare.engine import Dropped, Job, RawDocument, RawImage
-from lcl_mcore.data.prepare.files import describe_files, inputs, read_picture
-from lcl_mcore.data.safe_json import clean_text
+from lcl_mcore.data.prepare.files import describe_files, inputs, read_image
+from lcl_mcore.data.untrusted_json import clean_text
 
 PAGES_PER_JOB = 40
 MAX_PAGE_BYTES = 16 << 20
@@ -32,7 +32,7 @@ VOID = re.compile("br|hr|img|input|meta|link|area|base|col|embed|source|track|wb
 
 
 class HtmlReader:
-    """Sequence documents: paragraphs and pictures in page order, navigation left out."""
+    """Sequence documents: paragraphs and images in page order, navigation left out."""
 
     def __init__(self, source: Path, *, min_words: int = 20) -> None:
         self._source = source.resolve()
@@ -48,12 +48,12 @@ class HtmlReader:
         ]
 
     def documents(self, job: Job) -> Iterator[RawDocument | Dropped]:
-        """The pages of one job that have pictures."""
+        """The pages of one job that have images."""
         for path in self._files[job.part : job.part + PAGES_PER_JOB]:
             yield self._page(path)
 
-    def pictures(self, job: Job) -> Iterator[Sequence[RawImage]]:
-        """All pictures of each page, in navigation and headers too, without reading the page in full."""
+    def images(self, job: Job) -> Iterator[Sequence[RawImage]]:
+        """All images of each page, in navigation and headers too, without reading the page in full."""
         for path in self._files[job.part : job.part + PAGES_PER_JOB]:
             if not path.is_symlink() and path.stat().st_size <= MAX_PAGE_BYTES:
                 page = _Page()
@@ -78,12 +78,12 @@ class HtmlReader:
             return Dropped("too few words")
         images = self._images(path, page)
         if not images:
-            return Dropped("no picture on the page")
+            return Dropped("no image on the page")
         where = str(path.relative_to(self._source)) if path != self._source else path.name
         return RawDocument("sequence", tuple(page.texts), images, {"page": clean_text(where)})
 
     def _images(self, path: Path, page: _Page) -> tuple[RawImage, ...]:
-        """The pictures that lie beside the pages; nothing is ever fetched."""
+        """The images that lie beside the pages; nothing is ever fetched."""
         images = []
         for place, address in page.images:
             try:
@@ -95,12 +95,12 @@ class HtmlReader:
             root = self._source if self._source.is_dir() else path.parent
             local = (path.parent / unquote(parts.path)).resolve() if "\0" not in parts.path else path
             name = str(local.relative_to(root)) if local.is_relative_to(root) else "../outside"
-            images.append(RawImage(partial(read_picture, root, name), place, source=address[:500]))
+            images.append(RawImage(partial(read_image, root, name), place, source=address[:500]))
         return tuple(images)
 
 
 class _Page(HTMLParser):
-    """Collects texts and pictures; a picture's place is the number of texts before it."""
+    """Collects texts and images; a image's place is the number of texts before it."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -110,7 +110,7 @@ class _Page(HTMLParser):
         self._open: list[tuple[str, bool]] = []  # tag, and whether it hides its content
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """A block ends the running text; a picture ends it and takes its place."""
+        """A block ends the running text; a image ends it and takes its place."""
         values = {name: value or "" for name, value in attrs}
         if BLOCKS.fullmatch(tag):
             self.end_text()

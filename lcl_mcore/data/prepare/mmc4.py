@@ -1,4 +1,4 @@
-"""MMC4: `docs_*.jsonl[.zip]`, one document per line, pictures in a folder or as base64 in the line."""
+"""MMC4: `docs_*.jsonl[.zip]`, one document per line, images in a folder or as base64 in the line."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from lcl_mcore.data.document import MAX_TEXTS, finite_number
-from lcl_mcore.data.pictures import BadPictureError
+from lcl_mcore.data.images import BadImageError
 from lcl_mcore.data.prepare.engine import Dropped, Job, RawDocument, RawImage
-from lcl_mcore.data.prepare.files import describe_files, inputs, lines, open_lines, read_picture
-from lcl_mcore.data.safe_json import BadJsonError, clean_text, parse_object
+from lcl_mcore.data.prepare.files import describe_files, inputs, lines, open_lines, read_image
+from lcl_mcore.data.untrusted_json import BadJsonError, clean_text, parse_object
 
 LINES_PER_JOB = 2_000
 MAX_LISTED = 20_000
 
 
 class Mmc4Reader:
-    """Matched documents. `images` is the folder with the downloaded pictures."""
+    """Matched documents. `images` is the folder with the downloaded images."""
 
     def __init__(self, source: Path, images: Path | None = None) -> None:
         self._source = source
@@ -81,11 +81,11 @@ class Mmc4Reader:
         if isinstance(encoded, str):
             return RawImage(partial(_from_base64, encoded), index, similarity, "base64")
         name = clean_text(info.get("image_name"), max_chars=1000)
-        return RawImage(partial(read_picture, self._images, name), index, similarity, name)
+        return RawImage(partial(read_image, self._images, name), index, similarity, name)
 
 
 def _from_base64(text: str) -> bytes:
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise BadPictureError("bad base64") from None
+        raise BadImageError("bad base64") from None

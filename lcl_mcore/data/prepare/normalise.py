@@ -1,4 +1,4 @@
-"""One picture as found to one picture as stored, or the reason why it is dropped."""
+"""One image as found to one image as stored, or the reason why it is dropped."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from PIL import Image
 
 from lcl_mcore.data.document import ImageEntry
-from lcl_mcore.data.pictures import MAX_PIXELS, ORIENTATION, BadPictureError, open_picture, upright_rgb
+from lcl_mcore.data.images import MAX_PIXELS, ORIENTATION, BadImageError, open_image, upright_rgb
 
 KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 
 @dataclass(frozen=True)
-class PictureLimits:
-    """What a picture must be to be kept. `shrink_to`: shorter side after shrinking (0: as it is)."""
+class ImageLimits:
+    """What a image must be to be kept. `shrink_to`: shorter side after shrinking (0: as it is)."""
 
     max_pixels: int = MAX_PIXELS
     min_side: int = 64
@@ -24,22 +24,22 @@ class PictureLimits:
     shrink_to: int = 0
 
 
-def normalise(content: bytes, limits: PictureLimits) -> tuple[bytes, str, int, int]:
-    """Stored bytes, codec, width, height. Decodes once; `BadPictureError` names the reason of a drop.
+def normalise(content: bytes, limits: ImageLimits) -> tuple[bytes, str, int, int]:
+    """Stored bytes, codec, width, height. Decodes once; `BadImageError` names the reason of a drop.
 
-    Plain 8-bit RGB and grey pictures keep their bytes. Others (palette, alpha, 16 bits, CMYK, turned by
+    Plain 8-bit RGB and grey images keep their bytes. Others (palette, alpha, 16 bits, CMYK, turned by
     EXIF, animated, other containers) are stored as what they show: JPEGs as JPEG, the rest as PNG.
     """
-    picture = open_picture(content, max_pixels=limits.max_pixels)
-    width, height = picture.size
+    image = open_image(content, max_pixels=limits.max_pixels)
+    width, height = image.size
     if min(width, height) < limits.min_side:
-        raise BadPictureError("too small", f"{width} x {height}")
+        raise BadImageError("too small", f"{width} x {height}")
     if max(width, height) > limits.max_aspect * min(width, height):
-        raise BadPictureError("too narrow", f"{width} x {height}")
-    container = picture.format or ""
-    plain = container in KEPT_FORMATS and picture.mode in ("RGB", "L") and _is_plain(picture)
+        raise BadImageError("too narrow", f"{width} x {height}")
+    container = image.format or ""
+    plain = container in KEPT_FORMATS and image.mode in ("RGB", "L") and _is_plain(image)
     shrink = limits.shrink_to and min(width, height) > limits.shrink_to
-    upright = upright_rgb(picture)
+    upright = upright_rgb(image)
     if plain and not shrink:
         return content, KEPT_FORMATS[container], width, height
     if shrink:
@@ -57,7 +57,7 @@ def normalise(content: bytes, limits: PictureLimits) -> tuple[bytes, str, int, i
 def entry_for(
     number: int, stored: tuple[bytes, str, int, int], text_index: int, similarity: float
 ) -> ImageEntry:
-    """The manifest entry of a stored picture."""
+    """The manifest entry of a stored image."""
     content, codec, width, height = stored
     return ImageEntry(
         name=f"{number}.{codec}",
@@ -71,11 +71,11 @@ def entry_for(
     )
 
 
-def _is_plain(picture: Image.Image) -> bool:
+def _is_plain(image: Image.Image) -> bool:
     """Nothing but one upright opaque frame."""
-    if "transparency" in picture.info or getattr(picture, "n_frames", 1) > 1:
+    if "transparency" in image.info or getattr(image, "n_frames", 1) > 1:
         return False
     try:
-        return picture.getexif().get(ORIENTATION, 1) == 1
+        return image.getexif().get(ORIENTATION, 1) == 1
     except (OSError, SyntaxError, ValueError, KeyError, TypeError):
         return False  # broken metadata: store without it

@@ -7,10 +7,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from lcl_mcore.data.pictures import MAX_BYTES
+from lcl_mcore.data.images import MAX_BYTES
 from lcl_mcore.data.prepare.engine import Dropped, Job, RawDocument, RawImage
 from lcl_mcore.data.prepare.files import describe_files, inputs
-from lcl_mcore.data.safe_json import BadJsonError, clean_text, parse_object
+from lcl_mcore.data.untrusted_json import BadJsonError, clean_text, parse_object
 
 PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 TEXTS = ("txt", "json", "caption")
@@ -70,9 +70,9 @@ class PairReader:
             yield Dropped("a key stands twice")
             return
         seen.add(key)
-        picture = next((members[e] for e in PICTURES if e in members), None)
-        if picture is None:
-            yield Dropped("no picture in the sample")
+        image = next((members[e] for e in PICTURES if e in members), None)
+        if image is None:
+            yield Dropped("no image in the sample")
             return
         try:
             details = parse_object(members["json"]) if "json" in members else {}
@@ -88,7 +88,7 @@ class PairReader:
         more = {"source_key": clean_text(key)[:200]}
         if isinstance(details.get("url"), str):
             more["url"] = clean_text(details["url"])[:2000]
-        yield RawDocument("pair", (text,), (RawImage(lambda: picture, source=key[:200]),), more)
+        yield RawDocument("pair", (text,), (RawImage(lambda: image, source=key[:200]),), more)
 
 
 def _split(name: str) -> tuple[str, str]:

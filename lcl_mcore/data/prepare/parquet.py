@@ -1,8 +1,8 @@
-"""OBELICS and OmniCorpus: parquet rows with alternating texts and image URLs, pictures downloaded before.
+"""OBELICS and OmniCorpus: parquet rows with alternating texts and image URLs, images downloaded before.
 
-A downloaded picture is looked up in the image folder by `sha256(url)`, with or without an extension and
+A downloaded image is looked up in the image folder by `sha256(url)`, with or without an extension and
 in a folder of its first two letters or not; or by its last path part. `images.csv` (url,file) beside the
-pictures overrides both.
+images overrides both.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lcl_mcore.data.pictures import BadPictureError
+from lcl_mcore.data.images import BadImageError
 from lcl_mcore.data.prepare.engine import Dropped, Job, RawDocument, RawImage
-from lcl_mcore.data.prepare.files import describe_files, inputs, read_picture
-from lcl_mcore.data.safe_json import BadJsonError, clean_text
+from lcl_mcore.data.prepare.files import describe_files, inputs, read_image
+from lcl_mcore.data.untrusted_json import BadJsonError, clean_text
 from lcl_mcore.errors import DataError, explain
 
 END_OF_DOCUMENT = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"
@@ -26,7 +26,7 @@ ROWS_PER_BATCH = 256
 
 
 class ParquetReader:
-    """Sequence documents; `max_duplicates` uses OmniCorpus's own count of a picture's copies."""
+    """Sequence documents; `max_duplicates` uses OmniCorpus's own count of a image's copies."""
 
     def __init__(self, source: Path, images: Path | None = None, *, max_duplicates: int = 0) -> None:
         try:
@@ -106,17 +106,17 @@ class ParquetReader:
         if self._max_duplicates and isinstance(detail, dict):
             copies = max(int(detail.get(name) or 0) for name in ("d_hash_dup_count", "p_hash_dup_count"))
             if copies > self._max_duplicates:
-                raise BadPictureError("over-repeated", f"{copies} copies")
+                raise BadImageError("over-repeated", f"{copies} copies")
         for name in self._names(url):
             try:
-                return read_picture(self._images, name)
-            except BadPictureError as error:
+                return read_image(self._images, name)
+            except BadImageError as error:
                 if error.reason != "missing file":
                     raise
-        raise BadPictureError("missing file", url[:200])
+        raise BadImageError("missing file", url[:200])
 
     def _names(self, url: str) -> Iterator[str]:
-        """Where the picture of a URL may lie."""
+        """Where the image of a URL may lie."""
         listed = self._listed().get(url)
         if listed is not None:
             yield listed

@@ -1,4 +1,4 @@
-"""Pictures in too many documents (logos, buttons): found in bounded memory before the main pass."""
+"""Images in too many documents (logos, buttons): found in bounded memory before the main pass."""
 
 from __future__ import annotations
 
@@ -10,33 +10,33 @@ from pathlib import Path
 
 import numpy as np
 
-from lcl_mcore.data.pictures import BadPictureError
-from lcl_mcore.data.prepare.engine import Dropped, FindsPictures, Job, Options, RawImage, Reader
+from lcl_mcore.data.images import BadImageError
+from lcl_mcore.data.prepare.engine import Dropped, FindsImages, Job, Options, RawImage, Reader
 from lcl_mcore.data.prepare.progress import Progress
 
 PARTITIONS = 64
 
 
-def picture_key(content: bytes) -> int:
-    """64 bits that identify a picture's bytes."""
+def image_key(content: bytes) -> int:
+    """64 bits that identify a image's bytes."""
     return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
 
 
 def find_repeated(
     reader: Reader, jobs: Sequence[Job], records: Path, options: Options, workers: int, quiet: bool
 ) -> frozenset[int]:
-    """Keys of the pictures used in more than `options.max_repeats` documents."""
+    """Keys of the images used in more than `options.max_repeats` documents."""
     waiting = [job for job in jobs if not (records / f"{job.name}.keys.npy").exists()]
-    progress = Progress(sum(job.weight for job in waiting), "hashing pictures", quiet=quiet)
+    progress = Progress(sum(job.weight for job in waiting), "hashing images", quiet=quiet)
     count = _Count(reader, records)
     if workers == 1 or len(waiting) <= 1:
         for job in waiting:
-            progress.advance(job.weight, {"pictures": count(job)})
+            progress.advance(job.weight, {"images": count(job)})
     else:
         context = multiprocessing.get_context("spawn")
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
             for job, found in zip(waiting, pool.map(count, waiting), strict=True):
-                progress.advance(job.weight, {"pictures": found})
+                progress.advance(job.weight, {"images": found})
     files = [np.load(records / f"{job.name}.keys.npy", mmap_mode="r", allow_pickle=False) for job in jobs]
     repeated: list[int] = []
     for part in range(PARTITIONS):
@@ -53,10 +53,10 @@ def _range(keys: np.ndarray, bounds: np.ndarray) -> tuple[int, int]:
     return int(np.searchsorted(keys, bounds[0], "left")), int(np.searchsorted(keys, bounds[1], "right"))
 
 
-def pictures_of(reader: Reader, job: Job) -> Iterator[Sequence[RawImage]]:
-    """The pictures of each document of one part, found as cheaply as the format allows."""
-    if isinstance(reader, FindsPictures):
-        yield from reader.pictures(job)
+def images_of(reader: Reader, job: Job) -> Iterator[Sequence[RawImage]]:
+    """The images of each document of one part, found as cheaply as the format allows."""
+    if isinstance(reader, FindsImages):
+        yield from reader.images(job)
         return
     for raw in reader.documents(job):
         if not isinstance(raw, Dropped):
@@ -64,7 +64,7 @@ def pictures_of(reader: Reader, job: Job) -> Iterator[Sequence[RawImage]]:
 
 
 class _Count:
-    """Writes the sorted keys of one job's pictures, each once per document."""
+    """Writes the sorted keys of one job's images, each once per document."""
 
     def __init__(self, reader: Reader, records: Path) -> None:
         self._reader = reader
@@ -72,12 +72,12 @@ class _Count:
 
     def __call__(self, job: Job) -> int:
         keys: list[int] = []
-        for images in pictures_of(self._reader, job):
+        for images in images_of(self._reader, job):
             found = set()
             for image in images:
                 try:
-                    found.add(picture_key(image.read()))
-                except BadPictureError:
+                    found.add(image_key(image.read()))
+                except BadImageError:
                     continue
             keys.extend(found)
         path = self._records / f"{job.name}.keys.npy"

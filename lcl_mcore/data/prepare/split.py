@@ -1,6 +1,6 @@
-"""A prepared data set in two: documents to train on, and held-out ones that share no picture with them.
+"""A prepared data set in two: documents to train on, and held-out ones that share no image with them.
 
-Documents that contain the same picture (by sha256 of its stored bytes), directly or through others, form a
+Documents that contain the same image (by sha256 of its stored bytes), directly or through others, form a
 group. Groups are walked in an order keyed by seed and content, and held out as long as they fit the wanted
 share; a group that is too large for it stays in training. Contents are copied, not decoded again.
 """
@@ -11,13 +11,13 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lcl_mcore.data.dataset import NativeDataset, PictureDamagedError
+from lcl_mcore.data.dataset import ImageDamagedError, NativeDataset
 from lcl_mcore.data.document import Document
-from lcl_mcore.data.keyed import key64
 from lcl_mcore.data.prepare.progress import Progress
-from lcl_mcore.data.safe_json import parse_object
 from lcl_mcore.data.shards import MANIFEST, ShardInfo, ShardWriter, write_manifest
+from lcl_mcore.data.untrusted_json import parse_object
 from lcl_mcore.errors import DataError, explain
+from lcl_mcore.rng import key64
 
 PARTS = ("train", "heldout")
 SHARD_BYTES = 1 << 30
@@ -48,18 +48,18 @@ def split(
     return result
 
 
-def heldout_documents(pictures: list[list[str]], share: float, seed: int) -> frozenset[int]:
-    """Numbers of the documents to hold out, given the sha256 of each document's pictures."""
-    group = _groups(pictures)
+def heldout_documents(images: list[list[str]], share: float, seed: int) -> frozenset[int]:
+    """Numbers of the documents to hold out, given the sha256 of each document's images."""
+    group = _groups(images)
     members: dict[int, list[int]] = {}
     for number, root in enumerate(group):
         members.setdefault(root, []).append(number)
 
     def order(documents: list[int]) -> int:
-        content = sorted({sha for number in documents for sha in pictures[number]})
+        content = sorted({sha for number in documents for sha in images[number]})
         return key64(seed, "heldout", *(content or [str(documents[0])]))
 
-    wanted = round(share * len(pictures))
+    wanted = round(share * len(images))
     chosen: set[int] = set()
     for documents in sorted(members.values(), key=order):
         if len(chosen) + len(documents) <= wanted:
@@ -67,9 +67,9 @@ def heldout_documents(pictures: list[list[str]], share: float, seed: int) -> fro
     return frozenset(chosen)
 
 
-def _groups(pictures: list[list[str]]) -> list[int]:
+def _groups(images: list[list[str]]) -> list[int]:
     """For every document the smallest number of its group."""
-    parent = list(range(len(pictures)))
+    parent = list(range(len(images)))
 
     def root(number: int) -> int:
         while parent[number] != number:
@@ -78,22 +78,22 @@ def _groups(pictures: list[list[str]]) -> list[int]:
         return number
 
     first_with: dict[str, int] = {}
-    for number, shas in enumerate(pictures):
+    for number, shas in enumerate(images):
         for sha in shas:
             a, b = root(first_with.setdefault(sha, number)), root(number)
             parent[max(a, b)] = min(a, b)
-    return [root(number) for number in range(len(pictures))]
+    return [root(number) for number in range(len(images))]
 
 
 def _write(data: NativeDataset, output: Path, plan: dict[str, Any], *, quiet: bool) -> None:
-    pictures = [[image.sha256 for image in data.document(i)[0].images] for i in range(len(data))]
-    heldout = heldout_documents(pictures, plan["heldout_share"], plan["seed"])
-    if not heldout or len(heldout) == len(pictures):
-        rule = f"of {len(pictures)} documents {len(heldout)} would be held out"
+    images = [[image.sha256 for image in data.document(i)[0].images] for i in range(len(data))]
+    heldout = heldout_documents(images, plan["heldout_share"], plan["seed"])
+    if not heldout or len(heldout) == len(images):
+        rule = f"of {len(images)} documents {len(heldout)} would be held out"
         raise DataError(explain(data.path, rule, "Change the share, or lower --max-repeats when preparing."))
-    progress = Progress(len(pictures), "splitting", quiet=quiet)
+    progress = Progress(len(images), "splitting", quiet=quiet)
     writers = [_Part(output / part) for part in PARTS]
-    for index in range(len(pictures)):
+    for index in range(len(images)):
         writers[index in heldout].add(data, index)
         progress.advance(1, {"documents": 1})
     for writer in reversed(writers):
@@ -115,8 +115,8 @@ class _Part:
         stored = parse_object(data.storage.read(members.shard, *members.places[0]))
         more = {name: value for name, value in stored.items() if name not in STORED}
         try:
-            contents = [data.picture(document, members, n) for n in range(len(document.images))]
-        except PictureDamagedError as error:
+            contents = [data.image(document, members, n) for n in range(len(document.images))]
+        except ImageDamagedError as error:
             where = f"{data.path}/{members.shard}, document {document.key}"
             raise DataError(explain(where, str(error), "Prepare the data set again.")) from error
         if self._writer is None:

@@ -1,0 +1,89 @@
+"""What the data engine hands to the trainer: one optimizer step of one data-parallel rank.
+
+Shape legend (all of one micro-batch)
+    r   rows (packed sequences), micro_batch_size of them; fewer never, padding rows never
+    S   tokens per row (`data.sequence_length`)
+    t   r * S, the rows laid end to end
+    n   images, any number including 0;  P  LM positions that one image takes (its patch latents)
+    m   images with a preceding context (they enter the contrastive loss), m <= n
+    k   positions whose next token is a target of the generation loss
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Packed rows on the host; integer tensors are int64, pixels are uint8.
+
+    tokens [t]          ids; the P positions of an image hold the placeholder id; padding holds `pad`
+    positions [t]       restart at 0 in every document; image latents take one position each
+    lengths             segment lengths, sum t: attention never crosses a segment. A row's padding
+                        tail is a segment of its own; rows never share a segment
+    images [n,3,H,W]    uint8 RGB after the crop and resize; normalised on the device
+    image_starts [n]    index in [t] of each image's first latent (its `<BoI>` is one before it)
+    context_positions [m]    index in [t] of the `<BoI>` of each image that has a context
+    context_images [m]  which of the n images each of them is
+    target_positions [k]     index in [t] of the position that predicts
+    target_labels [k]   the token it must predict: text, `<BoI>` or end tokens only
+    image_keys [n]      identity of each image in the global batch, the same in every layout; keys
+                        the per-image randomness (drop-path)
+    sequence_keys [r]        likewise for rows (dropout)
+    group_ids [m]       equal for two images of one document (to mask false negatives on request)
+    documents           ids "source/shard/key" in order, for the log hash and for error messages
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    lengths: tuple[int, ...]
+    images: Tensor
+    image_starts: Tensor
+    context_positions: Tensor
+    context_images: Tensor
+    target_positions: Tensor
+    target_labels: Tensor
+    image_keys: Tensor
+    sequence_keys: Tensor
+    group_ids: Tensor
+    documents: tuple[str, ...] = ()
+
+    def to(self, device: torch.device) -> MicroBatch:
+        """Copy the tensors to `device` (asynchronously from pinned memory)."""
+        moved: dict[str, Any] = {
+            name: value.to(device, non_blocking=True) if isinstance(value, Tensor) else value
+            for name, value in self.__dict__.items()
+        }
+        return MicroBatch(**moved)
+
+
+@dataclass(frozen=True)
+class GlobalCounts:
+    """Counts of the whole global batch, known on every host before the step: no device sync.
+
+    Each tuple has one entry per data-parallel rank, and holds the sum over its micro-batches;
+    `micro_contexts[i]` is `contexts` of micro-batch i alone.
+    """
+
+    images: tuple[int, ...]
+    contexts: tuple[int, ...]
+    targets: tuple[int, ...]
+    tokens: tuple[int, ...]  # positions that are not padding
+    pairs: tuple[int, ...] = ()  # causal (query, key) pairs of all documents: the LM's attention work
+    micro_contexts: tuple[tuple[int, ...], ...] = ()
+
+
+@dataclass(frozen=True)
+class StepBatch:
+    """One optimizer step of one data-parallel rank, and the position to save once it is trained on."""
+
+    micro_batches: tuple[MicroBatch, ...]
+    counts: GlobalCounts
+    position: dict[str, Any]  # small plain JSON; restores at any data-parallel size
+    order_hash: str  # running hash over the document ids of all global batches so far
+    statistics: dict[str, float] = field(default_factory=dict)  # fill, image imbalance, failures

@@ -1,0 +1,152 @@
+"""What `tools/checkpoint.py` does: list, verify, info, consolidate. One process, no process group, no GPU."""
+
+from __future__ import annotations
+
+import json
+import math
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
+
+from lcl_mcore.checkpoint.dcp import read_metadata
+from lcl_mcore.checkpoint.manager import read_full_weights
+from lcl_mcore.checkpoint.manifest import (
+    CONFIG,
+    checkpoint_names,
+    child,
+    read_manifest,
+    read_state,
+    require_intact,
+    step_of,
+    verify,
+)
+from lcl_mcore.checkpoint.store import RemoteStore
+from lcl_mcore.config.files import read_config, write_config
+from lcl_mcore.errors import CheckpointError, DataError, explain
+from lcl_mcore.interop.released import write_full_state
+from lcl_mcore.storage import open_storage
+
+VOCABULARY = ("language.token_embedding.weight", "language.head")
+
+
+def resolve(location: str) -> list[str]:
+    """Checkpoints at a path or URL: itself, those in it, or those of a run's folder; oldest first.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    location = location.rstrip("/")
+    if step_of(location.rsplit("/", 1)[-1]) is not None:
+        return [location]
+    for folder in (location, child(location, "checkpoints")):
+        names = checkpoint_names(folder)
+        if names:
+            return [child(folder, name) for name in names]
+    raise CheckpointError(
+        explain(
+            location,
+            "holds no checkpoints",
+            "Give a run's folder, a folder of checkpoints, or one checkpoint.",
+        )
+    )
+
+
+def list_checkpoints(location: str) -> list[dict[str, Any]]:
+    """Path, step, files, bytes and completeness of each checkpoint; contents are not read."""
+    rows = []
+    for path in resolve(location):
+        try:
+            storage = open_storage(path)
+            entries = read_manifest(storage)
+            storage.close()
+            size, problem = sum(entry["bytes"] for entry in entries.values()), ""
+        except (DataError, ValueError) as error:
+            entries, size, problem = {}, 0, str(error)
+        rows.append(
+            {
+                "path": path,
+                "step": step_of(path.rsplit("/", 1)[-1]),
+                "files": len(entries),
+                "bytes": size,
+                "problem": problem,
+            }
+        )
+    return rows
+
+
+def verify_checkpoints(location: str) -> dict[str, list[str]]:
+    """Problems of each checkpoint, all contents read and hashed."""
+    return {path: verify(path) for path in resolve(location)}
+
+
+@contextmanager
+def intact(location: str) -> Iterator[Path]:
+    """The newest checkpoint at a location as a verified local folder; downloaded if it is behind a URL.
+
+    Raises:
+        CheckpointError: there is none, or it is damaged.
+    """
+    path = resolve(location)[-1]
+    if "://" not in path:
+        require_intact(path)
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as scratch:
+        parent, name = path.rsplit("/", 1)
+        folder, problems = RemoteStore(parent, Path(scratch)).fetch(name, 0, 1)
+        if problems:
+            raise CheckpointError(
+                explain(path, f"is damaged: {'; '.join(problems)}", "Use another checkpoint.")
+            )
+        yield folder
+
+
+def info(location: str) -> dict[str, Any]:
+    """State, configuration and tensors of the newest checkpoint at a location."""
+    with intact(location) as folder:
+        tensors = read_metadata(folder).state_dict_metadata
+        kinds: dict[str, dict[str, int]] = {}
+        for key, entry in tensors.items():
+            assert isinstance(entry, TensorStorageMetadata)
+            total = kinds.setdefault(key.split("/", 1)[0], {"tensors": 0, "elements": 0, "pieces": 0})
+            total["tensors"] += 1
+            total["elements"] += math.prod(entry.size)
+            total["pieces"] += len(entry.chunks)
+        config = read_config(folder / CONFIG)
+        return {
+            "path": resolve(location)[-1],
+            **asdict(read_state(folder)),
+            "recipe": config.recipe,
+            "written_by": {
+                "tp": config.parallel.tensor_parallel_size,
+                "pp": config.parallel.pipeline_parallel_size,
+            },
+            "holds": kinds,
+        }
+
+
+def consolidate(location: str, out: Path) -> Path:
+    """Write a checkpoint's weights as one file for `--init-from`, with the `config.yaml` beside it.
+
+    Raises:
+        CheckpointError: damaged, or the file cannot be written.
+    """
+    with intact(location) as folder:
+        config = read_config(folder / CONFIG)
+        state = read_full_weights(folder)
+        for name in VOCABULARY:  # padding rows belong to the layout, not to the model
+            if name in state:
+                state[name] = state[name][: config.model.language.vocab_size]
+        path = write_full_state(state, config.model, out)
+        write_config(config, out)
+    return path
+
+
+def as_text(value: object) -> str:
+    """For the terminal."""
+    return json.dumps(value, indent=2)

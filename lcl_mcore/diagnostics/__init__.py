@@ -1,0 +1,1 @@
+"""What this machine offers: the doctor, checks before a job, the environment of a measurement."""

@@ -1,0 +1,1 @@
+"""Devices, process groups and how a process joins its job."""

@@ -1,0 +1,102 @@
+"""CUDA or CPU: the one module that knows the difference."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+
+from lcl_mcore.distributed.rendezvous import MEETING_SECONDS, join_store
+
+
+@dataclass(frozen=True)
+class Device:
+    """Where this process computes.
+
+    kind     "cuda" or "cpu"
+    device   the torch device of this process (local rank on CUDA)
+    backend  the process-group backend that serves it ("nccl" or "gloo")
+    name     the hardware's name, for logs and reports
+    """
+
+    kind: str
+    device: torch.device
+    backend: str
+    name: str
+
+    @property
+    def is_cuda(self) -> bool:
+        return self.kind == "cuda"
+
+    def synchronize(self) -> None:
+        if self.is_cuda:
+            torch.cuda.synchronize(self.device)
+
+    def peak_memory(self) -> int:
+        """Peak bytes: of the allocator on CUDA, resident set of the process on CPU."""
+        if self.is_cuda:
+            return torch.cuda.max_memory_allocated(self.device)
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def cpu_name() -> str:
+    """Marketing name of the CPU, as Linux reports it."""
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as file:
+            for line in file:
+                if line.startswith("model name"):
+                    return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return "CPU"
+
+
+def pick_device(requested: str = "auto") -> Device:
+    """Choose CUDA when present unless `requested` ("auto", "cuda", "cpu") says otherwise.
+
+    On CPU, megatron-core's CUDA expectations are met by `cpu_shim`, installed here and only here.
+
+    Raises:
+        RuntimeError: "cuda" was requested and no CUDA device is visible.
+    """
+    available = torch.cuda.is_available()
+    if requested == "cuda" and not available:
+        raise RuntimeError("device = cuda: no CUDA device is visible to torch. Use --device cpu or auto.")
+    if requested == "cpu" or not available:
+        from lcl_mcore.distributed import cpu as cpu_shim
+
+        cpu_shim.install()
+        return Device("cpu", torch.device("cpu"), "gloo", cpu_name())
+    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    torch.cuda.set_device(device)
+    torch.backends.cuda.matmul.allow_tf32 = False  # fp32 means fp32; bf16 is the fast path
+    torch.backends.cuda.enable_cudnn_sdp(False)  # plans anew for each shape, and the image count varies
+    return Device("cuda", device, "nccl", torch.cuda.get_device_name(device))
+
+
+def init_process_group(device: Device, timeout_seconds: float) -> torch.distributed.Store:
+    """Join the job that torchrun (or SLURM through torchrun) described; a single process if none did.
+
+    Returns:
+        The store that this job's processes share; nothing of an earlier attempt is in it.
+    """
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "0")
+        store: torch.distributed.Store = torch.distributed.TCPStore("127.0.0.1", 0, 1, is_master=True)
+        rank, world = 0, 1
+    else:
+        store, rank, world = join_store(max(timeout_seconds, MEETING_SECONDS))
+    torch.distributed.init_process_group(
+        device.backend,
+        store=store,
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=timeout_seconds),
+        device_id=device.device if device.is_cuda else None,
+    )
+    return store

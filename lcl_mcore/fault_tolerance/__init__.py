@@ -1,0 +1,1 @@
+"""Dead, hung and slow ranks, bad steps, stop signals, and the account of time."""

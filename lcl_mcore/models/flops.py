@@ -1,0 +1,311 @@
+"""Exact counts from the configuration alone: parameters, model FLOPs, and the MFU they give.
+
+What counts as a FLOP: the multiplications and additions of matrix products (2 per multiply-add), as in
+torch's `FlopCounterMode`; norms, activations, softmax and embeddings look-ups are left out. Counted is what
+the model needs, not what an implementation spends: no padding, no padded vocabulary rows, no recompute.
+Causal attention counts the pairs (query, key) that its mask keeps, L (L + 1) / 2 for a segment of length L.
+Backward costs twice forward, except that pixels need no gradient.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from lcl_mcore.config.model import LanguageConfig, ModelConfig, VisionConfig
+
+if TYPE_CHECKING:
+    import torch
+
+    from lcl_mcore.batch import MicroBatch, StepBatch
+    from lcl_mcore.config.run import RunConfig
+
+
+def _block_parameters(width: int, mlp_width: int) -> int:
+    norms = 4 * width
+    attention = 4 * width * width + 4 * width
+    return norms + attention + 2 * width * mlp_width + mlp_width + width
+
+
+def _vision_parameters(shape: VisionConfig) -> int:
+    w = shape.width
+    embeddings = 3 * shape.patch_size**2 * w + shape.tokens * w + (w if shape.class_token else 0)
+    block = _block_parameters(w, shape.mlp_width) + (0 if shape.layer_scale is None else 2 * w)
+    return embeddings + shape.layers * block + (4 * w if shape.pre_norm else 2 * w)
+
+
+def _language_parameters(shape: LanguageConfig) -> int:
+    """Embeddings, blocks and the final norm."""
+    embeddings = (shape.vocab_size + shape.max_positions + shape.position_offset) * shape.width
+    return embeddings + shape.layers * _block_parameters(shape.width, shape.mlp_width) + 2 * shape.width
+
+
+def parameter_counts(shape: ModelConfig) -> dict[str, int]:
+    """Parameters by component; the padding rows of the vocabulary are not counted.
+
+    The components of the released code: its text tower is `language_model` plus `context_projection`, its
+    `lm_head` is `output_head` (which a tied model does not have).
+    """
+    h, d, language = shape.vision.width, shape.language.width, shape.language
+    head = 2 * d if language.separate_norms else 0
+    return {
+        "vision_encoder": _vision_parameters(shape.vision),
+        "pool_and_projector": 7 * h + 3 * (h * d + d) + d * d,
+        "language_model": _language_parameters(language),
+        "context_projection": d * d,
+        "output_head": head + (0 if language.tied_head else language.vocab_size * d),
+        "temperature": 1,
+    }
+
+
+@dataclass(frozen=True)
+class FlopRates:
+    """Forward FLOPs of one unit of each kind, and which of them have no gradient towards their input.
+
+    image        one image through the encoder, as a key and a value of the pool, and through the projector
+    patches      the part of `image` spent on the patch embedding
+    passage      one call of the encoder: the pool's query is the same for all images
+    token        one LM position, without attention
+    pair         one (query, key) pair of the LM's attention, over all layers
+    context      the context vector of one image
+    target       the vocabulary logits of one target
+    logit        one entry of the contrastive similarity matrix, which serves both directions
+    """
+
+    image: int
+    patches: int
+    passage: int
+    token: int
+    pair: int
+    context: int
+    target: int
+    logit: int
+
+
+def flop_rates(shape: ModelConfig) -> FlopRates:
+    """FLOPs per unit of work of a model."""
+    vision, language = shape.vision, shape.language
+    h, d, p, s = vision.width, language.width, vision.patches, vision.tokens
+    patches = 2 * p * 3 * vision.patch_size**2 * h
+    block = s * (8 * h * h + 4 * h * vision.mlp_width) + 4 * s * s * h
+    pool = 2 * p * 2 * h * d + 4 * p * d + 2 * (p + 1) * d * d  # keys and values, attention, output matrix
+    return FlopRates(
+        image=patches + vision.layers * block + pool,
+        patches=patches,
+        passage=2 * h * d,
+        token=language.layers * (8 * d * d + 4 * d * language.mlp_width),
+        pair=language.layers * 4 * d,
+        context=2 * d * d,
+        target=2 * d * language.vocab_size,
+        logit=2 * d,
+    )
+
+
+def attention_pairs(lengths: Sequence[int], causal: bool = True) -> int:
+    """(query, key) pairs of segments of these lengths; `causal=False` counts the full squares."""
+    return sum(n * (n + 1) // 2 if causal else n * n for n in lengths)
+
+
+def step_flops(
+    shape: ModelConfig,
+    *,
+    images: int,
+    tokens: int,
+    pairs: int,
+    contexts: int,
+    targets: int,
+    logits: int | None = None,
+    passages: int = 1,
+    forward_only: bool = False,
+) -> int:
+    """Model FLOPs of a batch, forward and backward, from integers known on the host.
+
+    Args:
+        images: images encoded.
+        tokens: LM positions, image latents included and padding left out.
+        pairs: (query, key) pairs of the LM's attention, see `attention_pairs`.
+        contexts: images in the contrastive loss.
+        targets: positions in the generation loss.
+        logits: entries of the contrastive matrix if it is not `contexts` squared.
+        passages: micro-batches; matters for the pool's query only.
+    """
+    rates = flop_rates(shape)
+    forward = (
+        images * rates.image
+        + passages * rates.passage
+        + tokens * rates.token
+        + pairs * rates.pair
+        + contexts * rates.context
+        + targets * rates.target
+        + (contexts * contexts if logits is None else logits) * rates.logit
+    )
+    return forward if forward_only else 3 * forward - images * rates.patches
+
+
+def document_lengths(batch: MicroBatch) -> list[int]:
+    """Lengths of the segments that hold a target: what is left is padding. `batch` lies on the host."""
+    import torch
+
+    ends = torch.tensor(batch.lengths).cumsum(0)
+    segments = torch.searchsorted(ends, batch.target_positions, right=True)
+    filled = torch.bincount(segments, minlength=len(batch.lengths)) > 0
+    return [n for n, real in zip(batch.lengths, filled.tolist(), strict=True) if real]
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The rate that MFU is relative to: FLOP/s of one device, and where the number comes from."""
+
+    flops: float
+    source: str
+
+
+# Dense TFLOP/s: (part of the device's name, fp32 without tensor cores, bf16, fp8). The first match counts,
+# so special forms stand before general ones. From NVIDIA's data sheets of each product, where figures
+# "with sparsity" are halved.
+_PEAKS: tuple[tuple[str, float, float | None, float | None], ...] = (
+    ("GB300", 80.0, 2500.0, 5000.0),
+    ("B300", 75.0, 2250.0, 4500.0),
+    ("GB200", 80.0, 2500.0, 5000.0),
+    ("B200", 75.0, 2250.0, 4500.0),
+    ("H200 NVL", 60.0, 835.5, 1671.0),
+    ("GH200", 67.0, 989.4, 1978.9),
+    ("H200", 67.0, 989.4, 1978.9),
+    ("H100 PCIe", 51.0, 756.5, 1513.0),
+    ("H100 NVL", 60.0, 835.5, 1671.0),
+    ("H100", 67.0, 989.4, 1978.9),
+    ("H800 PCIe", 51.0, 756.5, 1513.0),
+    ("H800", 67.0, 989.4, 1978.9),
+    ("H20", 44.0, 148.0, 296.0),
+    ("A100", 19.5, 312.0, None),
+    ("A800", 19.5, 312.0, None),
+    ("A40", 37.4, 149.7, None),
+    ("A30", 10.3, 165.0, None),
+    ("A10", 31.2, 125.0, None),
+    ("L40S", 91.6, 362.1, 733.0),
+    ("L40", 90.5, 181.1, 362.1),
+    ("L4", 30.3, 121.0, 242.5),
+    ("RTX 4090", 82.6, 165.2, 330.3),
+    ("RTX 3090", 35.6, 71.2, None),
+)
+
+
+def peak_flops(device_name: str, precision: str) -> Peak | None:
+    """Data-sheet rate of a GPU in "fp32", "bf16" or "fp8"; None for an unknown device or precision."""
+    column = {"fp32": 1, "bf16": 2, "fp8": 3}[precision]
+    for row in _PEAKS:
+        part, rate = row[0], row[column]
+        if re.search(rf"\b{part}\b", device_name) and isinstance(rate, float):
+            return Peak(rate * 1e12, f"data sheet of {part}, {precision}, dense")
+    return None
+
+
+def measured_peak(device: torch.device | str, dtype: torch.dtype, size: int = 1024, repeats: int = 5) -> Peak:
+    """The best rate of a few square matrix products on `device`, well below a second on a CPU."""
+    import torch
+
+    on = torch.device(device)
+    a, b = (torch.randn(size, size).to(on, dtype) for _ in range(2))
+
+    def finish() -> None:
+        if on.type == "cuda":
+            torch.cuda.synchronize(on)
+
+    best = math.inf
+    for _ in range(repeats + 1):
+        finish()
+        started = time.perf_counter()
+        torch.mm(a, b)
+        finish()
+        best = min(best, time.perf_counter() - started)
+    name = str(dtype).removeprefix("torch.")
+    return Peak(2.0 * size**3 / best, f"measured, {name} products of {size} x {size}")
+
+
+class FlopCounter:
+    """Model FLOPs utilisation of a run; costs well under a millisecond per step, on the host.
+
+    The rate of reference is a data sheet's where the device is known. Otherwise it is measured once at
+    start, by all processes at the same time, as they share the machine's cores; such a figure says how
+    close the run comes to this machine's matrix products, not to what is printed on its box.
+    """
+
+    def __init__(self, config: RunConfig, device_name: str, dtype: torch.dtype, world: int) -> None:
+        import torch
+
+        self.shape, self.world = config.model, world
+        self.micro_negatives = config.loss.negatives == "micro_batch"
+        peak = peak_flops(device_name, config.train.precision)
+        if peak is None:
+            on_gpu = torch.cuda.is_available() and torch.cuda.get_device_name() == device_name
+            peak = measured_peak("cuda" if on_gpu else "cpu", dtype, 4096 if on_gpu else 1024)
+        self.peak = peak
+
+    def flops(self, batch: StepBatch) -> int:
+        """Forward and backward of the whole global batch, from its counts of all data-parallel ranks.
+
+        Hand-made batches without a count of attention pairs are taken at this rank's pairs per token.
+        """
+        counts = batch.counts
+        tokens, pairs = sum(counts.tokens), sum(counts.pairs)
+        if not counts.pairs:
+            own = [n for micro in batch.micro_batches for n in document_lengths(micro)]
+            pairs = round(attention_pairs(own) * tokens / sum(own)) if own else 0
+        contexts = sum(counts.contexts)
+        logits = contexts * contexts
+        if self.micro_negatives and counts.micro_contexts:
+            logits = sum(sum(ranks) ** 2 for ranks in counts.micro_contexts)
+        return step_flops(
+            self.shape,
+            images=sum(counts.images),
+            tokens=tokens,
+            pairs=pairs,
+            contexts=contexts,
+            targets=sum(counts.targets),
+            logits=logits,
+            passages=len(batch.micro_batches) * len(counts.images),
+        )
+
+    def mfu(self, batch: StepBatch, seconds: float) -> float:
+        """Share of the reference rate that a step of this length reached."""
+        return self.flops(batch) / (seconds * self.world * self.peak.flops)
+
+    def describe(self) -> str:
+        """One line for the log."""
+        return f"MFU relative to {self.peak.flops / 1e12:.4g} TFLOP/s per process ({self.peak.source})"
+
+
+def describe_model(config: RunConfig) -> dict[str, Any]:
+    """Sizes and costs of a run's model, as plain JSON types, without building it."""
+    shape, length = config.model, config.data.sequence_length
+    parameters, rates = parameter_counts(shape), flop_rates(shape)
+    # A full row that is one document; shorter documents attend to less.
+    attention = rates.pair * attention_pairs([length]) / length
+    return {
+        "recipe": config.recipe,
+        "parameters": {**parameters, "total": sum(parameters.values())},
+        "tokens_per_image": {
+            "encoder": shape.vision.tokens,
+            "language_model": shape.vision.patches,
+            "with_markers": shape.vision.patches + 2,
+        },
+        "sequence_length": length,
+        "forward_flops": {
+            "per_image": rates.image,
+            "per_lm_token": rates.token,
+            "per_lm_token_attention_in_full_row": attention,
+            "per_context": rates.context,
+            "per_target": rates.target,
+        },
+        "training_flops": {
+            "per_image": 3 * rates.image - rates.patches,
+            "per_lm_token": 3 * rates.token,
+            "per_lm_token_attention_in_full_row": 3 * attention,
+            "per_context": 3 * rates.context,
+            "per_target": 3 * rates.target,
+        },
+    }

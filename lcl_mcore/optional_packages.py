@@ -1,0 +1,171 @@
+"""Optional packages, looked for in one place; each answer carries its reason."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Probe:
+    """Whether an optional package can be used, which version, and if not, why."""
+
+    name: str
+    usable: bool
+    version: str
+    reason: str
+
+
+def _import(module: str, attribute: str | None = None) -> str | None:
+    """None if `module` (and `attribute` in it) imports, else one line saying why not."""
+    try:
+        imported = importlib.import_module(module)
+    except ImportError as error:
+        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
+    except (OSError, RuntimeError) as error:  # a shared library that does not load
+        return f"{module} does not load: {str(error).splitlines()[0]}"
+    if attribute and not hasattr(imported, attribute):
+        return f"{module} is installed but has no `{attribute}`: not the package expected under that name"
+    return None
+
+
+def _version(distributions: tuple[str, ...]) -> str:
+    for name in distributions:
+        try:
+            return importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return ""
+
+
+def _probe(
+    name: str, module: str, attribute: str | None, distributions: tuple[str, ...], cuda: bool
+) -> Probe:
+    version = _version(distributions)
+    reason = _import(module, attribute)
+    if reason is None and cuda and not torch.cuda.is_available():
+        reason = "installed, but no CUDA device is visible"
+    return Probe(name, reason is None, version, reason or "ok")
+
+
+@functools.cache
+def transformer_engine() -> Probe:
+    return _probe(
+        "transformer-engine",
+        "transformer_engine.pytorch",
+        "TransformerLayer",
+        ("transformer-engine", "transformer_engine"),
+        cuda=True,
+    )
+
+
+@functools.cache
+def flash_attn() -> Probe:
+    return _probe("flash-attn", "flash_attn", "flash_attn_varlen_func", ("flash-attn",), cuda=True)
+
+
+@functools.cache
+def torch_varlen() -> Probe:
+    """torch's own variable-length flash attention (torch >= 2.10)."""
+    probe = _probe(
+        "torch varlen attention", "torch.nn.attention.varlen", "varlen_attn", ("torch",), cuda=True
+    )
+    if probe.usable and torch.cuda.get_device_capability()[0] < 8:
+        return Probe(probe.name, False, probe.version, "needs a GPU of compute capability 8.0 or newer")
+    return probe
+
+
+ADAM_MODULES = {"te": "transformer_engine.pytorch.optimizers", "apex": "apex.optimizers"}
+"""Where the fused optimizers are, by the names of `optim.optimizer_backend`."""
+
+
+def _steered(probe: Probe, module: str) -> Probe:
+    """The probe of a `FusedAdam`, usable only if learning rate and verdict can stay on the device."""
+    if not probe.usable:
+        return probe
+    kind = importlib.import_module(module).FusedAdam
+    for function, argument in ((kind.__init__, "capturable"), (kind.step, "grad_scaler")):
+        if argument not in inspect.signature(function).parameters:
+            return Probe(probe.name, False, probe.version, f"its FusedAdam has no `{argument}`: too old")
+    return probe
+
+
+@functools.cache
+def te_adam() -> Probe:
+    """Transformer Engine's fused optimizer."""
+    found = transformer_engine()
+    if not found.usable:
+        return found
+    names = ("transformer-engine", "transformer_engine")
+    module = ADAM_MODULES["te"]
+    return _steered(_probe("transformer-engine", module, "FusedAdam", names, cuda=True), module)
+
+
+@functools.cache
+def apex_adam() -> Probe:
+    """Apex's fused optimizer; its Python part imports without the CUDA extensions that it needs."""
+    found = apex()
+    missing = _import("amp_C", "multi_tensor_adam_capturable") if found.usable else None
+    if missing:
+        return Probe(found.name, False, found.version, f"built without CUDA extensions: {missing}")
+    return _steered(found, ADAM_MODULES["apex"])
+
+
+@functools.cache
+def apex_gradient_fusion() -> Probe:
+    """Apex's matmul that adds a weight's gradient to an fp32 buffer; megatron-core's linear layers use it."""
+    module = "fused_weight_gradient_mlp_cuda"
+    return _probe("apex gradient fusion", module, "wgrad_gemm_accum_fp32", ("apex",), cuda=True)
+
+
+@functools.cache
+def apex() -> Probe:
+    """NVIDIA Apex; the package called `apex` on PyPI is an unrelated web toolkit."""
+    return _probe("apex (NVIDIA)", "apex.optimizers", "FusedAdam", ("apex",), cuda=True)
+
+
+@functools.cache
+def triton() -> Probe:
+    return _probe("triton", "triton", "jit", ("triton",), cuda=True)
+
+
+@functools.cache
+def dali() -> Probe:
+    return _probe(
+        "nvidia-dali",
+        "nvidia.dali",
+        "pipeline_def",
+        ("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
+        cuda=False,
+    )
+
+
+def installed(name: str, module: str, distribution: str) -> Probe:
+    """Whether a package is there, without importing it: these take seconds to import and are seldom used."""
+    found = importlib.util.find_spec(module) is not None
+    return Probe(name, found, _version((distribution,)), "ok" if found else f"{module} is not installed")
+
+
+def export_packages() -> tuple[Probe, ...]:
+    """What tools/export_encoder.py checks its files with, and what scores captions."""
+    return (
+        installed("timm", "timm", "timm"),
+        installed("open_clip", "open_clip", "open_clip_torch"),
+        installed("transformers", "transformers", "transformers"),
+        installed("pycocoevalcap", "pycocoevalcap", "pycocoevalcap"),
+    )
+
+
+@functools.cache
+def megatron_version() -> str:
+    return _version(("megatron-core",))
+
+
+def all_probes() -> tuple[Probe, ...]:
+    return (transformer_engine(), flash_attn(), torch_varlen(), apex(), triton(), dali(), *export_packages())

@@ -1,1 +1,0 @@
-"""Process groups and the wrappers that spread the model over them."""

@@ -1,0 +1,145 @@
+"""Counter-based randomness: every mask is a function of (seed, step, place, identity), of nothing else.
+
+There is no generator state to save, restore or replay. The masks are the same for every tensor-,
+sequence-, data- and pipeline-parallel layout, under activation recompute, and in the second pass of
+the exact micro-batch contrastive loss.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from hashlib import blake2b
+
+import torch
+from torch import Tensor
+
+_MASK_64 = (1 << 64) - 1
+
+
+def key_of(*parts: int | str) -> int:
+    """A 63-bit key from integers and strings, stable across processes and platforms."""
+    text = "\x1f".join(str(part) for part in parts).encode()
+    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The splitmix64 finaliser on int64 (wrapping products, logical shifts)."""
+    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def _signed(value: int) -> int:
+    value &= _MASK_64
+    return value - (1 << 64) if value >= 1 << 63 else value
+
+
+def uniform(keys: Tensor, seed: int) -> Tensor:
+    """One number in [0, 1) per key. keys [n] int64 on any device -> [n] fp32."""
+    mixed = _mix(_mix(keys + _signed(seed)) + _signed(0x9E3779B97F4A7C15))
+    return ((mixed >> 40) & ((1 << 24) - 1)).float() * 2.0**-24
+
+
+def dropout_keep_mask(
+    sequence_keys: tuple[int, ...],
+    seed: int,
+    p: float,
+    row_length: int,
+    width: int,
+    start: int,
+    stop: int,
+    device: torch.device,
+) -> Tensor:
+    """Dropout keep mask of positions [start, stop) of rows laid end to end: [stop - start, width] bool.
+
+    Each row draws from a generator of its own key, so a row has the same mask wherever it is computed.
+    """
+    first, last = start // row_length, (stop - 1) // row_length
+    masks = []
+    for row in range(first, last + 1):
+        generator = torch.Generator(device).manual_seed(key_of(seed, sequence_keys[row]))
+        masks.append(torch.rand(row_length, width, generator=generator, device=device) >= p)
+    whole = torch.cat(masks) if len(masks) > 1 else masks[0]
+    return whole[start - first * row_length : stop - first * row_length]
+
+
+# --- keyed by names: data order, crops, choices ---
+
+Part = int | str
+
+
+def key64(*parts: Part) -> int:
+    """64 pseudo-random bits that depend on the given parts, their types and their order."""
+    digest = blake2b(digest_size=8)
+    for part in parts:
+        encoded = part.encode() if isinstance(part, str) else b"%d" % part
+        digest.update(b"%c%d:" % (b"s" if isinstance(part, str) else b"i", len(encoded)))
+        digest.update(encoded)
+    return int.from_bytes(digest.digest(), "little")
+
+
+def key63(*parts: Part) -> int:
+    """Like `key64`, as a non-negative int64."""
+    return key64(*parts) >> 1
+
+
+class KeyedRandom:
+    """A short stream of uniform numbers that belongs to one key (for a crop, a choice, a side)."""
+
+    def __init__(self, *parts: Part) -> None:
+        self._key = key64(*parts).to_bytes(8, "little")
+        self._block = b""
+        self._count = 0
+
+    def bits(self) -> int:
+        """The next 64 bits."""
+        if not self._block:
+            self._block = blake2b(self._key + self._count.to_bytes(8, "little")).digest()
+            self._count += 1
+        value, self._block = int.from_bytes(self._block[:8], "little"), self._block[8:]
+        return value
+
+    def uniform(self, low: float = 0.0, high: float = 1.0) -> float:
+        """The next number in [low, high)."""
+        return low + (high - low) * (self.bits() >> 11) * 2.0**-53
+
+    def below(self, n: int) -> int:
+        """The next integer in 0..n-1 (bias below 2**-40 for every n that occurs here)."""
+        return self.bits() * n >> 64
+
+    def sample(self, n: int, k: int) -> list[int]:
+        """`k` different integers of 0..n-1, in increasing order."""
+        chosen = list(range(n))
+        for i in range(k):
+            j = i + self.below(n - i)
+            chosen[i], chosen[j] = chosen[j], chosen[i]
+        return sorted(chosen[:k])
+
+
+class Permutation:
+    """A keyed bijection of 0..n-1 in constant memory: a Feistel network with cycle walking."""
+
+    ROUNDS = 6
+
+    def __init__(self, n: int, *parts: Part) -> None:
+        self.n = n
+        self._half_bits = max(1, ((max(n - 1, 1)).bit_length() + 1) // 2)
+        self._mask = (1 << self._half_bits) - 1
+        self._keys = [key64(*parts, "feistel", r) for r in range(self.ROUNDS)]
+
+    def __call__(self, i: int) -> int:
+        """Where `i` goes. The domain is at most four times n, so few steps of walking are needed."""
+        if not 0 <= i < self.n:
+            raise IndexError(f"{i} is not in 0..{self.n - 1}")
+        value = self._scramble(i)
+        while value >= self.n:
+            value = self._scramble(value)
+        return value
+
+    def _scramble(self, value: int) -> int:
+        left, right = value >> self._half_bits, value & self._mask
+        for key in self._keys:
+            mixed = (right + key) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+            mixed = (mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+            left, right = right, left ^ ((mixed ^ mixed >> 32) & self._mask)
+        return left << self._half_bits | right

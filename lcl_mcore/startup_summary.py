@@ -1,0 +1,48 @@
+"""What a run says once at its start: which part runs on what, and why not on something faster."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from lcl_kernels.infonce import select_engine
+
+from lcl_mcore.config.run import RunConfig
+from lcl_mcore.distributed.context import Context
+from lcl_mcore.models.backends import Choice
+from lcl_mcore.models.lcl import LclModel
+
+
+def startup_summary(
+    config: RunConfig, context: Context, model: LclModel, choices: Sequence[Choice]
+) -> list[str]:
+    """Lines for the terminal."""
+    parallel = config.parallel
+    lines = [
+        f"lcl_mcore  recipe {config.recipe}  {context.world_size} processes on "
+        f"{context.device.name} ({context.device.backend})  "
+        f"tp {parallel.tensor_parallel_size} pp {parallel.pipeline_parallel_size} dp {context.groups.dp.size()}  "
+        f"{config.train.precision}"
+    ]
+    stages = model.layout.stage_layers
+    if stages:
+        lines.append(f"  stages     LM layers {', '.join(map(str, stages))}; the ViT on the first")
+    if parallel.tensor_parallel_size > 1:
+        chosen = "" if parallel.vision_parallel != "auto" else " (by the rule of docs/layouts.md)"
+        how = "whole on each rank, images shared" if model.layout.vision_data else "matrices split"
+        lines.append(f"  ViT        {how} over tp{chosen}")
+    lines += [f"  {choice.part:<10} {choice.backend:<16} {choice.reason}" for choice in choices]
+    return [*lines, f"  loss       {_losses(config, context)}", f"  folder     {context.run_folder}"]
+
+
+def _losses(config: RunConfig, context: Context) -> str:
+    """The kernels of both losses; "auto" by what it stands for here."""
+    loss = config.loss
+    contrastive = loss.contrastive_impl
+    if contrastive == "auto":
+        engine = select_engine("auto", torch.empty(0, device=context.device.device))
+        contrastive = (
+            "triton" if engine is not None and engine.__name__.endswith("triton_engine") else "tiled"
+        )
+    generation = "chunked" if loss.generation_impl == "auto" else loss.generation_impl
+    return f"{contrastive} contrastive, {generation} cross-entropy"

@@ -1,1 +1,0 @@
-"""The training loop: step, optimizer, schedule, checkpoints, metrics, signals."""
