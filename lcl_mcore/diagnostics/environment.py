@@ -19,7 +19,7 @@ import torch
 
 from lcl_mcore import optional_packages as probe
 from lcl_mcore.distributed.device import cpu_name
-from lcl_mcore.models.flops import measured_peak, peak_flops
+from lcl_mcore.hardware import measured_peak, peak_flops
 
 
 def describe() -> dict[str, Any]:

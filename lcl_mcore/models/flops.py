@@ -9,14 +9,12 @@ Backward costs twice forward, except that pixels need no gradient.
 
 from __future__ import annotations
 
-import math
-import re
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from lcl_mcore.config.model import LanguageConfig, ModelConfig, VisionConfig
+from lcl_mcore.hardware import measured_peak, peak_flops
 
 if TYPE_CHECKING:
     import torch
@@ -154,76 +152,6 @@ def document_lengths(batch: MicroBatch) -> list[int]:
     segments = torch.searchsorted(ends, batch.target_positions, right=True)
     filled = torch.bincount(segments, minlength=len(batch.lengths)) > 0
     return [n for n, real in zip(batch.lengths, filled.tolist(), strict=True) if real]
-
-
-@dataclass(frozen=True)
-class Peak:
-    """The rate that MFU is relative to: FLOP/s of one device, and where the number comes from."""
-
-    flops: float
-    source: str
-
-
-# Dense TFLOP/s: (part of the device's name, fp32 without tensor cores, bf16, fp8). The first match counts,
-# so special forms stand before general ones. From NVIDIA's data sheets of each product, where figures
-# "with sparsity" are halved.
-_PEAKS: tuple[tuple[str, float, float | None, float | None], ...] = (
-    ("GB300", 80.0, 2500.0, 5000.0),
-    ("B300", 75.0, 2250.0, 4500.0),
-    ("GB200", 80.0, 2500.0, 5000.0),
-    ("B200", 75.0, 2250.0, 4500.0),
-    ("H200 NVL", 60.0, 835.5, 1671.0),
-    ("GH200", 67.0, 989.4, 1978.9),
-    ("H200", 67.0, 989.4, 1978.9),
-    ("H100 PCIe", 51.0, 756.5, 1513.0),
-    ("H100 NVL", 60.0, 835.5, 1671.0),
-    ("H100", 67.0, 989.4, 1978.9),
-    ("H800 PCIe", 51.0, 756.5, 1513.0),
-    ("H800", 67.0, 989.4, 1978.9),
-    ("H20", 44.0, 148.0, 296.0),
-    ("A100", 19.5, 312.0, None),
-    ("A800", 19.5, 312.0, None),
-    ("A40", 37.4, 149.7, None),
-    ("A30", 10.3, 165.0, None),
-    ("A10", 31.2, 125.0, None),
-    ("L40S", 91.6, 362.1, 733.0),
-    ("L40", 90.5, 181.1, 362.1),
-    ("L4", 30.3, 121.0, 242.5),
-    ("RTX 4090", 82.6, 165.2, 330.3),
-    ("RTX 3090", 35.6, 71.2, None),
-)
-
-
-def peak_flops(device_name: str, precision: str) -> Peak | None:
-    """Data-sheet rate of a GPU in "fp32", "bf16" or "fp8"; None for an unknown device or precision."""
-    column = {"fp32": 1, "bf16": 2, "fp8": 3}[precision]
-    for row in _PEAKS:
-        part, rate = row[0], row[column]
-        if re.search(rf"\b{part}\b", device_name) and isinstance(rate, float):
-            return Peak(rate * 1e12, f"data sheet of {part}, {precision}, dense")
-    return None
-
-
-def measured_peak(device: torch.device | str, dtype: torch.dtype, size: int = 1024, repeats: int = 5) -> Peak:
-    """The best rate of a few square matrix products on `device`, well below a second on a CPU."""
-    import torch
-
-    on = torch.device(device)
-    a, b = (torch.randn(size, size).to(on, dtype) for _ in range(2))
-
-    def finish() -> None:
-        if on.type == "cuda":
-            torch.cuda.synchronize(on)
-
-    best = math.inf
-    for _ in range(repeats + 1):
-        finish()
-        started = time.perf_counter()
-        torch.mm(a, b)
-        finish()
-        best = min(best, time.perf_counter() - started)
-    name = str(dtype).removeprefix("torch.")
-    return Peak(2.0 * size**3 / best, f"measured, {name} products of {size} x {size}")
 
 
 class FlopCounter:

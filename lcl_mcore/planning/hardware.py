@@ -1,66 +1,12 @@
-"""GPUs and links as their data sheets give them, and what is assumed to be left of that in practice."""
+"""What is assumed to be left in practice of a GPU and its links, and the seconds that this makes of counted work."""
 
 from __future__ import annotations
 
-import difflib
 import math
 from dataclasses import dataclass
 
-from lcl_mcore.errors import ConfigError, explain
-from lcl_mcore.models.flops import peak_flops
+from lcl_mcore.hardware import NodeGpu
 from lcl_mcore.planning.counter import Event, Work
-
-
-@dataclass(frozen=True)
-class Gpu:
-    """One GPU of a node of eight.
-
-    name      as in `models.count`, which has its matrix rates
-    memory    usable bytes, as the driver reports them;  bandwidth  bytes/s of its memory
-    node      bytes/s in one direction to the other GPUs of the node
-    network   bytes/s in one direction to other nodes: this GPU's share of the node's adapters
-    """
-
-    name: str
-    memory: float
-    bandwidth: float
-    node: float
-    network: float
-
-
-def _gpu(name: str, gib: float, memory: float, node: float, network: float) -> Gpu:
-    return Gpu(name, gib * 2**30, memory * 1e9, node * 1e9, network * 1e9)
-
-
-# NVIDIA's data sheets (SXM forms), network of the DGX generation: 8 x 200 Gb/s (A100), 8 x 400 Gb/s (later).
-GPUS = {
-    "a100": _gpu("A100", 79.0, 2039, 300, 25),
-    "a800": _gpu("A800", 79.0, 2039, 200, 25),
-    "h100": _gpu("H100", 79.0, 3350, 450, 50),
-    "h800": _gpu("H800", 79.0, 3350, 200, 50),
-    "h20": _gpu("H20", 95.0, 4000, 450, 50),
-    "h200": _gpu("H200", 139.0, 4800, 450, 50),
-    "b200": _gpu("B200", 178.0, 8000, 900, 50),
-}
-
-
-def find_gpu(name: str) -> Gpu:
-    """The GPU of that name.
-
-    Raises:
-        ConfigError: it is not in the table.
-    """
-    if name.lower() not in GPUS:
-        near = difflib.get_close_matches(name.lower(), GPUS, n=1)
-        hint = f"Did you mean {near[0]}? " if near else ""
-        raise ConfigError(
-            explain(
-                f"--gpu {name}",
-                "this GPU is not in the table of lcl_mcore.planning.hardware",
-                f"{hint}Known: {', '.join(GPUS)}.",
-            )
-        )
-    return GPUS[name.lower()]
 
 
 @dataclass(frozen=True)
@@ -91,7 +37,7 @@ class Assumptions:
 class Machine:
     """A GPU with its links under assumptions; `node` and `network` are bus bandwidths in bytes/s."""
 
-    gpu: Gpu
+    gpu: NodeGpu
     assumed: Assumptions
     node: float
     network: float
@@ -103,9 +49,9 @@ class Machine:
             return traffic
         share = self.assumed.attention if work.kind == "attention" else self.assumed.products
         precision = "fp32" if work.dtype in ("float32", "float64") else "bf16"
-        peak = peak_flops(self.gpu.name, precision)
-        assert peak is not None
-        return max(traffic, work.flops / (peak.flops * share))
+        rate = self.gpu.matmul(precision)
+        assert rate is not None
+        return max(traffic, work.flops / (rate * share))
 
     def bus(self, ranks: tuple[int, ...]) -> tuple[float, float]:
         """Bus bandwidth (bytes/s) and latency (s) of a group: several members on a node use several adapters."""
@@ -133,7 +79,7 @@ class Machine:
 
 
 def make_machine(
-    gpu: Gpu, assumed: Assumptions, node_gbs: float | None = None, network_gbs: float | None = None
+    gpu: NodeGpu, assumed: Assumptions, node_gbs: float | None = None, network_gbs: float | None = None
 ) -> Machine:
     """Links from the data sheet times the assumed share, or as measured: bus bandwidths in GB/s per GPU."""
     node = node_gbs * 1e9 if node_gbs else gpu.node * assumed.links

@@ -10,8 +10,9 @@ from typing import Any
 
 from lcl_mcore.batch import StepBatch
 from lcl_mcore.config.run import RunConfig
+from lcl_mcore.hardware import find_gpu
 from lcl_mcore.planning.counting import RankCount, rank_batch
-from lcl_mcore.planning.hardware import Machine, find_gpu, make_machine
+from lcl_mcore.planning.hardware import Machine, make_machine
 from lcl_mcore.planning.layouts import Estimate, ranked, variants
 from lcl_mcore.planning.lint import Mesh, lint
 from lcl_mcore.planning.predict import Prediction, predict, purpose

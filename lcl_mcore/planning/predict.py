@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from lcl_mcore.batch import StepBatch
 from lcl_mcore.config.run import RunConfig
-from lcl_mcore.models.flops import peak_flops, step_flops
+from lcl_mcore.models.flops import step_flops
 from lcl_mcore.planning.counter import Event
 from lcl_mcore.planning.counting import RankCount
 from lcl_mcore.planning.hardware import Machine
@@ -151,8 +151,8 @@ def predict(
     bubble = (config.parallel.pipeline_parallel_size - 1) * own * repeated / micro
     seconds = slowest.busy + sum(slowest.exposed.values()) + bubble
     flops = global_flops(config, batch, repeat)
-    peak = peak_flops(machine.gpu.name, config.train.precision)
-    assert peak is not None
+    rate = machine.gpu.matmul(config.train.precision)
+    assert rate is not None
     memory = max(count.peak + round(count.peak_parts["input"] * (repeat - 1)) for count in counts)
     return Prediction(
         seconds=seconds,
@@ -162,7 +162,7 @@ def predict(
         memory=memory,
         fits=memory <= machine.gpu.memory * machine.assumed.headroom,
         model_flops=flops,
-        mfu=flops / (seconds * world * peak.flops),
+        mfu=flops / (seconds * world * rate),
     )
 
 

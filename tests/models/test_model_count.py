@@ -20,6 +20,7 @@ from lcl_mcore.config.data import DataConfig
 from lcl_mcore.config.model import ModelConfig, VisionConfig
 from lcl_mcore.config.recipes import RECIPES, load_recipe
 from lcl_mcore.config.run import RunConfig
+from lcl_mcore.hardware import measured_peak, peak_flops
 from lcl_mcore.models import attention as segments
 from lcl_mcore.models.flops import (
     FlopCounter,
@@ -27,9 +28,7 @@ from lcl_mcore.models.flops import (
     describe_model,
     document_lengths,
     flop_rates,
-    measured_peak,
     parameter_counts,
-    peak_flops,
     step_flops,
 )
 from lcl_mcore.models.lcl import LclModel

@@ -9,9 +9,10 @@ import pytest
 
 from lcl_mcore.config.recipes import load_recipe
 from lcl_mcore.errors import ConfigError
+from lcl_mcore.hardware import find_gpu
 from lcl_mcore.models.flops import parameter_counts
 from lcl_mcore.planning.counter import Event
-from lcl_mcore.planning.hardware import Assumptions, find_gpu, make_machine
+from lcl_mcore.planning.hardware import Assumptions, make_machine
 from lcl_mcore.planning.lint import Mesh, lint
 from lcl_mcore.planning.reliability import checkpoint_bytes, uptime
 from lcl_mcore.planning.request import Request, run_config
