@@ -48,7 +48,7 @@ gpu-report: $(DEV_STAMP)
 	@$(BIN)/python tools/gpu_report.py
 
 slurm-test: $(DEV_STAMP)
-	@$(BIN)/python tests/slurm/campaign.py
+	@$(BIN)/python campaigns/slurm.py
 
 lint: $(DEV_STAMP)
 	$(BIN)/ruff check .

@@ -16,7 +16,7 @@ PAGES, CLASSES = 12, ("bird", "cat")
 
 def build(folder: Path) -> None:
     """Everything small: 60 and 20 documents, 12 pages, two classes of 8 and 4 images, 6 images with captions."""
-    for name in ("tools", "examples", "benchmarks", "tests"):
+    for name in ("tools", "examples", "benchmarks", "campaigns", "tests"):
         (folder / name).symlink_to(ROOT / name)
     demo = folder / "data" / "demo"
     make_dataset(demo / "train")

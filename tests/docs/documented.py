@@ -225,9 +225,9 @@ ENTRIES = (
     read(
         "python tools/gpu_report.py --commit HASH", "tests/test_gpu_report.py::test_dry_run", HASH="1d1f3e5"
     ),
-    read("python tests/soak.py --minutes 30"),
-    read("python tests/steady.py"),
-    read("python tests/training/detection.py"),
+    read("python campaigns/soak.py --minutes 30", "campaigns/soak.json"),
+    read("python campaigns/steady.py", "campaigns/steady.json"),
+    read("python campaigns/recovery.py", "campaigns/recovery.json"),
     # --- targets of the Makefile, packages, SLURM, the tests
     shown(
         "make demo", "make demo", "tests/docs/test_documents.py::test_the_demo_is_made_of_accepted_commands"
@@ -238,7 +238,7 @@ ENTRIES = (
     shown("make test", "make test"),
     shown("make doctor", "make doctor"),
     shown("make gpu-report", "make gpu-report", "tests/test_gpu_report.py::test_dry_run"),
-    shown("make slurm-test", "make slurm-test", "benchmarks/results/slurm.json"),
+    shown("make slurm-test", "make slurm-test", "campaigns/slurm.json"),
     shown(
         "sbatch examples/slurm/1-node.sbatch --recipe paper-b16 --data /data/mmc4 --tokenizer /data/mmc4 "
         "--out /scratch/b16",

@@ -200,7 +200,7 @@ def flags_of_tools() -> set[str]:
         "tools/*.py",
         "benchmarks/*.py",
         "examples/*/run.py",
-        "tests/*.py",
+        "campaigns/*.py",
         "tests/planning/*_worker.py",
     )
     for path in (path for pattern in scripts for path in ROOT.glob(pattern)):
@@ -259,7 +259,7 @@ def test_links_and_files_exist(texts: dict[str, Text]) -> None:
     for document in DOCUMENTS:
         for target in links(document.read_text(encoding="utf-8")):
             assert (document.parent / target.partition("#")[0]).exists(), (document.name, target)
-    folders = "docs|tools|tests|benchmarks|examples|lcl_mcore|kernels"
+    folders = "docs|tools|tests|benchmarks|campaigns|examples|lcl_mcore|kernels"
     for name, text in texts.items():
         for code in (*text.inline, *text.blocks):
             for path in re.findall(

@@ -1,9 +1,9 @@
 #!/usr/bin/env python
 """Train 2,000 steps on 4 processes and watch memory, open files and threads of each.
 
-    python tests/steady.py --steps 2000 --ranks 4
+    python campaigns/steady.py --steps 2000 --ranks 4
 
-Writes benchmarks/results/steady.json; exit code 1 if something grew: a line through resident memory after the first
+Writes campaigns/steady.json; exit code 1 if something grew: a line through resident memory after the first
 fifth of the steps that rises by more than 1 MiB per 100 steps, or more open files or threads in the last quarter of
 the samples than in the first (medians).
 """
@@ -16,18 +16,10 @@ import statistics
 import sys
 import tempfile
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 
 import psutil
-
-TESTS = Path(__file__).resolve().parent
-sys.path[:0] = [str(TESTS / name) for name in (".", "training", "data")]
-
-from runs import records  # noqa: E402
-from soak_jobs import ROOT, arguments_of, count_steps, end_all, start, workers  # noqa: E402
-from soak_report import commit, machine  # noqa: E402
-from tiny import make_corpus  # noqa: E402
+from jobs import HERE, arguments_of, count_steps, end_all, facts, make_corpus, records, start, workers, write
 
 MIB_PER_100_STEPS = 1.0
 FEWEST_SAMPLES = 8
@@ -65,7 +57,7 @@ def watch(steps: int, ranks: int, folder: Path) -> dict[str, list[tuple[int, ...
     return seen
 
 
-def judge(samples: list[tuple[int, ...]]) -> dict[str, float | int | bool]:
+def growth(samples: list[tuple[int, ...]]) -> dict[str, float | int | bool]:
     """Growth of one rank after the first fifth of the run.
 
     Raises:
@@ -100,18 +92,15 @@ def main() -> int:
     )
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--ranks", type=int, default=4, choices=(2, 4))
-    parser.add_argument("--report", type=Path, default=ROOT / "benchmarks" / "results" / "steady.json")
+    parser.add_argument("--report", type=Path, default=HERE / "steady.json")
     options = parser.parse_args()
+    about = facts(f"python campaigns/steady.py --steps {options.steps} --ranks {options.ranks}")
     began = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="steady-") as folder:
-        ranks = [judge(samples) for samples in watch(options.steps, options.ranks, Path(folder)).values()]
+        ranks = [growth(samples) for samples in watch(options.steps, options.ranks, Path(folder)).values()]
         lines = list(records(Path(folder) / "run").values())
     fifth = len(lines) // 5
-    report = {
-        "command": f"python tests/steady.py --steps {options.steps} --ranks {options.ranks}",
-        "machine": machine(),
-        "commit": commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+    report = about | {
         "steps": len(lines),
         "bound_mib_per_100_steps": MIB_PER_100_STEPS,
         "ranks": ranks,
@@ -121,8 +110,7 @@ def main() -> int:
         ),
         "median_step_seconds_last_fifth": statistics.median(r["step_seconds"] for r in lines[-fifth:]),
     }
-    options.report.parent.mkdir(parents=True, exist_ok=True)
-    options.report.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write(options.report, report)
     print(json.dumps(report, indent=1))
     return 0 if len(ranks) == options.ranks and all(rank["holds"] for rank in ranks) else 1
 

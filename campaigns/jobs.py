@@ -1,24 +1,36 @@
-"""Layouts, launches and processes of the soak test."""
+"""What the campaigns share: a small run in many layouts, its processes, and the facts that a report starts with."""
 
 from __future__ import annotations
 
+import json
 import os
+import platform
 import signal
+import statistics
 import subprocess
 import sys
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import psutil
+import torch
 
-ROOT = Path(__file__).resolve().parents[1]
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "training"), str(ROOT / "tests" / "data")]
 
 from lcl_mcore.config.cli import parse_flags, resolve  # noqa: E402
+from lcl_mcore.distributed.device import cpu_name  # noqa: E402
 from lcl_mcore.errors import ConfigError  # noqa: E402
-from tiny import MODEL, PLAIN  # noqa: E402
+from lcl_mcore.optional_packages import megatron_version  # noqa: E402
+from runs import EXACT, records  # noqa: E402
+from tiny import DROPPING, MODEL, PLAIN, make_corpus  # noqa: E402
+
+__all__ = ["DROPPING", "EXACT", "MODEL", "make_corpus", "records"]
 
 STEPS, EVERY, TIMEOUT = 40, 4, 30.0
+"""Steps of a run, steps between checkpoints, seconds that a collective may take."""
 LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
     "dp1": (1, ()),
     "dp2": (2, ()),
@@ -34,6 +46,7 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 
 
 def arguments_of(corpus: Path, out: Path, layout: str) -> list[str]:
+    """Flags of `tools/pretrain_lcl.py` for a run without dropout, whose numbers do not depend on the layout."""
     return [
         "--recipe",
         "demo",
@@ -65,40 +78,46 @@ def arguments_of(corpus: Path, out: Path, layout: str) -> list[str]:
 
 
 def accepted(corpus: Path, out: Path, ranks: int) -> list[str]:
-    """Layouts that the configuration accepts here."""
+    """Layouts of at most `ranks` processes that the configuration accepts here."""
     found = []
     for name, (count, _) in LAYOUTS.items():
         try:
             resolve(parse_flags(arguments_of(corpus, out, name))).check_processes(count)
         except ConfigError as error:
-            print(f"layout {name} left out: {error}")
+            print(f"layout {name} skipped: {error}")
             continue
         if count <= ranks:
             found.append(name)
     return found
 
 
-def start(count: int, arguments: list[str], log: Any) -> subprocess.Popen[bytes]:
+def start(
+    ranks: int, arguments: list[str], output: Any, *, restarts: int = 0, text: bool = False
+) -> subprocess.Popen[Any]:
+    """torchrun with that many ranks; both of its streams go to `output`, a file or `subprocess.PIPE`."""
     command = [
         sys.executable,
         "-m",
         "torch.distributed.run",
         "--standalone",
         "--nproc-per-node",
-        str(count),
+        str(ranks),
+        "--max-restarts",
+        str(restarts),
         "tools/pretrain_lcl.py",
     ]
     return subprocess.Popen(
         [*command, *arguments],
         cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=log,
+        stdout=output,
         stderr=subprocess.STDOUT,
+        text=text,
         start_new_session=True,
     )
 
 
-def workers(job: subprocess.Popen[bytes]) -> list[psutil.Process]:
+def workers(job: subprocess.Popen[Any]) -> list[psutil.Process]:
     """The ranks: processes that the launcher started."""
     try:
         return [p for p in psutil.Process(job.pid).children() if "tools/pretrain_lcl.py" in line_of(p)]
@@ -107,6 +126,7 @@ def workers(job: subprocess.Popen[bytes]) -> list[psutil.Process]:
 
 
 def children(process: psutil.Process) -> list[psutil.Process]:
+    """All processes below this one."""
     try:
         return process.children(recursive=True)
     except psutil.NoSuchProcess:
@@ -114,6 +134,7 @@ def children(process: psutil.Process) -> list[psutil.Process]:
 
 
 def line_of(process: psutil.Process) -> str:
+    """Command line of a process, empty if it has gone."""
     try:
         return " ".join(process.cmdline())
     except psutil.Error:
@@ -121,14 +142,15 @@ def line_of(process: psutil.Process) -> str:
 
 
 def send(process: psutil.Process, number: int) -> None:
+    """Signal a process, unless it has gone."""
     try:
         process.send_signal(number)
     except psutil.NoSuchProcess:
         return
 
 
-def end_all(job: subprocess.Popen[bytes]) -> None:
-    """Nothing of this attempt may be left when the next one starts."""
+def end_all(job: subprocess.Popen[Any]) -> None:
+    """Kill the job and its ranks: nothing of an attempt may be left when the next one starts."""
     rest = workers(job)
     rest += [child for rank in rest for child in children(rank)]
     if job.poll() is None:
@@ -140,12 +162,17 @@ def end_all(job: subprocess.Popen[bytes]) -> None:
 
 
 def count_steps(out: Path) -> int:
+    """Lines of the run's metrics."""
     path = out / "metrics.jsonl"
     return path.read_bytes().count(b"\n") if path.is_file() else 0
 
 
 def reference(corpus: Path, folder: Path, layout: str) -> Path:
-    """An undisturbed run in this layout, made once."""
+    """An undisturbed run in this layout, made once.
+
+    Raises:
+        RuntimeError: it failed; names its log.
+    """
     out = folder / f"undisturbed-{layout.replace(' ', '-')}"
     if not out.is_dir():
         with open(out.with_suffix(".log"), "w", encoding="utf-8") as log:
@@ -157,3 +184,36 @@ def reference(corpus: Path, folder: Path, layout: str) -> Path:
         if code:
             raise RuntimeError(f"the undisturbed run in {layout} ended with {code}: see {log.name}")
     return out
+
+
+def facts(command: str) -> dict[str, Any]:
+    """What every report begins with: command, commit, date and machine."""
+    commit = subprocess.run(
+        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    return {
+        "command": command,
+        "commit": commit.stdout.strip() or "unknown",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": f"{os.cpu_count()} cores of {cpu_name()}, {platform.machine()}, torch {torch.__version__}, "
+        f"megatron-core {megatron_version()}",
+        "memory_gib": round(psutil.virtual_memory().total / 2**30),
+        "load_before": round(os.getloadavg()[0], 1),
+    }
+
+
+def write(path: Path, report: dict[str, Any]) -> None:
+    """The report as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+def quantiles(values: list[float]) -> dict[str, float]:
+    """Median, largest and count; nothing for no values."""
+    if not values:
+        return {}
+    return {
+        "median": round(statistics.median(values), 2),
+        "largest": round(max(values), 2),
+        "count": len(values),
+    }

@@ -1,21 +1,19 @@
 #!/usr/bin/env python
 """Kill ranks of a training job one after the other; how long until that is noticed, and until it trains again.
 
-    python tests/training/detection.py --kills 20 --ranks 2
+    python campaigns/recovery.py --kills 20 --ranks 2
 
 torchrun restarts the job in place. Times are seconds after each SIGKILL: "noticed" is the first message of a
-survivor that names the dead rank; "ready" is the new ranks' startup_summary (imports,
-rendezvous, model, checkpoint verified and loaded); "training" is the end of their first step. An undisturbed run
-follows, whose losses, gradient norms and documents must be bitwise the same. Writes benchmarks/results/recovery.json;
-exit code 1 beyond 2 s to notice or 30 s to train again, if a restart lost more than what followed the newest complete
-checkpoint, or if a number differs.
+survivor that names the dead rank; "ready" is the new ranks' start-up summary (imports, rendezvous, model, checkpoint
+verified and loaded); "training" is the end of their first step. An undisturbed run follows, whose losses, gradient
+norms and documents must be bitwise the same. Writes campaigns/recovery.json; exit code 1 beyond 2 s to notice or
+30 s to train again, if a restart lost more than what followed the newest complete checkpoint, or if a number differs.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import queue
 import random
 import re
@@ -24,21 +22,13 @@ import sys
 import tempfile
 import threading
 import time
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import psutil
+from jobs import HERE, arguments_of, end_all, facts, make_corpus, quantiles, start, workers, write
 
-sys.path[:0] = [
-    str(Path(__file__).resolve().parents[2] / name) for name in ("", "tests", "tests/training", "tests/data")
-]
-
-from lcl_mcore.checkpoint.manifest import complete_checkpoints, step_of  # noqa: E402
-from lcl_mcore.fault_tolerance.restart import EVENTS  # noqa: E402
-from soak_jobs import ROOT, arguments_of, end_all, workers  # noqa: E402
-from soak_report import commit, machine, quantiles  # noqa: E402
-from tiny import make_corpus  # noqa: E402
+from lcl_mcore.checkpoint.manifest import complete_checkpoints, step_of
+from lcl_mcore.fault_tolerance.restart import EVENTS
 
 NOTICED, TRAINING = 2.0, 30.0
 PATIENCE = 300.0
@@ -79,23 +69,23 @@ class Output:
         raise RuntimeError(f"no line with {pattern!r}; the last ones:\n{''.join(self.seen[-30:])}")
 
 
-def strike(job: subprocess.Popen[str], output: Output, draw: random.Random, run: Path) -> dict[str, float]:
+def kill_one(job: subprocess.Popen[str], output: Output, rng: random.Random, run: Path) -> dict[str, float]:
     """Kill one rank at a random moment a few steps after a start.
 
     Returns:
         Seconds until the phases of `PHASES`, the newest complete checkpoint then, and the step continued from.
     """
-    for _ in range(draw.randint(4, 9)):
+    for _ in range(rng.randint(4, 9)):
         output.wait_for(r"^step ")
-    time.sleep(draw.uniform(0.0, 0.3))
-    ranks = workers(job)  # type: ignore[arg-type]
+    time.sleep(rng.uniform(0.0, 0.3))
+    ranks = workers(job)
     old = {process.pid for process in ranks}
     complete = max((step_of(path.name) or 0 for path in complete_checkpoints(run / "checkpoints")), default=0)
-    struck = time.time()
-    draw.choice(ranks).kill()
+    killed = time.time()
+    rng.choice(ranks).kill()
     moments = {"noticed": output.wait_for(r"error: .*is gone: it was killed")[0]}
     end = time.monotonic() + PATIENCE
-    while sum(p.pid not in old for p in workers(job)) < len(old):  # type: ignore[arg-type]
+    while sum(p.pid not in old for p in workers(job)) < len(old):
         if time.monotonic() > end:
             raise RuntimeError("torchrun did not start the ranks again")
         time.sleep(0.02)
@@ -103,36 +93,12 @@ def strike(job: subprocess.Popen[str], output: Output, draw: random.Random, run:
     moments["training"] = output.wait_for(r"^step ")[0]
     starts = [json.loads(line) for line in (run / EVENTS).read_text().splitlines()]
     begun = [event["step"] for event in starts if event["event"] == "start"][-1]
-    times = {phase: round(moments[phase] - struck, 2) for phase in PHASES}
+    times = {phase: round(moments[phase] - killed, 2) for phase in PHASES}
     return times | {"complete": complete, "continued_from": begun}
 
 
-def launch(ranks: int, kills: int, flags: list[str]) -> subprocess.Popen[str]:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(ranks),
-        "--max-restarts",
-        str(kills),
-        "tools/pretrain_lcl.py",
-        *flags,
-    ]
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-
-
 def numbers(run: Path) -> dict[int, list[Any]]:
-    """What must be the same, by step; a line that a kill cut short is left out."""
+    """What must be the same, by step; a line that a kill cut short is skipped."""
     lines = [
         line for line in (run / "metrics.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")
     ]
@@ -141,28 +107,28 @@ def numbers(run: Path) -> dict[int, list[Any]]:
 
 
 def measure(kills: int, ranks: int, seed: int, folder: Path) -> tuple[list[dict[str, float]], dict[str, int]]:
-    """One job that is struck `kills` times, and its steps beside those of an undisturbed one."""
+    """One job of which a rank is killed `kills` times, and its steps beside those of an undisturbed one."""
     corpus = make_corpus(folder / "corpus")
-    struck, calm = folder / "struck", folder / "calm"
+    faulted, undisturbed = folder / "faulted", folder / "undisturbed"
 
     def flags(run: Path) -> list[str]:
         words = arguments_of(corpus, run, f"dp{ranks}")
         words[words.index("--steps") + 1] = "100000"
         return words
 
-    job = launch(ranks, kills, flags(struck))
+    job = start(ranks, flags(faulted), subprocess.PIPE, restarts=kills, text=True)
     try:
-        output, draw = Output(job), random.Random(seed)
-        times = [strike(job, output, draw, struck) for _ in range(kills)]
+        output, rng = Output(job), random.Random(seed)
+        times = [kill_one(job, output, rng, faulted) for _ in range(kills)]
     finally:
-        end_all(job)  # type: ignore[arg-type]
-    left = numbers(struck)
-    job = launch(ranks, 0, flags(calm))
+        end_all(job)
+    left = numbers(faulted)
+    job = start(ranks, flags(undisturbed), subprocess.PIPE, text=True)
     try:
         Output(job).wait_for(rf"^step +{max(left)}/")
     finally:
-        end_all(job)  # type: ignore[arg-type]
-    right = numbers(calm)
+        end_all(job)
+    right = numbers(undisturbed)
     different = [step for step, values in left.items() if right.get(step) != values]
     return times, {"steps": len(left), "not_bitwise_equal": len(different)}
 
@@ -174,23 +140,18 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=2, choices=(2, 4))
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--report", type=Path, default=ROOT / "benchmarks" / "results" / "recovery.json")
+    parser.add_argument("--report", type=Path, default=HERE / "recovery.json")
     options = parser.parse_args()
-    load = os.getloadavg()[0]
+    about = facts(
+        f"python campaigns/recovery.py --kills {options.kills} --ranks {options.ranks} --seed {options.seed}"
+    )
     with tempfile.TemporaryDirectory(prefix="detection-") as folder:
         times, compared = measure(options.kills, options.ranks, options.seed, Path(folder))
     summary: dict[str, Any] = {phase: quantiles([t[phase] for t in times]) for phase in PHASES}
     lost = sum(t["continued_from"] < t["complete"] for t in times)
     fast = summary["noticed"]["largest"] <= NOTICED and summary["training"]["largest"] <= TRAINING
     holds = fast and not lost and not compared["not_bitwise_equal"]
-    report = {
-        "command": f"python tests/training/detection.py --kills {options.kills} --ranks {options.ranks} "
-        f"--seed {options.seed}",
-        "machine": machine(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "commit": commit(),
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "load_before": round(load, 1),
+    report = about | {
         "seconds_after_a_kill": summary,
         "kills": times,
         "restarts_that_lost_a_complete_checkpoint": lost,
@@ -198,8 +159,7 @@ def main() -> int:
         "bounds": {"noticed": NOTICED, "training": TRAINING},
         "holds": holds,
     }
-    options.report.parent.mkdir(parents=True, exist_ok=True)
-    options.report.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write(options.report, report)
     print(json.dumps(report, indent=1))
     return 0 if holds else 1
 

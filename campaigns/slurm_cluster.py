@@ -214,11 +214,17 @@ class Cluster:
         while self.call("squeue", "--noheader", check=False).strip() and time.monotonic() < deadline:
             time.sleep(0.5)
 
-    def call(self, *command: str | Path, check: bool = True, cwd: Path | None = None, **extra: str) -> str:
+    def call(
+        self,
+        *command: str | Path,
+        check: bool = True,
+        cwd: Path | None = None,
+        environment: dict[str, str] | None = None,
+    ) -> str:
         """Run one of SLURM's commands; its standard output."""
         done = subprocess.run(
             [str(word) for word in command],
-            env=self.environment | extra,
+            env=self.environment | (environment or {}),
             capture_output=True,
             text=True,
             timeout=120,
@@ -233,7 +239,7 @@ class Cluster:
 
     def submit(self, *arguments: str | Path, cwd: Path | None = None, **extra: str) -> str:
         """`sbatch`; the job's number."""
-        return self.call("sbatch", "--parsable", *arguments, cwd=cwd, **extra).strip()
+        return self.call("sbatch", "--parsable", *arguments, cwd=cwd, environment=extra).strip()
 
     def job(self, number: str) -> dict[str, str]:
         """Everything `scontrol show job` says, by name."""

@@ -4,7 +4,8 @@
     make slurm-test        # 8 minutes on two quiet cores
 
 One run is disturbed in every way that SLURM has; its losses and documents must then equal, bit for bit, those of a
-run that was left alone. Writes a report and leaves with 1 if any check fails. No root, nothing is installed: see
+run that was left alone. Writes a report (runs/slurm-test/slurm.json; the last one kept is campaigns/slurm.json) and
+leaves with 1 if any check fails. No root, nothing is installed: see
 slurm_cluster.py.
 """
 
@@ -12,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import re
 import shutil
 import signal
@@ -25,12 +25,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), *(str(ROOT / "tests" / name) for name in ("slurm", "data", "training"))]
-
-from runs import EXACT, records  # noqa: E402
-from slurm_cluster import GRACE_SECONDS, Cluster, unpack_packages  # noqa: E402
-from tiny import DROPPING, MODEL, make_corpus  # noqa: E402
+from jobs import DROPPING, EXACT, MODEL, ROOT, count_steps, facts, make_corpus, records, write
+from slurm_cluster import GRACE_SECONDS, Cluster, unpack_packages
 
 STEPS, EVERY = 150, 20
 PATIENCE = 1200.0
@@ -79,8 +75,7 @@ class Job:
         )
 
     def steps(self) -> int:
-        metrics = self.out / "metrics.jsonl"
-        return metrics.read_text().count("\n") if metrics.exists() else 0
+        return count_steps(self.out)
 
     def state(self) -> str:
         return self.slurm.job(self.number)["JobState"]
@@ -130,7 +125,7 @@ class Campaign:
                 "steps_before": before,
                 "steps_when_ended": reached,
                 "resumed_at_step": first,
-                "steps_redone": max(0, reached - first),
+                "steps_recomputed": max(0, reached - first),
                 "restarts_by_slurm": int(self.slurm.job(job.number)["Restarts"]),
                 "seconds_to_pass_again": round(time.monotonic() - started, 1),
             }
@@ -156,11 +151,9 @@ class Campaign:
             self.slurm.wait_for(
                 lambda: self.slurm.job(urgent)["JobState"] == "COMPLETED", "urgent job", PATIENCE
             )
-        self.check("pre-emption: nothing redone", self.events[-1]["steps_redone"] == 0)
+        self.check("pre-emption: no step recomputed", self.events[-1]["steps_recomputed"] == 0)
         with self.event(job, "SIGKILL to one trainer process", 45):
-            killed = self.slurm.signal_processes(
-                r"^\S*python\S* -u tools/pretrain_lcl\.py", signal.SIGKILL, 1
-            )
+            killed = self.slurm.signal_processes(TRAINER, signal.SIGKILL, 1)
             self.check("one process was killed", len(killed) == 1)
         self.check("crash: restarted in place", self.events[-1]["restarts_by_slurm"] == 1)
         self.check("crash: back to the last checkpoint", self.events[-1]["resumed_at_step"] % EVERY == 0)
@@ -169,7 +162,7 @@ class Campaign:
             call("scontrol", "update", f"JobId={job.number}", f"TimeLimit={minutes}")
             job.wait(lambda: self.requeued_while_held(job, "2"), "requeue at the time limit")
             call("scontrol", "update", f"JobId={job.number}", "TimeLimit=60")
-        self.check("time limit: nothing redone", self.events[-1]["steps_redone"] == 0)
+        self.check("time limit: no step recomputed", self.events[-1]["steps_recomputed"] == 0)
         with self.event(job, "a node lost (set DOWN)", 115):
             call("scontrol", "update", "NodeName=n2", "State=DOWN", "Reason=test")
             job.wait(lambda: self.slurm.job(job.number)["Restarts"] == "3", "requeue after the lost node")
@@ -228,6 +221,7 @@ def main() -> int:
     except (RuntimeError, subprocess.SubprocessError) as error:
         print(f"error: no SLURM to test with: {error}", file=sys.stderr)
         return 2
+    about = facts("make slurm-test")
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leaving stops the daemons
     signal.signal(signal.SIGINT, signal.default_int_handler)
     folder, started = Path(tempfile.mkdtemp(prefix="lcl-slurm-")), time.monotonic()
@@ -240,14 +234,8 @@ def main() -> int:
             campaign.run()
         except (TimeoutError, RuntimeError) as error:  # the report still says what was found before
             campaign.check(str(error), False)
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    report = {
-        "command": "make slurm-test",
-        "commit": commit.stdout.strip(),
-        "date": time.strftime("%Y-%m-%d"),
-        "hardware": f"{platform.machine()}, two SLURM nodes on one machine without a GPU",
+    report = about | {
+        "nodes": "two SLURM nodes on one machine without a GPU",
         "slurm": version,
         "steps": STEPS,
         "checkpoint_every": EVERY,
@@ -257,8 +245,7 @@ def main() -> int:
         "checks": campaign.checks,
         "passed": all(campaign.checks.values()),
     }
-    args.report.parent.mkdir(parents=True, exist_ok=True)
-    args.report.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write(args.report, report)
     print(f"{'passed' if report['passed'] else 'FAILED'}: {args.report}")
     if report["passed"]:
         shutil.rmtree(folder)
