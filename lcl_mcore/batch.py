@@ -87,3 +87,8 @@ class StepBatch:
     position: dict[str, Any]  # small plain JSON; restores at any data-parallel size
     order_hash: str  # running hash over the document ids of all global batches so far
     statistics: dict[str, float] = field(default_factory=dict)  # fill, image imbalance, failures
+
+    @property
+    def number(self) -> int:
+        """Place of this global batch in the order of the data, from 0; steps differ from it by skipped batches."""
+        return int(self.position["step"]) - 1

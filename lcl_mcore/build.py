@@ -1,69 +1,103 @@
-"""From a checked configuration to a model, optimizer and loader on this rank's device."""
+"""From a checked configuration to model, gradient buffers, optimizer and step, on this rank's device."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
+from megatron.core.distributed import DistributedDataParallel
 
 from lcl_mcore.config.run import RunConfig
 from lcl_mcore.data.loader import StepLoader, build_loader
 from lcl_mcore.data.tokenizer import Tokenizer, build_tokenizer
+from lcl_mcore.distributed.context import Context
 from lcl_mcore.distributed.device import Device
 from lcl_mcore.distributed.groups import Groups
 from lcl_mcore.fused_adam import choose_adam
-from lcl_mcore.models.backends import Choice, choose_gradient_fusion, choose_layers
+from lcl_mcore.interop.vit_formats import start_from
+from lcl_mcore.models.backends import Backends, Choice, choose_backends
 from lcl_mcore.models.init import initialize
-from lcl_mcore.models.layers import LayerBackend
 from lcl_mcore.models.lcl import LclModel, Temperature
-from lcl_mcore.models.stages import split_stages
-from lcl_mcore.models.transformer_config import Layout
+from lcl_mcore.models.transformer_config import DTYPES
+from lcl_mcore.optimizer import Optimizer, wrap_data_parallel
+from lcl_mcore.pipeline import PipelineStage
+from lcl_mcore.train_step import SingleStage, StepObserver, TrainStep
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
+
+@dataclass(frozen=True)
+class Training:
+    """What one rank trains with.
+
+    Attributes:
+        model: this rank's share of the model, with its initial weights.
+        ddp: the same model behind megatron's gradient buffers.
+        optimizer: over this rank's shards.
+        step: forward, backward and update of one global batch.
+        choices: which implementation serves each part, and why; for the start-up summary.
+    """
+
+    model: LclModel
+    ddp: DistributedDataParallel
+    optimizer: Optimizer
+    step: TrainStep
+    choices: tuple[Choice, ...]
 
 
-def choose_backend(config: RunConfig) -> tuple[LayerBackend, list[Choice]]:
-    """The layer implementation for this precision on this machine, and why.
+def build_model(config: RunConfig, context: Context, backends: Backends | None = None) -> LclModel:
+    """This rank's share of the model, with its initial weights.
+
+    Args:
+        backends: which implementation serves each part; None: the fastest that is here.
 
     Raises:
-        ConfigError: it is not available here.
+        ConfigError: a requested backend is not available here.
     """
-    requested = "te" if config.train.precision == "fp8" else config.train.backend
-    return choose_layers(DTYPES[config.train.precision], requested)
-
-
-def build_model(config: RunConfig, device: Device, groups: Groups) -> tuple[LclModel, list[Choice]]:
-    """The model with its initial weights, and which backend serves each part."""
+    device, groups = context.device.device, context.groups
+    model = LclModel(config, groups, device, backends or choose_backends(config, device))
+    if device.type != "meta":  # whose tensors have no values
+        initialize(model, config.model, config.train.seed, groups.tp.rank(), groups.tp.size())
+    model.to(device)
     dtype = DTYPES[config.train.precision]
-    backend, choices = choose_backend(config)
-    parallel = config.parallel
-    fusion = choose_gradient_fusion(
-        parallel.gradient_accumulation_fusion, choices[0].backend, dtype, device.device
-    )
-    choices += [choose_adam(config.optim.optimizer_backend, device.device), fusion]
-    vision_data = config.resolved_vision_parallel == "data" and parallel.tensor_parallel_size > 1
-    layout = Layout(
-        tensor_parallel=parallel.tensor_parallel_size,
-        stage_layers=split_stages(config) if parallel.pipeline_parallel_size > 1 else (),
-        sequence_parallel=parallel.sequence_parallel,
-        vision_data=vision_data,
-        dtype=dtype,
-        fp8=config.train.fp8_recipe if config.train.precision == "fp8" else None,
-        device=device.device,
-        fused_gradients=fusion.backend != "off",
-        recompute_vision=parallel.recompute_vision,
-        recompute_language=parallel.recompute_language,
-    )
-    vision_groups = groups.vision if vision_data else groups.megatron
-    model = LclModel(config.model, layout, backend, groups.megatron, vision_groups)
-    initialize(model, config.model, config.train.seed, groups.tp.rank(), groups.tp.size())
-    model.to(device.device)
     if dtype != torch.float32:
         for module in model.modules():
             if not isinstance(module, Temperature):
                 for parameter in module.parameters(recurse=False):
                     parameter.data = parameter.data.to(dtype)
-    return model, choices
+    return model
+
+
+def build_training(
+    config: RunConfig,
+    context: Context,
+    *,
+    init_from: Path | None = None,
+    backends: Backends | None = None,
+    observer: StepObserver | None = None,
+) -> Training:
+    """Everything that a step needs, for the trainer, the planner, benchmarks and tests alike.
+
+    Args:
+        init_from: weights that replace the initial ones: a file of ours, or an encoder of timm, open_clip or
+            transformers.
+        backends: which implementation serves each part; None: the fastest that is here.
+        observer: watches the parts of each step.
+
+    Raises:
+        ConfigError: a requested backend is not available here.
+    """
+    device, groups = context.device.device, context.groups
+    backends = backends or choose_backends(config, device)
+    optimizer_choice = choose_adam(config.optim.optimizer_backend, device)
+    model = build_model(config, context, backends)
+    if init_from is not None:  # before the optimizer copies its fp32 master weights
+        context.log(f"initial weights: {start_from(model, init_from, groups.tp.rank(), groups.tp.size())}")
+    ddp = wrap_data_parallel(model, config.parallel, groups)
+    optimizer = Optimizer(ddp, config.optim, DTYPES[config.train.precision], groups)
+    schedule = SingleStage if model.stage.count == 1 else PipelineStage
+    step = schedule(config, model, ddp, optimizer, groups, observer)
+    return Training(model, ddp, optimizer, step, (*backends.choices, optimizer_choice))
 
 
 def build_data(

@@ -12,70 +12,132 @@ from typing import Any, TextIO
 import torch
 from torch import Tensor
 
-FIELDS = ("grad_norm", "skipped", "nonfinite_ranks", "stop_requests", "contrastive", "generation", "scale")
+from lcl_mcore.batch import StepBatch
+from lcl_mcore.checkpoint.manifest import TrainState
+from lcl_mcore.config.run import LossConfig, RunConfig
+from lcl_mcore.distributed.context import Context
+from lcl_mcore.distributed.device import Device
 
 
 @dataclass(frozen=True)
 class StepStats:
-    """What the device reported about one step (see `TrainStep.run`)."""
+    """Numbers of one step over the whole job, on the host.
+
+    Attributes:
+        step: 0-based.
+        grad_norm: of the whole gradient, before clipping.
+        skipped: the update was refused because something was not finite.
+        nonfinite_ranks: ranks whose own losses were not finite.
+        stop_requests, save_requests: ranks that asked to end the run, or for a checkpoint, after this step.
+        contrastive, generation: losses of the global batch, unweighted; nats.
+        scale: logit scale that the contrastive loss was formed with.
+    """
 
     step: int
     grad_norm: float
     skipped: bool
     nonfinite_ranks: int
     stop_requests: int
-    save_requested: bool
+    save_requests: int
     contrastive: float
     generation: float
     scale: float
 
 
+@dataclass(frozen=True)
+class StepOutput:
+    """The same numbers on the device: fp32 [8] in the order of `StepStats`, without the step."""
+
+    values: Tensor
+
+    def read(self, step: int) -> StepStats:
+        """Bring the numbers of 0-based `step` to the host; waits for the device."""
+        norm, skipped, nonfinite, stop, save, contrastive, generation, scale = self.values.tolist()
+        return StepStats(
+            step,
+            norm,
+            skipped > 0,
+            round(nonfinite),
+            round(stop),
+            round(save),
+            contrastive,
+            generation,
+            scale,
+        )
+
+
+@dataclass(frozen=True)
+class StepRecord:
+    """What the host knows of a step before its numbers arrive.
+
+    Attributes:
+        step: 0-based.
+        lr: learning rate.
+        batch: what was trained on.
+        before: the state of the run before the step.
+        images_seen: by the whole run, this step included.
+        seconds: wall time of the step, waiting for data included.
+        data_seconds: waiting for data.
+    """
+
+    step: int
+    lr: float
+    batch: StepBatch
+    before: TrainState
+    images_seen: int
+    seconds: float
+    data_seconds: float
+
+
+@dataclass(frozen=True)
+class FinishedStep:
+    """A step whose numbers are known; `loss` is the weighted sum of both losses."""
+
+    record: StepRecord
+    stats: StepStats
+    loss: float
+
+
 class DeferredStats:
-    """Hands device vectors to the host without making it wait.
+    """Hands the numbers of steps to the host without making it wait.
 
     On CUDA a step's numbers are copied behind its kernels and read when the next step has been queued, so
     the host stays one step ahead; on CPU they are read at once. All ranks read the same step at the same
     point, so decisions taken on them agree.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self.lag = 1 if device.type == "cuda" else 0
-        self.waiting: list[tuple[int, Tensor, Any]] = []
+    def __init__(self, device: Device, loss: LossConfig) -> None:
+        self.device, self.loss = device, loss
+        self.lag = 1 if device.is_cuda else 0
+        self.waiting: list[tuple[StepRecord, StepOutput, Any]] = []
 
-    def push(self, step: int, values: Tensor) -> StepStats | None:
-        """Add a step's vector; returns the numbers of the newest step that is due."""
-        if self.lag == 0:
-            return _read(step, values)
-        host = torch.empty(values.shape, dtype=values.dtype, pin_memory=True)
-        host.copy_(values, non_blocking=True)
-        event = torch.cuda.Event()
-        event.record()
-        self.waiting.append((step, host, event))
-        return self._pop() if len(self.waiting) > self.lag else None
+    def push(self, record: StepRecord, output: StepOutput) -> None:
+        """Add a step."""
+        event = None
+        if self.device.is_cuda:
+            host = torch.empty(output.values.shape, dtype=output.values.dtype, pin_memory=True)
+            host.copy_(output.values, non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+            output = StepOutput(host)
+        self.waiting.append((record, output, event))
 
-    def drain(self) -> list[StepStats]:
-        """Wait for everything still under way."""
+    def due(self) -> list[FinishedStep]:
+        """Steps that may be read without delaying the device."""
+        return [self._pop() for _ in range(len(self.waiting) - self.lag)]
+
+    def drain(self) -> list[FinishedStep]:
+        """All other steps; waits for the device."""
         return [self._pop() for _ in range(len(self.waiting))]
 
-    def _pop(self) -> StepStats:
-        step, host, event = self.waiting.pop(0)
-        event.synchronize()
-        return _read(step, host)
-
-
-def _read(step: int, values: Tensor) -> StepStats:
-    numbers = dict(zip(FIELDS, values.tolist(), strict=True))
-    return StepStats(
-        step=step,
-        grad_norm=numbers["grad_norm"],
-        skipped=numbers["skipped"] > 0,
-        nonfinite_ranks=round(numbers["nonfinite_ranks"]),
-        stop_requests=math.floor(numbers["stop_requests"]),
-        save_requested=numbers["stop_requests"] % 1 != 0,
-        contrastive=numbers["contrastive"],
-        generation=numbers["generation"],
-        scale=numbers["scale"],
-    )
+    def _pop(self) -> FinishedStep:
+        record, output, event = self.waiting.pop(0)
+        if event is not None:
+            event.synchronize()
+        stats = output.read(record.step)
+        weights = self.loss
+        loss = weights.contrastive_weight * stats.contrastive + weights.generation_weight * stats.generation
+        return FinishedStep(record, stats, loss)
 
 
 def format_duration(seconds: float) -> str:
@@ -126,15 +188,45 @@ def _keep_steps(path: Path, done: int) -> float:
     return float(sum(r["step_seconds"] - r.get("data_seconds", 0.0) for r in records if r["step"] > done))
 
 
+def step_metrics(config: RunConfig, done: FinishedStep, speed: Speed, mfu: float | None) -> dict[str, Any]:
+    """What `metrics.jsonl` says of one step; rates are those of recent steps."""
+    record, stats, seconds = done.record, done.stats, speed.step_seconds
+    counts = record.batch.counts
+    images, tokens = sum(counts.images), sum(counts.tokens)
+    positions = config.train.global_batch_size * config.data.sequence_length
+    return {
+        "step": stats.step + 1,
+        "loss": done.loss,
+        "contrastive": stats.contrastive,
+        "generation": stats.generation,
+        "grad_norm": stats.grad_norm,
+        "scale": stats.scale,
+        "lr": record.lr,
+        "images": images,
+        "images_seen": record.images_seen,
+        "contexts": sum(counts.contexts),
+        "targets": sum(counts.targets),
+        "step_seconds": record.seconds,
+        "data_seconds": record.data_seconds,
+        "images_per_second": images / seconds,
+        "tokens_per_second": tokens / seconds,
+        "padding": 1.0 - tokens / positions,
+        "data_wait": speed.data_seconds / seconds,
+        "mfu": mfu,
+        "eta_seconds": (config.train.steps - stats.step - 1) * seconds,
+        "order_hash": record.batch.order_hash,
+        **{f"data_{name}": value for name, value in record.batch.statistics.items()},
+    }
+
+
 class RunLog:
     """Rank 0's output. Other ranks have one with `enabled=False`, which does nothing."""
 
-    def __init__(
-        self, folder: Path, enabled: bool, tensorboard: bool, every: int, steps: int, done: int = 0
-    ) -> None:
+    def __init__(self, config: RunConfig, context: Context, done: int = 0) -> None:
         """`done` steps are in the checkpoint; lines of later ones, lost with a crash, are dropped."""
-        self.enabled, self.every, self.steps = enabled, every, steps
-        self.folder, self.tensorboard = folder, tensorboard
+        self.enabled, self.folder = context.rank == 0, context.run_folder
+        self.every, self.steps = config.log.every, config.train.steps
+        self.tensorboard = config.log.tensorboard
         self.file: TextIO | None = None
         self.board: Any = None
         self.lost_seconds = self.rewind(done)
@@ -153,7 +245,7 @@ class RunLog:
             self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done + 1)
         return lost
 
-    def note(self, text: str) -> None:
+    def info(self, text: str) -> None:
         """A line for the person watching."""
         if self.enabled:
             print(text, flush=True)

@@ -74,7 +74,7 @@ class Optimizer:
         self.ddp, self.clip = ddp, optim.clip_grad
         model: LclModel = ddp.module
         self.tp_group = groups.tp
-        self.vision_copies = self._shards_of(model.vision_parameters()) if model.layout.vision_data else []
+        self.vision_copies = self._shards_of(model.vision_parameters()) if model.vision_data else []
         self.skipped = torch.zeros((), device=self.device)  # sticky: 1 once anything was not finite
         self.all_ranks: dist.ProcessGroup = self.shards.get_grad_stats_parallel_group()
 

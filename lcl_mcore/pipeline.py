@@ -1,10 +1,13 @@
 """1F1B over pipeline stages, with contrastive negatives that still span the whole global batch.
 
-A first pass without gradients runs all micro-batches through the stages. The unit vectors of the images stand
-on the first stage then, those of their contexts on the last. The images' travel to the last stage, the loss is
-formed there once, and their gradient travels back while the second pass, megatron's 1F1B schedule with
-gradients, has begun. The first stage adds it where its output is differentiated, the last stage as in
-`training.gradients`.
+GradCache (`losses.gradcache`) across stages. A feature pass without gradients runs all micro-batches through the
+stages; afterwards the image embeddings are on the first stage, those of their contexts on the last. The images'
+embeddings travel to the last stage, the loss is formed there once, and their gradient travels back while the second
+pass, megatron's 1F1B schedule with gradients, has begun. The first stage adds it where its output is differentiated,
+the last stage through the surrogate loss.
+
+Shape legend
+    m   images with a context in a micro-batch;  t  packed positions;  D  LM width
 """
 
 from __future__ import annotations
@@ -22,163 +25,189 @@ from torch import Tensor
 
 from lcl_mcore.config.run import RunConfig
 from lcl_mcore.distributed.groups import Groups
-from lcl_mcore.forward_backward import Gradients, OnDevice, Work
+from lcl_mcore.losses.gradcache import cache_gradients
 from lcl_mcore.models.lcl import ImageFeatures, LclModel
+from lcl_mcore.optimizer import Optimizer
+from lcl_mcore.train_step import DeviceMicroBatch, StepInput, StepObserver, TrainStep
 
 
 @dataclass
-class Returned:
+class StageGradients:
     """Gradients that the contrastive loss gives this stage.
 
-    sides   d loss / d unit vectors [m, D] of all micro-batches: of the images on the first stage, of the
-            contexts on the last;  scale  d loss / d scale, last stage
-    arrival the transfer still under way, to be waited for before `sides` is read
+    Attributes:
+        embeds: d loss / d embeddings, one [m, D] per micro-batch: of the images on the first stage, of the
+            contexts on the last.
+        scale: d loss / d scale, on the last stage.
+        arrival: the transfer still under way, to be waited for before `embeds` is read.
     """
 
-    sides: tuple[Tensor, ...] = ()
+    embeds: tuple[Tensor, ...] = ()
     scale: Tensor | None = None
     arrival: dist.Work | None = None
 
-    def side(self, index: int) -> Tensor:
-        """The gradient of one micro-batch's vectors."""
+    def of(self, index: int) -> Tensor:
+        """The gradient of one micro-batch's embeddings."""
         if self.arrival is not None:
             self.arrival.wait()
-        return self.sides[index]
+        return self.embeds[index]
 
 
 class _AddGradient(torch.autograd.Function):
-    """Passes the stream on; in backward, gives the images' vectors the gradient that came from the last stage."""
+    """Passes the stream on; in backward, gives the image embeddings the gradient that came from the last stage."""
 
     @staticmethod
     def forward(
-        ctx: Any, stream: Tensor, image: Tensor, returned: Returned, index: int, weight: float
+        ctx: Any, stream: Tensor, image: Tensor, gradients: StageGradients, index: int, weight: float
     ) -> Tensor:
-        ctx.returned, ctx.index, ctx.weight = returned, index, weight
+        ctx.gradients, ctx.index, ctx.weight = gradients, index, weight
         return stream.view_as(stream)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
-        return grads[0], ctx.weight * ctx.returned.side(ctx.index), None, None, None
+        return grads[0], ctx.weight * ctx.gradients.of(ctx.index), None, None, None
 
 
-class Pipelined(Gradients):
+class PipelineStage(TrainStep):
     """One stage of several."""
 
     def __init__(
-        self, config: RunConfig, model: LclModel, ddp: DistributedDataParallel, groups: Groups
+        self,
+        config: RunConfig,
+        model: LclModel,
+        ddp: DistributedDataParallel,
+        optimizer: Optimizer,
+        groups: Groups,
+        observer: StepObserver | None = None,
     ) -> None:
-        super().__init__(config, model, ddp, groups)
-        self.stage, self.width = model.stage, config.model.language.width
-        model.config.no_sync_func = (
-            ddp.no_sync
-        )  # megatron's schedule reduces gradients with the last micro-batch
+        super().__init__(config, model, ddp, optimizer, groups, observer)
+        self.stage = model.stage
         self.p2p = P2PCommunicator(groups.pp, model.config)
 
-    def _run(self, work: Work) -> tuple[Tensor, Tensor]:
-        contrastive, returned = torch.zeros((), device=self.device), Returned()
+    def forward_backward(self, inputs: StepInput) -> tuple[Tensor, Tensor]:
+        """Feature pass, contrastive loss once, then 1F1B with gradients."""
+        contrastive, gradients = torch.zeros((), device=self.device), StageGradients()
         if self.trains_contrastive:
-            contrastive, returned = self._contrastive(work, self._collect(work))
-        return contrastive, self._back_propagate(work, returned)
+            contrastive, gradients = self.contrastive_gradients(inputs, self.feature_pass(inputs))
+        return contrastive, self.back_propagate(inputs, gradients)
 
-    def _collect(self, work: Work) -> list[Tensor]:
-        """First pass: unit vectors [m, D] of each micro-batch, of images (first stage) or contexts (last)."""
-        sides: list[Tensor] = []
+    @torch.no_grad()
+    def feature_pass(self, inputs: StepInput) -> list[Tensor]:
+        """Embeddings [m, D] of each micro-batch, of images (first stage) or contexts (last)."""
+        embeds: list[Tensor] = []
 
-        def forward(micro: OnDevice, index: int) -> Tensor:
-            features, out = self._stage_forward(micro, work.seed)
+        def forward(micro: DeviceMicroBatch, index: int) -> Tensor:
+            features, out = self.forward_stage(micro, inputs.seed)
             if features is not None:
-                sides.append(self.model.image_embeds(micro.batch, features.vectors))
+                with self.observe("image_embeds"):
+                    embeds.append(self.model.image_embeds(micro.batch, features.vectors))
             if self.stage.last:
-                sides.append(self.model.context_embeds(micro.batch, out))
+                with self.observe("context_embeds"):
+                    embeds.append(self.model.context_embeds(micro.batch, out))
                 return torch.zeros((), device=self.device)  # the schedule keeps what the last stage returns
             return out
 
-        with torch.no_grad():
-            self._schedule(work.micros, forward, forward_only=True)
-        return sides
+        self.run_schedule(inputs.micro_batches, forward, forward_only=True)
+        return embeds
 
-    def _contrastive(self, work: Work, sides: Sequence[Tensor]) -> tuple[Tensor, Returned]:
+    def contrastive_gradients(
+        self, inputs: StepInput, embeds: Sequence[Tensor]
+    ) -> tuple[Tensor, StageGradients]:
         """The loss on the last stage, and on both ends the gradient of what they contributed."""
-        ends, counts = self.groups.pipeline_ends, work.batch.counts.contexts
-        none = torch.zeros((), device=self.device)
+        ends, none = self.groups.pipeline_ends, torch.zeros((), device=self.device)
         if ends is None:
-            return none, Returned()
-        own, sizes = torch.cat(list(sides)), [side.shape[0] for side in sides]
+            return none, StageGradients()
+        own, sizes = torch.cat(list(embeds)), [len(part) for part in embeds]
         if self.stage.first:
             arrival = None
             d_image = torch.empty_like(own)
             if len(own):
                 dist.broadcast(own, group_src=0, group=ends)
                 arrival = dist.broadcast(d_image, group_src=1, group=ends, async_op=True)
-            return none, Returned(d_image.split(sizes), arrival=arrival)
-        image = torch.empty_like(own)
+            return none, StageGradients(d_image.split(sizes), arrival=arrival)
+        images = torch.empty_like(own)
         if len(own):
-            dist.broadcast(image, group_src=0, group=ends)
-        context, scale = own.requires_grad_(), self.model.temperature().detach().requires_grad_()
-        pending = self.contrastive.begin(counts, self.width, group_ids=self._group_ids(work.micros))
-        pending.start_image(image.requires_grad_())
-        pending.start_text(context)
-        loss = pending.finish(scale)
-        d_image, d_context, d_scale = torch.autograd.grad(loss, (image, context, scale))
-        if len(own):
-            dist.broadcast(d_image.contiguous(), group_src=1, group=ends)
-        return loss.detach(), Returned(d_context.split(sizes), d_scale)
+            dist.broadcast(images, group_src=0, group=ends)
+        pending = self.begin_contrastive(inputs.batch.counts.contexts, inputs.micro_batches)
 
-    def _back_propagate(self, work: Work, returned: Returned) -> Tensor:
+        def loss(image: Tensor, context: Tensor, scale: Tensor) -> Tensor:
+            with self.observe("contrastive_loss"):
+                pending.start_image(image)
+                pending.start_text(context)
+                return pending.finish(scale)
+
+        cached = cache_gradients(loss, images.split(sizes), embeds, self.model.temperature())
+        if len(own):
+            dist.broadcast(torch.cat(cached.image), group_src=1, group=ends)
+        return cached.loss, StageGradients(cached.context, cached.scale)
+
+    def back_propagate(self, inputs: StepInput, gradients: StageGradients) -> Tensor:
         """Second pass, 1F1B; returns this rank's part of the generation loss."""
         generation_sum = torch.zeros((), device=self.device)
-        last = len(work.micros) - 1
+        last = len(inputs.micro_batches) - 1
 
-        def forward(micro: OnDevice, index: int) -> Tensor:
+        def forward(micro: DeviceMicroBatch, index: int) -> Tensor:
             nonlocal generation_sum
-            features, out = self._stage_forward(micro, work.seed)
+            features, out = self.forward_stage(micro, inputs.seed)
             if not self.stage.last:
-                self._check(out)
-                return self._with_images(micro, features, out, returned, index)
-            generation = work.weight * self._generation(micro.batch, out)
+                self.check_finite(out)
+                return self.attach_image_gradient(micro, features, out, gradients, index)
+            generation = inputs.generation_weight * self.generation_loss(micro.batch, out)
             generation_sum = generation_sum + generation.detach()
             if not self.trains_contrastive:
-                self._check(generation)
-                return self._weighted(self._touch_all(), generation)
-            context = self.model.context_embeds(micro.batch, out)
-            self._check(context, generation)
+                self.check_finite(generation)
+                return self.weighted_sum(self.touch_all_parameters(), generation)
+            with self.observe("context_embeds"):
+                context = self.model.context_embeds(micro.batch, out)
+            self.check_finite(context, generation)
             # Its gradient is the chain rule through the cached derivatives; its value means nothing.
-            surrogate = (context * returned.side(index)).sum()
-            if index == last and returned.scale is not None:
-                surrogate = surrogate + self.model.temperature() * returned.scale
-            return self._weighted(surrogate, generation)
+            surrogate = (context * gradients.of(index)).sum()
+            if index == last and gradients.scale is not None:
+                surrogate = surrogate + self.model.temperature() * gradients.scale
+            return self.weighted_sum(surrogate, generation)
 
-        self._schedule(work.micros, forward, forward_only=False)
+        self.run_schedule(inputs.micro_batches, forward, forward_only=False)
         return generation_sum
 
-    def _with_images(
-        self, micro: OnDevice, features: ImageFeatures | None, out: Tensor, returned: Returned, index: int
+    def attach_image_gradient(
+        self,
+        micro: DeviceMicroBatch,
+        features: ImageFeatures | None,
+        out: Tensor,
+        gradients: StageGradients,
+        index: int,
     ) -> Tensor:
-        """The stream, with the images' part of the contrastive gradient attached on the first stage."""
+        """The stream [t, 1, D], with the images' part of the contrastive gradient attached on the first stage."""
         if features is None or not self.trains_contrastive:
             return out
-        image = self.model.image_embeds(micro.batch, features.vectors)
-        self._check(image)
-        attached: Tensor = _AddGradient.apply(out, image, returned, index, self.loss.contrastive_weight)
+        with self.observe("image_embeds"):
+            image = self.model.image_embeds(micro.batch, features.vectors)
+        self.check_finite(image)
+        attached: Tensor = _AddGradient.apply(out, image, gradients, index, self.loss.contrastive_weight)
         return attached
 
-    def _stage_forward(self, micro: OnDevice, seed: int) -> tuple[ImageFeatures | None, Tensor]:
+    def forward_stage(self, micro: DeviceMicroBatch, seed: int) -> tuple[ImageFeatures | None, Tensor]:
         """This stage's part of the model; the features of the images on the first stage."""
-        batch = micro.batch
+        model, batch, keys = self.model, micro.batch, micro.sequence_keys
         if not self.stage.first:
-            assert self.model.received is not None
-            return None, self.model.forward_language(
-                batch, self.model.received, micro.sequence_keys, seed, received=True
-            )
-        features = self.model.encode_images(batch.images, batch.image_keys, seed)
-        return features, self.model.forward_language(batch, features.latents, micro.sequence_keys, seed)
+            assert model.received is not None
+            with self.observe("forward_language"):
+                return None, model.forward_language(batch, model.received, keys, seed, received=True)
+        with self.observe("encode_images"):
+            features = model.encode_images(batch.images, batch.image_keys, seed)
+        with self.observe("forward_language"):
+            return features, model.forward_language(batch, features.latents, keys, seed)
 
-    def _schedule(
-        self, micros: Sequence[OnDevice], forward: Callable[[OnDevice, int], Tensor], *, forward_only: bool
+    def run_schedule(
+        self,
+        micro_batches: Sequence[DeviceMicroBatch],
+        forward: Callable[[DeviceMicroBatch, int], Tensor],
+        *,
+        forward_only: bool,
     ) -> None:
-        """Run megatron's schedule over the micro-batches. What `forward` returns on the last stage is the loss."""
+        """Run megatron's schedule. What `forward` returns on the last stage is the loss."""
 
-        def step(data: Iterator[tuple[int, OnDevice]], model: Any) -> tuple[Tensor, Any]:
+        def step(data: Iterator[tuple[int, DeviceMicroBatch]], model: Any) -> tuple[Tensor, Any]:
             index, micro = next(data)
             return forward(micro, index), as_is
 
@@ -189,12 +218,11 @@ class Pipelined(Gradients):
         self.model.config.no_sync_func = None if forward_only else self.ddp.no_sync
         forward_backward_pipelining_without_interleaving(
             forward_step_func=step,
-            data_iterator=iter(enumerate(micros)),
+            data_iterator=iter(enumerate(micro_batches)),
             model=self.model,
-            num_microbatches=len(micros),
-            seq_length=micros[0].batch.tokens.shape[
-                0
-            ],  # rows have one length, and micro-batches as many rows
+            num_microbatches=len(micro_batches),
+            # Sequences have one length, and micro-batches as many sequences.
+            seq_length=micro_batches[0].batch.tokens.shape[0],
             micro_batch_size=1,
             forward_only=forward_only,
             p2p_communicator=self.p2p,

@@ -13,6 +13,14 @@ from lcl_mcore.models.backends import Choice
 from lcl_mcore.models.lcl import LclModel
 
 
+def layout_name(config: RunConfig, context: Context) -> str:
+    """For example `tp2 pp1 dp4`."""
+    parallel = config.parallel
+    return (
+        f"tp{parallel.tensor_parallel_size} pp{parallel.pipeline_parallel_size} dp{context.groups.dp.size()}"
+    )
+
+
 def startup_summary(
     config: RunConfig, context: Context, model: LclModel, choices: Sequence[Choice]
 ) -> list[str]:
@@ -24,12 +32,12 @@ def startup_summary(
         f"tp {parallel.tensor_parallel_size} pp {parallel.pipeline_parallel_size} dp {context.groups.dp.size()}  "
         f"{config.train.precision}"
     ]
-    stages = model.layout.stage_layers
-    if stages:
+    stages = model.stage_layers
+    if len(stages) > 1:
         lines.append(f"  stages     LM layers {', '.join(map(str, stages))}; the ViT on the first")
     if parallel.tensor_parallel_size > 1:
         chosen = "" if parallel.vision_parallel != "auto" else " (by the rule of docs/layouts.md)"
-        how = "whole on each rank, images shared" if model.layout.vision_data else "matrices split"
+        how = "whole on each rank, images shared" if model.vision_data else "matrices split"
         lines.append(f"  ViT        {how} over tp{chosen}")
     lines += [f"  {choice.part:<10} {choice.backend:<16} {choice.reason}" for choice in choices]
     return [*lines, f"  loss       {_losses(config, context)}", f"  folder     {context.run_folder}"]

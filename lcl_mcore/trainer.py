@@ -1,4 +1,4 @@
-"""The training loop: read, step, log, checkpoint, stop."""
+"""The training loop: set-up, then batch, step, log, checkpoint, evaluate, until the last step or a stop request."""
 
 from __future__ import annotations
 
@@ -6,48 +6,43 @@ import gc
 from dataclasses import replace
 from pathlib import Path
 
-import torch
-import torch.distributed as dist
-
 from lcl_mcore.batch import StepBatch
-from lcl_mcore.build import DTYPES, build_data, build_model
+from lcl_mcore.build import build_data, build_training
 from lcl_mcore.checkpoint.manager import Checkpointer, Outcome, TrainingTensors, TrainState
 from lcl_mcore.checkpoint.policy import SavePolicy, make_checkpointer
 from lcl_mcore.config.files import config_digest
 from lcl_mcore.config.run import RunConfig
 from lcl_mcore.distributed.context import Context
-from lcl_mcore.errors import CheckpointError, ConfigError, LclError, NonFiniteError, explain
-from lcl_mcore.fault_tolerance.goodput import Goodput, read_events
-from lcl_mcore.fault_tolerance.recovery import Recovery, batch_number, batches_seen, share_ranges
+from lcl_mcore.errors import CheckpointError, ConfigError, LclError, explain
+from lcl_mcore.evaluation.periodic import periodic_evaluation
+from lcl_mcore.fault_tolerance.goodput import Goodput
+from lcl_mcore.fault_tolerance.recovery import Action, Recovery, batches_seen, skipped_ranges
 from lcl_mcore.fault_tolerance.signals import StopRequest
 from lcl_mcore.fault_tolerance.stragglers import Comparison
 from lcl_mcore.fault_tolerance.watchdog import Watchdog, explained
-from lcl_mcore.interop.vit_formats import start_from
 from lcl_mcore.lr_schedule import learning_rate
-from lcl_mcore.metrics import DeferredStats, RunLog, Speed, StepStats, Stopwatch
+from lcl_mcore.metrics import DeferredStats, FinishedStep, RunLog, Speed, StepRecord, Stopwatch, step_metrics
 from lcl_mcore.models.flops import FlopCounter
-from lcl_mcore.optimizer import Optimizer, wrap_data_parallel
-from lcl_mcore.progress import Evaluation, Pending, Progress, StepFaultError, step_record
-from lcl_mcore.startup_summary import startup_summary
-from lcl_mcore.train_step import TrainStep
+from lcl_mcore.models.transformer_config import DTYPES
+from lcl_mcore.startup_summary import layout_name, startup_summary
 
 MAX_FAILED_SAVES = 2
+STEPS_BETWEEN_GARBAGE_COLLECTIONS = 50
 
 
 class Trainer:
-    """Trains one run on this rank from its folder's newest checkpoint, or from the start."""
+    """One run on this rank, from its folder's newest checkpoint or from the start.
+
+    Args:
+        resume: continue from the newest complete checkpoint.
+        init_from: weights to start from instead of random ones.
+    """
 
     @explained
     def __init__(
-        self,
-        config: RunConfig,
-        context: Context,
-        *,
-        resume: bool,
-        init_from: Path | None = None,
-        evaluation: Evaluation | None = None,
+        self, config: RunConfig, context: Context, *, resume: bool, init_from: Path | None = None
     ) -> None:
-        self.config, self.context, self.evaluation = config, context, evaluation
+        self.config, self.context = config, context
         self.stop = StopRequest()
         self.watchdog = Watchdog(
             context.store,
@@ -56,21 +51,23 @@ class Trainer:
             config.parallel.timeout_seconds,
             config.faults.straggler_ratio,
         )
-        self.model, self.choices = build_model(config, context.device, context.groups)
-        if init_from is not None:
-            self._start_from(init_from)
-        self.ddp = wrap_data_parallel(self.model, config.parallel, context.groups)
-        dtype = DTYPES[config.train.precision]
-        self.optimizer = Optimizer(self.ddp, config.optim, dtype, context.groups)
-        self.train_step = TrainStep(config, self.model, self.ddp, self.optimizer, context.groups)
+        training = build_training(config, context, init_from=init_from)
+        self.model, self.ddp, self.optimizer = training.model, training.ddp, training.optimizer
+        self.step, self.choices = training.step, training.choices
+
         tensors = TrainingTensors(self.model, self.optimizer, context.groups.tp)
         self.checkpointer: Checkpointer = make_checkpointer(config, context, tensors, resume)
         self.saves = SavePolicy(config.checkpoint, context.rank)
-        self.progress = self._restore() if resume else Progress()
-        control = context.groups.host_control
-        logged = share_ranges(read_events(context.run_folder) if resume else [], control)
-        self.recovery = Recovery(config.faults, self.progress.position, logged)
-        self.loader, tokenizer = build_data(config, context.device, context.groups, self.progress.position)
+        self.state = TrainState(0, None, "", config_digest(config))
+        if resume:
+            self.restore()
+        self.recovery = Recovery(
+            config.faults,
+            self.state.position,
+            skipped_ranges(context) if resume else [],
+            context.groups.host_control,
+        )
+        self.loader, tokenizer = build_data(config, context.device, context.groups, self.state.position)
         if tokenizer.vocab_size > config.model.language.vocab_size:
             raise ConfigError(
                 explain(
@@ -80,57 +77,53 @@ class Trainer:
                     "Raise the model's vocab_size or train a smaller tokenizer.",
                 )
             )
-        self.flops = FlopCounter(config, context.device.name, dtype, context.world_size)
-        self.log = RunLog(
+        self.evaluation = periodic_evaluation(config, context)
+
+        self.flops = FlopCounter(
+            config, context.device.name, DTYPES[config.train.precision], context.world_size
+        )
+        self.log = RunLog(config, context, self.state.step)
+        self.goodput = Goodput(
             context.run_folder,
             context.rank == 0,
-            config.log.tensorboard,
-            config.log.every,
-            config.train.steps,
-            self.progress.step,
+            self.state.step,
+            context.world_size,
+            layout_name(config, context),
         )
-        parallel = config.parallel
-        layout = f"tp{parallel.tensor_parallel_size} pp{parallel.pipeline_parallel_size} dp{context.groups.dp.size()}"
-        self.uptime = Goodput(
-            context.run_folder, context.rank == 0, self.progress.step, context.world_size, layout
-        )
-        self.uptime.lost(self.log.lost_seconds)
-        self.stats, self.speed = DeferredStats(context.device.device), Speed()
+        self.goodput.lost(self.log.lost_seconds)
+        self.stats, self.speed = DeferredStats(context.device, config.loss), Speed()
         self.watch = Stopwatch()
-        self.slow: Comparison | None = None
-        self.waiting: dict[int, Pending] = {}
+        self.straggler: Comparison | None = None
+        self.stopping = self.saving = False
+        """Some rank asked to end the run, or for a checkpoint, with the last step that was accounted for."""
         self.failed_saves = 0
         self.reported: Outcome | None = None
 
-    def _start_from(self, path: Path) -> None:
-        """Replace the initial weights by those of a file: ours, or an encoder of timm, open_clip or transformers."""
-        tp = self.context.groups.tp
-        self.context.log(f"initial weights: {start_from(self.model, path, tp.rank(), tp.size())}")
-
-    def _restore(self) -> Progress:
-        path, notes = self.checkpointer.find()
-        for note in notes:
-            self.context.log(note)
-        if path is None:
-            self.context.log(
-                f"resume: no complete checkpoint in {self.checkpointer.store.location}, starting at step 0"
-            )
-            return Progress()
-        state = self.checkpointer.load(path)
-        self.context.log(f"resume: {path}, {state.step} steps done")
-        return Progress(state.step, state.images_seen, state.tokens_seen, state.position, state.order_hash)
-
     @explained
-    def run(self) -> int:
+    def train(self) -> int:
         """Train to the last step or a stop request; returns the process's exit code."""
         for line in startup_summary(self.config, self.context, self.model, self.choices):
-            self.log.note(line)
-        self.log.note(f"  {self.flops.describe()}")
-        gc.disable()  # collected at steps of our choosing, so that no rank stalls the others at random
+            self.log.info(line)
+        self.log.info(f"  {self.flops.describe()}")
+        gc.disable()  # collected at steps of our choosing, so that no rank delays the others at random
         try:
-            self._loop()
-            self.uptime.end()
-            self.log.note(self.uptime.total().describe())
+            self.watch.lap()
+            while self.state.step < self.config.train.steps and not self.stopping:
+                self.train_step()
+                if not self.account(self.stats.due()):
+                    continue  # training goes on from an earlier state, or without the bad batch
+                if self.save_is_due():
+                    if not self.account(self.stats.drain()):
+                        continue
+                    self.save()
+                if self.evaluation is not None and self.evaluation.due(self.state.step) and not self.stopping:
+                    self.evaluate()
+                if self.state.step % STEPS_BETWEEN_GARBAGE_COLLECTIONS == 1:
+                    gc.collect()
+            if self.stopping:
+                self.log.info(f"stopped by request after step {self.state.step}; continue with --resume")
+            self.goodput.end()
+            self.log.info(self.goodput.total().describe())
         except LclError:  # every rank is alive and leaves: a save under way is worth completing
             self.checkpointer.wait()
             raise
@@ -141,248 +134,192 @@ class Trainer:
         self.watchdog.close()
         return 0
 
-    def _loop(self) -> None:
-        self.watch.lap()
-        while self.progress.step < self.config.train.steps:
-            try:
-                if self._advance():
-                    self.log.note(
-                        f"stopped by request after step {self.progress.step}; continue with --resume"
-                    )
-                    return
-            except StepFaultError as fault:
-                self._recover(fault)
-
-    def _advance(self) -> bool:
-        """One step, and a checkpoint when one is due; returns whether some rank asked to stop."""
-        total, before = self.config.train.steps, self.progress
-        step = before.step
+    def train_step(self) -> None:
+        """Train on the next global batch; its numbers arrive with `self.stats`."""
+        before, step = self.state, self.state.step
         waited = Stopwatch()
-        batch = self._next_batch()
+        batch = self.next_batch()
         data_seconds = waited.lap()
-        self.uptime.begin()
+        self.goodput.begin()
         self.watchdog.mark("step", step)
-        lr = learning_rate(step, self.config.optim, total)
+        lr = learning_rate(step, self.config.optim, self.config.train.steps)
         self.watchdog.own.enter()
-        values = self.train_step.run(step, batch, lr, self._requests())
-        self.progress = Progress(
-            step + 1,
-            before.images + sum(batch.counts.images),
-            before.tokens + sum(batch.counts.tokens),
-            batch.position,
-            batch.order_hash,
-        )
-        stats = self.stats.push(step, values)
+        output = self.step.run(step, batch, lr, stop=self.stop_requested(), save=self.saves.request())
         self.watchdog.own.leave(self.loader.read_seconds)
-        self.waiting[step] = Pending(
-            step, lr, batch, before, self.progress.images, self.watch.lap(), data_seconds
+        self.state = replace(
+            before,
+            step=step + 1,
+            images_seen=before.images_seen + sum(batch.counts.images),
+            tokens_seen=before.tokens_seen + sum(batch.counts.tokens),
+            position=batch.position,
+            order_hash=batch.order_hash,
         )
-        stopping = stats is not None and self._handle(stats)
-        asked = stats is not None and stats.save_requested
-        if stopping or asked or self.progress.step == total or self.saves.due(self.progress.step):
-            for late in self.stats.drain():
-                stopping = self._handle(late) or stopping
-            self.progress = replace(self.progress, position=self.recovery.position(batch.position))
-            self.watchdog.mark("save", step)
-            self._save(final=stopping or self.progress.step == total)
-            self.uptime.stall(self.watch.lap())
-        if self.evaluation is not None and self.evaluation.due(step + 1) and not stopping:
-            self._evaluate(step)
-        if step % 50 == 0:
-            gc.collect()
-        return stopping
+        seconds = self.watch.lap()
+        record = StepRecord(step, lr, batch, before, self.state.images_seen, seconds, data_seconds)
+        self.stats.push(record, output)
 
-    def _evaluate(self, step: int) -> None:
-        """Measure on held-out documents; a stop request met there ends training after one more step."""
-        assert self.evaluation is not None
-        if self.ddp.ddp_config.overlap_param_gather:
-            self.ddp.start_param_sync(force_sync=True)
-
-        def stop() -> bool:
-            self.watchdog.mark("evaluate", step)
-            return bool(self.stop)
-
-        self.evaluation.run(self.model, step + 1, stop, self.log)
-        self.watch.lap()
-
-    def _next_batch(self) -> StepBatch:
+    def next_batch(self) -> StepBatch:
         """The next batch that is to be trained on."""
         while True:
-            self.watchdog.mark("data", self.progress.step)
+            self.watchdog.mark("data", self.state.step)
             batch = next(self.loader)
-            if not self.recovery.leaves_out(batch_number(batch)):
+            if not self.recovery.skips(batch):
                 return batch
-            self.log.note(f"batch {batch_number(batch)} left out (order hash {batch.order_hash})")
+            self.log.info(f"batch {batch.number} skipped (order hash {batch.order_hash})")
 
-    def _handle(self, stats: StepStats) -> bool:
-        """Log a finished step; returns whether some rank asked to stop.
+    def account(self, finished: list[FinishedStep]) -> bool:
+        """Log steps whose numbers have arrived, and act on those that must not count.
+
+        Returns:
+            Whether training goes on from the present state.
 
         Raises:
-            StepFaultError: the step does not count, and the run may go on without its batch.
-            NonFiniteError: it does not count, and the run ends.
+            NonFiniteError: a step was not finite, and the run must end.
         """
-        pending = self.waiting.pop(stats.step)
-        number = batch_number(pending.batch)
-        if stats.skipped:
-            if self.config.faults.nonfinite == "stop":
-                self._raise_nonfinite(stats)
-            raise StepFaultError("nonfinite", pending, stats, number, number)
-        self.recovery.bad_in_a_row = 0
-        self.speed.add(pending.seconds, pending.data_seconds)
-        self.uptime.step(pending.seconds, pending.data_seconds)
-        record = step_record(
-            self.config, pending, stats, self.speed, self.flops.mfu(pending.batch, self.speed.step_seconds)
-        )
-        self.log.step(record | {"ettr": self.uptime.total().ettr, **self._slowest()})
-        loss = record["loss"]
-        if self.config.faults.spike != "off" and self.recovery.spikes.add(number, loss):
-            first = self.recovery.spikes.above[0] - self.config.faults.spike_margin
-            raise StepFaultError("spike", pending, stats, max(first, 0), number)
-        return stats.stop_requests > 0
+        for done in finished:
+            if not done.stats.skipped:
+                self.log_step(done)
+            action = self.recovery.on_step(done, self.step.finite)
+            if action != "continue":
+                self.recover(done, action)
+                return False
+            self.stopping |= done.stats.stop_requests > 0
+            self.saving |= done.stats.save_requests > 0
+        return True
 
-    def _slowest(self) -> dict[str, float]:
-        """The slowest rank of the newest comparison, for the metrics; a straggler is also told and noted once."""
+    def log_step(self, done: FinishedStep) -> None:
+        """Write a step's metrics."""
+        record = done.record
+        self.speed.add(record.seconds, record.data_seconds)
+        self.goodput.step(record.seconds, record.data_seconds)
+        mfu = self.flops.mfu(record.batch, self.speed.step_seconds)
+        metrics = step_metrics(self.config, done, self.speed, mfu)
+        self.log.step(metrics | {"ettr": self.goodput.total().ettr, **self.straggler_metrics()})
+
+    def straggler_metrics(self) -> dict[str, float]:
+        """The slowest rank of the newest comparison; a straggler is also logged once."""
         found = self.watchdog.comparison
         if found is None:
             return {}
-        before, self.slow = self.slow, found
+        before, self.straggler = self.straggler, found
         named = None if before is None else (before.slowest, before.kind)
         if found.kind and (found.slowest, found.kind) != named:
             work = "works" if found.kind == "own" else "reads its data for"
-            self.log.note(
+            self.log.info(
                 f"straggler  rank {found.slowest} {work} {found.seconds:.3f} s a step, the others {found.median:.3f} s "
                 f"({found.ratio:.1f} times; over {found.steps} steps)"
             )
-            self.uptime.event("straggler", **vars(found))
-        return {"slowest_rank": found.slowest, "slowest_seconds": found.seconds, "slowest_ratio": found.ratio}
+            self.goodput.event("straggler", **vars(found))
+        return {
+            "slowest_rank": found.slowest,
+            "slowest_seconds": found.seconds,
+            "slowest_ratio": found.ratio,
+        }
 
-    def _recover(self, fault: StepFaultError) -> None:
-        """Leave the fault's batches out for good, here or from an earlier checkpoint on; all ranks together."""
-        policy, recovery = self.config.faults, self.recovery
-        late, queued = self.stats.drain(), dict(self.waiting)
-        newest = max([fault.pending, *self.waiting.values()], key=lambda pending: pending.step)
-        self.waiting.clear()
-        last = batch_number(newest.batch) if fault.kind == "nonfinite" else fault.last
-        recovery.bad_in_a_row += fault.kind == "nonfinite"
-        if recovery.bad_in_a_row >= policy.nonfinite_limit:
-            self._raise_nonfinite(fault.stats)
-        what = f"loss spike at batches {recovery.spikes.above}"
-        if fault.kind == "nonfinite":
-            what = f"gradient norm {fault.stats.grad_norm} (ranks {self._nonfinite_ranks() or 'unknown'})"
-        self.log.note(
-            f"step {fault.stats.step + 1}: {what}; batches {fault.first} to {last} are left out "
-            f"(order hash {fault.pending.batch.order_hash})"
+    def evaluate(self) -> None:
+        """Measure on held-out documents; a stop request that arrives meanwhile ends training after one more step."""
+        assert self.evaluation is not None
+        if self.ddp.ddp_config.overlap_param_gather:
+            self.ddp.start_param_sync(force_sync=True)
+        step = self.state.step
+
+        def stop() -> bool:
+            self.watchdog.mark("evaluate", step - 1)
+            return bool(self.stop)
+
+        self.evaluation.run(self.model, step, stop, self.log)
+        self.watch.lap()
+
+    # --- steps that must not count ---
+
+    def recover(self, bad: FinishedStep, action: Action) -> None:
+        """Skip the batches of a bad step for good, here or from an earlier checkpoint on; all ranks together."""
+        late = self.stats.drain()  # steps that were queued behind it
+        newest = (late[-1] if late else bad).record
+        skipped = self.recovery.skip(bad, newest)
+        self.log.info(skipped.text)
+        self.goodput.event(
+            "skip", batches=[skipped.first, skipped.last], step=bad.stats.step + 1, why=skipped.reason
         )
-        recovery.leave_out(fault.first, last)
-        self.uptime.event("leave-out", batches=[fault.first, last], step=fault.stats.step + 1, why=what)
-        if fault.kind == "nonfinite":
+        if bad.stats.skipped:
             self.optimizer.skipped.zero_()  # parameters and moments are as before the step
-        if fault.kind == "spike" or policy.nonfinite == "rollback":
-            if self._go_back(fault.first):
+        if action == "rollback":
+            if self.roll_back(skipped.first):
                 return
-            self.log.note("WARNING no checkpoint is older than these batches: going on without going back")
-        if fault.kind == "nonfinite":
-            position, order = newest.batch.position, newest.batch.order_hash
-            self.progress = replace(fault.pending.before, position=position, order_hash=order)
-            return
-        recovery.spikes.above.clear()
-        self.waiting = queued
-        for stats in late:
-            try:
-                self._handle(stats)
-            except StepFaultError as another:
-                self._recover(another)
+            self.log.info("WARNING no checkpoint is older than these batches: going on without going back")
+        if bad.stats.skipped:  # as were those behind it
+            position, order_hash = newest.batch.position, newest.batch.order_hash
+            self.state = replace(bad.record.before, position=position, order_hash=order_hash)
+        else:
+            self.account(late)
 
-    def _go_back(self, batch: int) -> bool:
+    def roll_back(self, batch: int) -> bool:
         """Continue from the newest checkpoint that has not seen `batch`; False if there is none."""
-        if not self.recovery.may_go_back(batch):
-            raise NonFiniteError(
-                explain(
-                    f"batch {batch}",
-                    f"the run went back {self.config.faults.rollback_limit} times from here without "
-                    "getting past it",
-                    "Look at the data and the learning rate; --resume starts at the last checkpoint.",
-                )
-            )
-        self.watchdog.mark("restore", self.progress.step)
-        self._settle(self.checkpointer.wait(), final=False)
+        self.recovery.count_rollback(batch)
+        self.watchdog.mark("restore", self.state.step)
+        self.settle(self.checkpointer.wait(), final=False)
         path, _ = self.checkpointer.find(lambda state: batches_seen(state) <= batch)
         if path is None:
             return False
         if self.ddp.ddp_config.overlap_param_gather:
             self.ddp.start_param_sync(force_sync=True)
-        state = self.checkpointer.load(path)
-        self.checkpointer.discard_after(state.step)  # they have seen the batches that are left out now
+        self.state = self.checkpointer.load(path)
+        self.checkpointer.discard_after(self.state.step)  # they have seen the batches that are skipped now
         self.saves.saved_step = None
         self.loader.close()
-        self.recovery.restore(state.position)
-        self.loader, _ = build_data(self.config, self.context.device, self.context.groups, state.position)
-        self.progress = Progress(
-            state.step, state.images_seen, state.tokens_seen, state.position, state.order_hash
+        self.recovery.restore(self.state.position)
+        self.loader, _ = build_data(
+            self.config, self.context.device, self.context.groups, self.state.position
         )
-        self.uptime.lost(self.log.rewind(state.step))
-        self.uptime.event("rollback", step=state.step, checkpoint=path.name)
-        self.log.note(f"went back to {path}, {state.step} steps done")
+        self.goodput.lost(self.log.rewind(self.state.step))
+        self.goodput.event("rollback", step=self.state.step, checkpoint=path.name)
+        self.log.info(f"went back to {path}, {self.state.step} steps done")
         return True
 
-    def _nonfinite_ranks(self) -> list[int]:
-        """Ranks whose own outputs were not finite; all ranks ask together."""
-        own = torch.tensor([float(self.train_step.finite)])
-        everyone = [torch.zeros_like(own) for _ in range(self.context.world_size)]
-        dist.all_gather(everyone, own, group=self.context.groups.host_control)
-        return [rank for rank, finite in enumerate(everyone) if finite.item() == 0.0]
+    # --- checkpoints ---
 
-    def _raise_nonfinite(self, stats: StepStats) -> None:
-        """Name step and ranks; the device already refused this and every later update.
+    def restore(self) -> None:
+        """Load the newest checkpoint that verifies, if there is one."""
+        path, problems = self.checkpointer.find()
+        for problem in problems:
+            self.context.log(problem)
+        if path is None:
+            where = self.checkpointer.store.location
+            self.context.log(f"resume: no complete checkpoint in {where}, starting at step 0")
+            return
+        self.state = self.checkpointer.load(path)
+        self.context.log(f"resume: {path}, {self.state.step} steps done")
 
-        On CUDA the flag is read a step later, so a rank is named when its outputs still are not finite.
-        """
-        ranks = self._nonfinite_ranks()
-        where = (
-            f"what rank {', '.join(map(str, ranks))} computed"
-            if ranks
-            else "the gradient (every rank's outputs were finite)"
-        )
-        raise NonFiniteError(
-            explain(
-                f"step {stats.step + 1}: gradient norm {stats.grad_norm}",
-                f"{where} is NaN or Inf; parameters were not "
-                f"updated and no checkpoint was written after step {stats.step}",
-                f"Continue from the last checkpoint with --resume, with a lower --lr or --precision fp32; data "
-                f"position of the step: order hash {self.progress.order_hash}.",
-            )
-        )
+    def save_is_due(self) -> bool:
+        """Whether this step ends with a checkpoint."""
+        last = self.state.step == self.config.train.steps
+        return last or self.stopping or self.saving or self.saves.due(self.state.step)
 
-    def _requests(self) -> float:
-        """What this rank asks of all with the step's reduction: 1 to stop, 0.5 (first rank only) to save."""
+    def stop_requested(self) -> bool:
+        """Whether this rank asks all to end the run after the next step."""
         if self.saves.out_of_time():
             self.stop.received = self.stop.received or "the time limit"
         early = self.checkpointer.poll()
-        self._report(early)
+        self.report(early)
         hopeless = early is not None and early.problem != "" and self.failed_saves + 1 >= MAX_FAILED_SAVES
-        return float(bool(self.stop) or hopeless) + self.saves.request()
+        return bool(self.stop) or hopeless
 
-    def _save(self, final: bool) -> None:
-        """Begin a checkpoint of the present state; with `final`, see it through."""
-        progress = self.progress
-        self._settle(self.checkpointer.wait(), final=False)
-        if progress.position is None or progress.step == self.saves.saved_step:
-            return
-        self.saves.started(progress.step)
-        self.checkpointer.start(
-            TrainState(
-                progress.step,
-                progress.position,
-                progress.order_hash,
-                config_digest(self.config),
-                progress.images,
-                progress.tokens,
+    def save(self) -> None:
+        """Begin a checkpoint of the present state; the last one of a run is also completed."""
+        final, self.saving = self.stopping or self.state.step == self.config.train.steps, False
+        self.watchdog.mark("save", self.state.step - 1)
+        self.settle(self.checkpointer.wait(), final=False)
+        if self.state.position is not None and self.state.step != self.saves.saved_step:
+            self.saves.started(self.state.step)
+            position = self.recovery.position(self.state.position)
+            self.checkpointer.start(
+                replace(self.state, position=position, config_digest=config_digest(self.config))
             )
-        )
-        if final or not self.config.checkpoint.asynchronous:
-            self._settle(self.checkpointer.wait(), final)
+            if final or not self.config.checkpoint.asynchronous:
+                self.settle(self.checkpointer.wait(), final)
+        self.goodput.stall(self.watch.lap())
 
-    def _settle(self, outcome: Outcome | None, final: bool) -> None:
+    def settle(self, outcome: Outcome | None, final: bool) -> None:
         """Act on how a save ended; the same on every rank.
 
         Raises:
@@ -398,19 +335,19 @@ class Trainer:
             self.saves.failed(outcome)
             if final or self.failed_saves >= MAX_FAILED_SAVES:
                 raise CheckpointError(_save_failed(outcome))
-        self._report(outcome)
+        self.report(outcome)
 
-    def _report(self, outcome: Outcome | None) -> None:
-        """Say once how a save ended, as soon as this rank knows."""
+    def report(self, outcome: Outcome | None) -> None:
+        """Log once how a save ended, as soon as this rank knows."""
         if outcome is None or outcome is self.reported:
             return
         self.reported = outcome
         if outcome.problem:
-            self.log.note(
+            self.log.info(
                 f"WARNING {_save_failed(outcome)} Training goes on and tries again at the next checkpoint."
             )
         else:
-            self.log.note(f"checkpoint {outcome.path} complete after {outcome.seconds:.1f} s")
+            self.log.info(f"checkpoint {outcome.path} complete after {outcome.seconds:.1f} s")
 
 
 def _save_failed(outcome: Outcome) -> str:

@@ -3,39 +3,42 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 
 if TYPE_CHECKING:
+    from lcl_mcore.distributed.groups import Groups
     from lcl_mcore.models.lcl import LclModel
 
 
 @pytest.fixture(scope="session")
-def groups() -> Any:
-    """megatron-core's groups of one process on the CPU."""
-    from megatron.core import parallel_state
-    from megatron.core.process_groups_config import ProcessGroupCollection
-
+def groups() -> Groups:
+    """The process groups of one process on the CPU."""
     from lcl_mcore.distributed.device import init_process_group, pick_device
-    from lcl_mcore.distributed.groups import make_groups
 
     device = pick_device("cpu")
+    from megatron.core import parallel_state
+
+    from lcl_mcore.distributed.groups import make_groups
+
     if not torch.distributed.is_initialized():
         init_process_group(device, 60)
-    if not parallel_state.is_initialized():
-        make_groups(1, 1, 60, 1)
-    return ProcessGroupCollection.use_mpu_process_groups()
+    parallel_state.destroy_model_parallel()  # of a test that joined a job of its own
+    return make_groups(1, 1, 60, 1)
 
 
 @pytest.fixture(scope="session")
 def build(groups: Any) -> Callable[..., LclModel]:
     """Build and initialise an `LclModel` of a `ModelConfig` on the CPU."""
-    from lcl_mcore.models.backends import choose_layers
+    from lcl_mcore.config.run import ParallelConfig, single_process
+    from lcl_mcore.models.backends import choose_backends
     from lcl_mcore.models.init import initialize as draw
     from lcl_mcore.models.lcl import LclModel
-    from lcl_mcore.models.transformer_config import Layout
+
+    device = torch.device("cpu")
 
     def make(
         shape: Any,
@@ -44,11 +47,14 @@ def build(groups: Any) -> Callable[..., LclModel]:
         train: bool = True,
         noise: float = 0.0,
         initialize: bool = True,
-        layout: Any = None,
+        **parallel: Any,
     ) -> LclModel:
-        """`noise` moves every parameter off its initial value, so that zeros and ones hide nothing."""
-        backend, _ = choose_layers(torch.float32)
-        model = LclModel(shape, layout or Layout(), backend, groups)
+        """`noise` moves every parameter off its initial value, so that zeros and ones hide nothing.
+
+        `parallel` are fields of `ParallelConfig`.
+        """
+        config = replace(single_process(shape), parallel=ParallelConfig(**parallel))
+        model = LclModel(config, groups, device, choose_backends(config, device))
         if initialize:
             draw(model, shape, seed, 0, 1)
         generator = torch.Generator().manual_seed(seed + 1)

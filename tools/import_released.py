@@ -58,7 +58,7 @@ def main() -> int:
     released = read_released(args.checkpoint)
     shape = shape_of_released(released)
     tree = to_dict(config_for(shape))
-    tree["parallel"]["tensor"] = args.tp
+    tree["parallel"]["tensor_parallel_size"] = args.tp
     config = from_dict(RunConfig, tree, f"--tp {args.tp}")
     state = from_released(released, shape)
     path = write_full_state(state, shape, args.out)

@@ -28,14 +28,13 @@ def main() -> int:
 
     # Imported only now, so that a mistake above is answered at once.
     from lcl_mcore.distributed.context import start
-    from lcl_mcore.evaluation.periodic import periodic_evaluation
-    from lcl_mcore.trainer import Trainer
 
     context = start(config, folder)
     if context.rank == 0:
         write_config(config, folder)
-    evaluation = periodic_evaluation(config, context)
-    return Trainer(config, context, resume=resume, init_from=flags.init_from, evaluation=evaluation).run()
+    from lcl_mcore.trainer import Trainer  # after `start`: see `lcl_mcore.distributed.cpu`
+
+    return Trainer(config, context, resume=resume, init_from=flags.init_from).train()
 
 
 if __name__ == "__main__":

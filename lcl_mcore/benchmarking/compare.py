@@ -15,15 +15,14 @@ import torch.distributed as dist
 from lcl_mcore.batch import StepBatch
 from lcl_mcore.benchmarking.plain import PlainStep
 from lcl_mcore.benchmarking.step import dry_shape
-from lcl_mcore.build import DTYPES, build_model
+from lcl_mcore.build import build_training
 from lcl_mcore.config.model import LanguageConfig, ModelConfig, VisionConfig
 from lcl_mcore.config.recipes import load_recipe
 from lcl_mcore.config.run import LossConfig, OptimConfig, RunConfig
 from lcl_mcore.data.synthetic import synthetic_step
+from lcl_mcore.distributed.context import detached
 from lcl_mcore.distributed.device import Device, init_process_group, pick_device
 from lcl_mcore.distributed.groups import Groups, make_groups
-from lcl_mcore.optimizer import Optimizer, wrap_data_parallel
-from lcl_mcore.train_step import TrainStep
 
 Precision = Literal["fp32", "bf16"]
 
@@ -87,11 +86,8 @@ def measure_side(side: str, rows: int, steps: int, precision: Precision, small: 
 
 
 def _ours(config: RunConfig, device: Device, groups: Groups, batch: StepBatch) -> Callable[[], object]:
-    model, _ = build_model(config, device, groups)
-    ddp = wrap_data_parallel(model, config.parallel, groups)
-    optimizer = Optimizer(ddp, config.optim, DTYPES[config.train.precision], groups)
-    train = TrainStep(config, model, ddp, optimizer, groups)
-    return lambda: train.run(0, batch, 1e-6, False)
+    training = build_training(config, detached(device, groups))
+    return lambda: training.step.run(0, batch, 1e-6)
 
 
 def _plain(config: RunConfig, device: Device, groups: Groups, batch: StepBatch) -> Callable[[], object]:

@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lcl_mcore.batch import MicroBatch
 from lcl_mcore.config.run import RunConfig
-from lcl_mcore.distributed.torchvision_ops import make_importable
+from lcl_mcore.distributed.cpu import make_torchvision_importable
 from lcl_mcore.models.lcl import INITIAL_LOG_SCALE
 from lcl_mcore.models.vision import PIXEL_MEAN, PIXEL_STD
 
@@ -24,7 +24,7 @@ class PlainLcl(nn.Module):
 
     def __init__(self, config: RunConfig, rank: int, world: int) -> None:
         super().__init__()
-        make_importable()
+        make_torchvision_importable()
         from open_clip.loss import ClipLoss
         from open_clip.transformer import AttentionalPooler, VisionTransformer
         from transformers import OPTConfig, OPTModel

@@ -17,15 +17,16 @@ from torch import Tensor
 
 from lcl_mcore import optional_packages as probe
 from lcl_mcore.batch import MicroBatch
-from lcl_mcore.build import DTYPES, build_model
+from lcl_mcore.build import build_training
 from lcl_mcore.config.recipes import load_recipe
 from lcl_mcore.config.run import RunConfig
 from lcl_mcore.data.synthetic import synthetic_step
+from lcl_mcore.distributed.context import detached
 from lcl_mcore.distributed.device import Device, init_process_group, pick_device
 from lcl_mcore.distributed.groups import Groups, make_groups
+from lcl_mcore.metrics import StepOutput
 from lcl_mcore.models.flops import FlopCounter
-from lcl_mcore.optimizer import Optimizer, wrap_data_parallel
-from lcl_mcore.train_step import TrainStep
+from lcl_mcore.models.transformer_config import DTYPES
 
 # Rows of a micro-batch that are tried on a GPU, by the length of a row.
 LONG_ROWS, CANDIDATES_LONG = 1024, (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
@@ -107,21 +108,18 @@ class Bench:
     def __init__(self, config: RunConfig, device: Device, groups: Groups) -> None:
         self.config, self.device = config, device
         self.before = torch.cuda.memory_allocated() if device.is_cuda else 0
-        self.model, self.choices = build_model(config, device, groups)
-        self.ddp = wrap_data_parallel(self.model, config.parallel, groups)
-        self.optimizer = Optimizer(self.ddp, config.optim, DTYPES[config.train.precision], groups)
-        self.train = TrainStep(config, self.model, self.ddp, self.optimizer, groups)
+        self.training = build_training(config, detached(device, groups))
         self.state_bytes = torch.cuda.memory_allocated() - self.before if device.is_cuda else None
         self.batch = synthetic_step(config)
         if device.is_cuda:
-            pinned = tuple(pinned(micro) for micro in self.batch.micro_batches)
-            self.batch = replace(self.batch, micro_batches=pinned)
+            on_host = tuple(pinned(micro) for micro in self.batch.micro_batches)
+            self.batch = replace(self.batch, micro_batches=on_host)
         self.done = 0
-        self.last: Tensor | None = None
+        self.last: StepOutput | None = None
 
     def step(self) -> None:
         """One optimizer step, queued but not waited for; the learning rate is that of a warm-up."""
-        self.last = self.train.run(self.done, self.batch, 1e-6, False)
+        self.last = self.training.step.run(self.done, self.batch, 1e-6)
         self.done += 1
 
     def times(self, count: int) -> list[float]:
@@ -142,7 +140,7 @@ class Bench:
 
     def fp8_is_on(self) -> bool:
         """Whether the towers really multiply in FP8."""
-        return bool(getattr(self.model.config, "fp8", None))
+        return bool(getattr(self.training.model.config, "fp8", None))
 
 
 def measure(request: Request) -> dict[str, Any]:
@@ -199,22 +197,21 @@ def _measure_rows(request: Request, rows: int, device: Device, groups: Groups) -
 def _numbers(bench: Bench, seconds: float) -> dict[str, Any]:
     config, counts = bench.config, bench.batch.counts
     assert bench.last is not None
-    # [grad norm, skipped, non-finite ranks, stop requests, contrastive loss, generation loss, scale]
-    norm, skipped, _, _, contrastive, generation, scale = bench.last.tolist()
+    stats = bench.last.read(0)
     counter = FlopCounter(config, bench.device.name, DTYPES[config.train.precision], 1)
     flops = counter.flops(bench.batch)
     positions = config.train.global_batch_size * config.data.sequence_length
     return {
-        "status": "failed" if skipped else "ok",
-        **({"reason": "loss or gradient is not finite"} if skipped else {}),
+        "status": "failed" if stats.skipped else "ok",
+        **({"reason": "loss or gradient is not finite"} if stats.skipped else {}),
         "sequence_length": config.data.sequence_length,
         "images": counts.images[0],
         "contexts": counts.contexts[0],
         "targets": counts.targets[0],
         "tokens": counts.tokens[0],
         "padding": 1 - counts.tokens[0] / positions,
-        "parameters": sum(p.numel() for p in bench.model.parameters()),
-        "backends": {choice.part: f"{choice.backend} ({choice.reason})" for choice in bench.choices},
+        "parameters": sum(p.numel() for p in bench.training.model.parameters()),
+        "backends": {choice.part: f"{choice.backend} ({choice.reason})" for choice in bench.training.choices},
         "step_seconds": seconds,
         "images_per_second": counts.images[0] / seconds,
         "tokens_per_second": counts.tokens[0] / seconds,
@@ -223,10 +220,10 @@ def _numbers(bench: Bench, seconds: float) -> dict[str, Any]:
         "mfu": flops / (seconds * counter.peak.flops),
         "mfu_relative_to": f"{counter.peak.flops / 1e12:.4g} TFLOP/s ({counter.peak.source})",
         "last_step": {
-            "grad_norm": norm,
-            "contrastive": contrastive,
-            "generation": generation,
-            "scale": scale,
+            "grad_norm": stats.grad_norm,
+            "contrastive": stats.contrastive,
+            "generation": stats.generation,
+            "scale": stats.scale,
         },
     }
 

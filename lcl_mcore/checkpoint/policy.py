@@ -15,8 +15,6 @@ from lcl_mcore.config.run import CheckpointConfig, RunConfig
 from lcl_mcore.distributed.context import Context
 from lcl_mcore.errors import CheckpointError, explain
 
-SAVE_REQUEST = 0.5  # beside whole numbers of stop requests in the step's reduction
-
 
 def make_checkpointer(config: RunConfig, context: Context, tensors: Tensors, resume: bool) -> Checkpointer:
     """The checkpointer of a run. Collective.
@@ -69,10 +67,10 @@ class SavePolicy:
         """Whether a checkpoint is due by the number of steps done."""
         return self.config.every > 0 and step % self.config.every == 0
 
-    def request(self) -> float:
-        """`SAVE_REQUEST` when the minutes are over, on the first rank; else 0."""
+    def request(self) -> bool:
+        """Whether the minutes between checkpoints are over, on the first rank."""
         limit = 60 * self.config.minutes
-        return SAVE_REQUEST if self.first and limit and self.clock() - self.last_save >= limit else 0.0
+        return self.first and limit > 0 and self.clock() - self.last_save >= limit
 
     def out_of_time(self) -> bool:
         """Whether it is time for the last checkpoint, on the first rank."""

@@ -381,3 +381,8 @@ class RunConfig:
             f"Use a multiple of {dp * micro}.",
         )
         return dp
+
+
+def single_process(model: ModelConfig) -> RunConfig:
+    """A configuration around a model alone, in one process and fp32."""
+    return RunConfig(model=model, data=DataConfig(sequence_length=min(2048, model.language.max_positions)))

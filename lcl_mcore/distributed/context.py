@@ -6,29 +6,32 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 import torch
 import torch.distributed as dist
 
-from lcl_mcore.build import choose_backend
 from lcl_mcore.config.run import RunConfig
 from lcl_mcore.distributed.device import Device, init_process_group, pick_device
-from lcl_mcore.distributed.groups import Groups, make_groups
 from lcl_mcore.fault_tolerance.flight_recorder import record_collectives
 from lcl_mcore.fault_tolerance.restart import job_id
+
+if TYPE_CHECKING:
+    from lcl_mcore.distributed.groups import Groups
 
 
 @dataclass(frozen=True)
 class Context:
     """What start-up yields: what a process knows about itself and its job.
 
-    device       where it computes
-    groups       the process groups it communicates over
-    rank         its number among `world_size`
-    run_folder   where the run keeps what it writes
-    log          says a line once, on rank 0
-    store        key-value store of this attempt of the job alone
+    Attributes:
+        device: where it computes.
+        groups: the process groups it communicates over.
+        rank: its number among `world_size`.
+        run_folder: where the run keeps what it writes.
+        log: prints a line once, on rank 0.
+        store: key-value store of this attempt of the job alone.
     """
 
     device: Device
@@ -40,19 +43,32 @@ class Context:
     store: dist.Store
 
 
+def detached(device: Device, groups: Groups) -> Context:
+    """A context outside a run, for the planner, benchmarks and tests: nothing is logged or written."""
+    return Context(
+        device, groups, dist.get_rank(), dist.get_world_size(), Path(), lambda line: None, dist.HashStore()
+    )
+
+
 def start(config: RunConfig, run_folder: Path) -> Context:
-    """Join the process group and make the groups; the configuration has been checked before."""
+    """Join the process group and make the groups; the configuration has been checked before.
+
+    Raises:
+        ConfigError: the processes or the global batch cannot be split evenly, or the device is not there.
+    """
     world = int(os.environ.get("WORLD_SIZE", "1"))
     config.check_processes(world)
-    choose_backend(config)  # refused now, before any process group exists
     _limit_threads()
     if os.environ.get("LOCAL_RANK") == "0":
         _end_orphans()
     if (
         config.parallel.tensor_parallel_size > 1
-    ):  # megatron's overlap of gradient communication counts on launch order
+    ):  # megatron's overlap of gradient reduction counts on launch order
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = pick_device(config.train.device)
+    # Imported after the CPU platform, which keeps megatron-core's import from loading torch's compiler.
+    from lcl_mcore.distributed.groups import make_groups
+
     record_collectives()
     store = init_process_group(device, config.parallel.timeout_seconds)
     rank = dist.get_rank()

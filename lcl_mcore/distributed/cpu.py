@@ -1,15 +1,33 @@
-"""Lets megatron-core run where there is no GPU.
+"""The CPU platform: what lets megatron-core run, and its companions be imported, where there is no GPU.
 
-megatron-core asks CUDA for its device, its random state and its streams, and names "cuda" in a few
-tensor factories. `install` answers those calls for the CPU. It is called by
-`platform.device.pick_device` alone, never on import, and refuses to act once a CUDA device is in use.
+The only module that replaces functions of torch or megatron-core. Nothing happens on import: `pick_device` calls
+`install` once it has chosen the CPU. What is replaced, and why:
+
+torch.compile, while `megatron.core` is imported
+    Its decorators load torch's compiler, three seconds of processor time in every process, for functions that a CPU
+    run never calls. They are compiled at their first call instead.
+torch.cuda.current_device, streams, events, random state, synchronize, set_device, empty_cache
+    megatron-core asks for them without looking whether there is a GPU. On a CPU all work has already happened.
+torch.empty, zeros, tensor, ..., Tensor.to, Tensor.cuda, Module.cuda
+    megatron-core writes out `device="cuda"`; here that means the CPU.
+Tensor.type() without arguments, torch.cuda.FloatTensor and its siblings
+    The distributed optimizer compares the names of CUDA types, and gradient clipping constructs such tensors.
+megatron.core.tensor_parallel.random._get_cuda_rng_state and its setter
+    They reach into torch.cuda's C++ generators.
+torchvision's operators, declared by name (`make_torchvision_importable`)
+    PyPI's torchvision is built for CUDA. Beside a CPU build of torch its library does not load and its import fails,
+    although timm, open_clip and transformers want only its image transforms.
 """
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
+import re
+import types
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -123,7 +141,8 @@ def install() -> None:
     if torch.cuda.is_available() and torch.cuda.is_initialized():
         raise RuntimeError("the CPU stand-ins cannot be installed after CUDA was used in this process")
     # Imported first: torch.compile, which megatron-core triggers, must see the genuine functions.
-    import megatron.core.tensor_parallel.random as megatron_random
+    with _compiling_at_first_call():
+        import megatron.core.tensor_parallel.random as megatron_random
 
     cuda: Any = torch.cuda
 
@@ -163,3 +182,67 @@ def install() -> None:
     patched: Any = megatron_random
     patched._get_cuda_rng_state = lambda device="cpu", clone=False, graph_safe=False: torch.get_rng_state()
     patched._set_cuda_rng_state = lambda state, device=-1, graph_safe=False: torch.set_rng_state(state)
+
+
+def compile_at_first_call(compile: Callable[..., Any]) -> Callable[..., Any]:
+    """`torch.compile` as a decorator that does its work when the function is first called."""
+
+    def decorate(function: Any = None, **options: Any) -> Any:
+        if function is None:
+            return lambda function: decorate(function, **options)
+        if not isinstance(function, types.FunctionType):
+            return compile(function, **options)
+        compiled: list[Callable[..., Any]] = []
+
+        @functools.wraps(function)
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if not compiled:
+                compiled.append(compile(function, **options))
+            return compiled[0](*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+@contextlib.contextmanager
+def _compiling_at_first_call() -> Iterator[None]:
+    compile = torch.compile
+    torch.compile = compile_at_first_call(compile)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        torch.compile = compile
+
+
+@functools.cache
+def make_torchvision_importable() -> torch.library.Library | None:
+    """Call before importing timm, open_clip or transformers; does nothing where torchvision is whole or absent.
+
+    Returns:
+        What holds the declarations alive, None if there is nothing to declare.
+    """
+    spec = importlib.util.find_spec("torchvision")
+    if spec is None or spec.origin is None:
+        return None
+    folder = Path(spec.origin).parent
+    rules = folder / "_meta_registrations.py"
+    text = rules.read_text("utf-8") if rules.is_file() else ""
+    names = re.findall(r'register_fake\("torchvision::(\w+)"\)', text)
+    if not names or _compiled_part_loads(folder):
+        return None
+    library = torch.library.Library("torchvision", "DEF")
+    for name in names:
+        library.define(f"{name}(Tensor boxes, Tensor scores, float threshold) -> Tensor")
+    return library
+
+
+def _compiled_part_loads(folder: Path) -> bool:
+    """Whether torchvision's operators come from its own library, as they should."""
+    for path in folder.glob("_C*.so"):
+        try:
+            torch.ops.load_library(str(path))
+        except OSError:
+            continue
+        return True
+    return False

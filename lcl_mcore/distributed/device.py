@@ -9,6 +9,7 @@ from datetime import timedelta
 import torch
 
 from lcl_mcore.distributed.rendezvous import MEETING_SECONDS, join_store
+from lcl_mcore.errors import ConfigError, explain
 
 
 @dataclass(frozen=True)
@@ -58,18 +59,20 @@ def cpu_name() -> str:
 def pick_device(requested: str = "auto") -> Device:
     """Choose CUDA when present unless `requested` ("auto", "cuda", "cpu") says otherwise.
 
-    On CPU, megatron-core's CUDA expectations are met by `cpu_shim`, installed here and only here.
+    On CPU, megatron-core's CUDA expectations are met by `distributed.cpu`, installed here and only here.
 
     Raises:
-        RuntimeError: "cuda" was requested and no CUDA device is visible.
+        ConfigError: "cuda" was requested and no CUDA device is visible.
     """
     available = torch.cuda.is_available()
     if requested == "cuda" and not available:
-        raise RuntimeError("device = cuda: no CUDA device is visible to torch. Use --device cpu or auto.")
+        raise ConfigError(
+            explain("device = cuda", "no CUDA device is visible to torch", "Use --device cpu or auto.")
+        )
     if requested == "cpu" or not available:
-        from lcl_mcore.distributed import cpu as cpu_shim
+        from lcl_mcore.distributed import cpu
 
-        cpu_shim.install()
+        cpu.install()
         return Device("cpu", torch.device("cpu"), "gloo", cpu_name())
     device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     torch.cuda.set_device(device)

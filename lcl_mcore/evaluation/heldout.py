@@ -58,7 +58,7 @@ def evaluate_run(run: Path, heldout: str) -> HeldoutResult:
             explain(run, "has no complete checkpoint", "Train first, or give another folder.")
         )
     context = start(config, run)
-    model, _ = build_model(config, context.device, context.groups)
+    model = build_model(config, context)
     tokenizer = build_tokenizer(config.data.tokenizer)
     source = SourceConfig(path=heldout)
 

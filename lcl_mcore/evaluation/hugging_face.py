@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lcl_mcore.distributed.torchvision_ops import make_importable
+from lcl_mcore.distributed.cpu import make_torchvision_importable
 from lcl_mcore.errors import ConfigError, explain
 from lcl_mcore.optional_packages import installed
 
@@ -42,7 +42,7 @@ class HuggingFaceDecoder(nn.Module):
             raise ConfigError(
                 explain(f"--language-model {path}", "needs transformers", "pip install 'lcl-mcore[export]'.")
             )
-        make_importable()
+        make_torchvision_importable()
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
         try:

@@ -93,7 +93,7 @@ def open_model(path: Path, context: Context | None = None) -> LoadedModel:
     folder, weights = locate(path)
     config = single_process_config(folder)
     context = context or start(config, folder)
-    model, _ = build_model(config, context.device, context.groups)
+    model = build_model(config, context)
     if weights.name == STATE_FILE:
         load_full_state(model, read_full_state(weights), 0, 1)
         state = TrainState(0, None, "", "")

@@ -51,7 +51,7 @@ class PeriodicEvaluation:
         finally:
             model.train()
         if numbers is None:
-            log.note(f"evaluation after step {step} cut short by a stop request")
+            log.info(f"evaluation after step {step} cut short by a stop request")
             return True
         if log.enabled:
             record = {"step": step, **numbers}
@@ -59,7 +59,7 @@ class PeriodicEvaluation:
             if log.board is not None:
                 for name, value in numbers.items():
                     log.board.add_scalar(f"heldout/{name}", value, step)
-            log.note(
+            log.info(
                 f"held-out   step {step}  R@1 {numbers['R@1']:.3f}  R@5 {numbers['R@5']:.3f} of {numbers['images']}"
                 f"  generation {numbers['generation']:.4f}"
             )

@@ -47,8 +47,8 @@ class DualEncoder(TransferHead):
     ) -> None:
         super().__init__(replace(shape, vision=replace(shape.vision, width=width, heads=1)), context)
         self.tokenizer, self.room = tokenizer, min(config.text_tokens, shape.language.max_positions)
-        self.temperature = Temperature(self.layout.device)
-        vision = vision_transformer_config(self.shape.vision, self.layout)
+        self.temperature = Temperature(self.device)
+        vision = vision_transformer_config(self.config, self.device)
         self.pool = AttentionPool(vision, self.shape, self.groups)
         self.draw(key_of(config.seed, "two towers"))
 
@@ -59,7 +59,7 @@ class DualEncoder(TransferHead):
     def text_vectors(self, texts: Sequence[str]) -> Tensor:
         """The LM's state at each text's last token, the end mark: unit vectors fp32 [n, D]."""
         rows = text_rows(self.tokenizer, texts, self.room, self.tokenizer.eos)
-        none = torch.zeros(0, self.pool.patches, self.shape.language.width, device=self.layout.device)
+        none = torch.zeros(0, self.pool.patches, self.shape.language.width, device=self.device)
         hidden = self.forward_language(rows, none, torch.zeros(0, dtype=torch.int64))
         return l2_normalize(self.language.contexts(hidden, rows.last.to(hidden.device)))
 

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from lcl_mcore.config.base import to_dict
 from lcl_mcore.config.evaluation import PairsConfig
 from lcl_mcore.config.model import ModelConfig
+from lcl_mcore.config.run import single_process
 from lcl_mcore.distributed.context import Context
 from lcl_mcore.errors import ConfigError, explain
 from lcl_mcore.evaluation.captioned import CHUNK, CaptionDataset, TextRows
@@ -29,7 +30,7 @@ from lcl_mcore.models.init import initialize
 from lcl_mcore.models.language import EmbeddingInput, LanguageModel
 from lcl_mcore.models.lcl import LclModel
 from lcl_mcore.models.stages import stage_of
-from lcl_mcore.models.transformer_config import Layout, language_transformer_config
+from lcl_mcore.models.transformer_config import language_transformer_config
 from lcl_mcore.models.vision import VisionEncoder, patchify
 from lcl_mcore.rng import key_of
 
@@ -114,9 +115,10 @@ class TransferHead(nn.Module):
     def __init__(self, shape: ModelConfig, context: Context) -> None:
         super().__init__()
         self.shape = replace(shape, language=replace(shape.language, dropout=0.0))
-        self.layout, self.groups = Layout(device=context.device.device), context.groups.megatron
+        self.config, self.device = single_process(self.shape), context.device.device
+        self.groups = context.groups.megatron
         language, (backend, _) = self.shape.language, choose_layers(torch.float32)
-        config = language_transformer_config(language, self.layout)
+        config = language_transformer_config(self.config, self.device)
         stage = stage_of((language.layers,), 0)
         self.language = LanguageModel(config, language, backend, self.groups, stage)
 
@@ -127,11 +129,11 @@ class TransferHead(nn.Module):
     def draw(self, seed: int) -> None:
         """Random weights for every part that an `LclModel` has, too."""
         initialize(self, self.shape, seed, 0, 1)  # type: ignore[arg-type]  # asks for names and parameters only
-        self.to(self.layout.device)
+        self.to(self.device)
 
     def forward_language(self, rows: TextRows, latents: Tensor, starts: Tensor) -> Tensor:
         """The LM's hidden states [t, D] over rows with latents [n, P, D] in the places from `starts` [n] on."""
-        device = self.layout.device
+        device = self.device
         segments = make_segments(rows.lengths, device, sequence_keys=tuple(range(len(rows.lengths))))
         given = EmbeddingInput(rows.tokens.to(device), rows.positions.to(device), latents, starts.to(device))
         return self.language(given, segments)

@@ -74,9 +74,9 @@ def main(folder: Path) -> None:
     """Answer the requests that lie in `folder`."""
     from safetensors.torch import load_file, save_file
 
-    from lcl_mcore.distributed.torchvision_ops import make_importable
+    from lcl_mcore.distributed.cpu import make_torchvision_importable
 
-    held = make_importable()
+    held = make_torchvision_importable()
     pixels = load_file(folder / "pixels.safetensors")["pixels"]
     features = {}
     for i, (name, place, tree) in enumerate(json.loads((folder / "requests.json").read_text("utf-8"))):

@@ -19,7 +19,7 @@ from torch import Tensor
 from lcl_mcore.config.run import LossConfig
 
 
-class Pending(Protocol):
+class PendingLoss(Protocol):
     """The loss of one step under way: each side is handed over as soon as it exists."""
 
     def start_image(self, image: Tensor) -> None: ...
@@ -32,7 +32,7 @@ class Pending(Protocol):
 class Contrastive(Protocol):
     """Opens the loss of a step; `counts` has one entry per data-parallel rank, known on the host."""
 
-    def begin(self, counts: Sequence[int], dim: int, *, group_ids: Tensor | None = None) -> Pending: ...
+    def begin(self, counts: Sequence[int], dim: int, *, group_ids: Tensor | None = None) -> PendingLoss: ...
 
 
 class ReferenceInfoNCE:

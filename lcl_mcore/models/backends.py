@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from lcl_mcore import optional_packages as probe
+from lcl_mcore.config.run import RunConfig
 from lcl_mcore.errors import ConfigError, explain
 from lcl_mcore.models.layers import LayerBackend, torch_backend
+from lcl_mcore.models.transformer_config import DTYPES
 
 
 @dataclass(frozen=True)
@@ -19,6 +21,35 @@ class Choice:
     part: str
     backend: str
     reason: str
+
+
+@dataclass(frozen=True)
+class Backends:
+    """What the model is built from, chosen once, before it is built.
+
+    Attributes:
+        layers: classes of the transformer layers' parts.
+        gradient_accumulation_fusion: the LM's matmuls add weight gradients to the fp32 buffers themselves.
+        choices: the reasons, for the start-up summary.
+    """
+
+    layers: LayerBackend
+    gradient_accumulation_fusion: bool
+    choices: tuple[Choice, ...]
+
+
+def choose_backends(config: RunConfig, device: torch.device) -> Backends:
+    """The fastest implementations that are here and that the configuration allows.
+
+    Raises:
+        ConfigError: a requested one is not available.
+    """
+    dtype = DTYPES[config.train.precision]
+    requested = "te" if config.train.precision == "fp8" else config.train.backend
+    layers, choices = choose_layers(dtype, requested)
+    wanted = config.parallel.gradient_accumulation_fusion
+    fusion = choose_gradient_fusion(wanted, choices[0].backend, dtype, device)
+    return Backends(layers, fusion.backend != "off", (*choices, fusion))
 
 
 def _te_backend(attention: Choice) -> LayerBackend:

@@ -12,22 +12,18 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from megatron.core.enums import ModelType
-from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import gather_from_sequence_parallel_region
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from lcl_mcore.batch import MicroBatch
-from lcl_mcore.config.model import ModelConfig
+from lcl_mcore.config.run import RunConfig
+from lcl_mcore.distributed.groups import Groups
 from lcl_mcore.models.attention import make_segments
+from lcl_mcore.models.backends import Backends
 from lcl_mcore.models.language import EmbeddingInput, LanguageModel
-from lcl_mcore.models.layers import LayerBackend
-from lcl_mcore.models.stages import stage_of
-from lcl_mcore.models.transformer_config import (
-    Layout,
-    language_transformer_config,
-    vision_transformer_config,
-)
+from lcl_mcore.models.stages import split_stages, stage_of
+from lcl_mcore.models.transformer_config import language_transformer_config, vision_transformer_config
 from lcl_mcore.models.vision import AttentionPool, VisionEncoder
 from lcl_mcore.rng import key_of
 
@@ -78,37 +74,42 @@ class LclModel(MegatronModule):
     `image_embeds`, `context_embeds`), so that it can start the gathers of the contrastive loss between them.
 
     Args:
-        groups: tensor- and pipeline-parallel groups of the LM.
-        vision_groups: those of the ViT and the pool; with `layout.vision_data` its tp group is this rank alone.
+        groups: the process groups of this rank; where every TP rank holds the whole ViT, it gets `groups.vision`.
+        device: where the parameters are made.
+        backends: which implementation serves each part.
     """
 
     model_type = ModelType.encoder_or_decoder  # what megatron's schedule asks for
 
-    def __init__(
-        self,
-        shape: ModelConfig,
-        layout: Layout,
-        backend: LayerBackend,
-        groups: ProcessGroupCollection,
-        vision_groups: ProcessGroupCollection | None = None,
-    ) -> None:
-        config = language_transformer_config(shape.language, layout)
-        super().__init__(config=config)
-        self.shape, self.layout, self.tp_group = shape, layout, groups.tp
-        stages = layout.stage_layers or (shape.language.layers,)
-        self.stage = stage_of(stages, groups.pp.rank() if len(stages) > 1 else 0)
+    def __init__(self, config: RunConfig, groups: Groups, device: torch.device, backends: Backends) -> None:
+        stage_layers = split_stages(config)
+        language_config = language_transformer_config(
+            config, device, stage_layers, gradient_accumulation_fusion=backends.gradient_accumulation_fusion
+        )
+        super().__init__(config=language_config)
+        self.shape, self.tp_group = config.model, groups.tp
+        self.fp8 = config.train.precision == "fp8"
+        self.vision_data = (
+            config.resolved_vision_parallel == "data" and config.parallel.tensor_parallel_size > 1
+        )
+        """Every TP rank holds the whole ViT and encodes a share of the images."""
+        self.stage_layers = stage_layers
+        self.stage = stage_of(stage_layers, groups.pp.rank() if len(stage_layers) > 1 else 0)
         if self.stage.last:
             # First of all modules: where the rest is bf16, megatron's distributed optimizer lists fp32
             # parameters before the others of their group, and its index of saved state follows the model's order.
-            self.temperature = Temperature(layout.device)
+            self.temperature = Temperature(device)
         if self.stage.first:
-            vision_config = vision_transformer_config(shape.vision, layout)
-            self.vision = VisionEncoder(vision_config, shape.vision, backend, vision_groups or groups)
-            self.pool = AttentionPool(vision_config, shape, vision_groups or groups)
-            if layout.vision_data:
+            vision_config = vision_transformer_config(config, device)
+            vision_groups = groups.vision if self.vision_data else groups.megatron
+            self.vision = VisionEncoder(vision_config, self.shape.vision, backends.layers, vision_groups)
+            self.pool = AttentionPool(vision_config, self.shape, vision_groups)
+            if self.vision_data:
                 for parameter in self.vision_parameters():
                     parameter.tensor_model_parallel = False  # type: ignore[attr-defined]  # each rank has all of it
-        self.language = LanguageModel(config, shape.language, backend, groups, self.stage)
+        self.language = LanguageModel(
+            language_config, self.shape.language, backends.layers, groups.megatron, self.stage
+        )
         self.received: Tensor | None = None
 
     def vision_parameters(self) -> list[nn.Parameter]:
@@ -133,21 +134,19 @@ class LclModel(MegatronModule):
         is cut off again and receives none.
         """
         n = images.shape[0]
-        shares = self.tp_group.size() if self.config.sequence_parallel or self.layout.vision_data else 1
+        shares = self.tp_group.size() if self.config.sequence_parallel or self.vision_data else 1
         multiple = shares
-        if self.layout.fp8:  # its matrix products want token counts that are multiples of 16
-            multiple = shares * 16 if self.layout.vision_data else math.lcm(shares, 16)
+        if self.fp8:  # its matrix products want token counts that are multiples of 16
+            multiple = shares * 16 if self.vision_data else math.lcm(shares, 16)
         missing = max(-(-n // multiple), 1) * multiple - n
         if missing:
             images = torch.cat((images, images.new_zeros(missing, *images.shape[1:])))
             keys = torch.cat((keys, keys.new_zeros(missing)))
-        if self.layout.vision_data:
+        if self.vision_data:
             start, share = self.tp_group.rank() * (len(keys) // shares), len(keys) // shares
             images, keys = images.narrow(0, start, share), keys.narrow(0, start, share)
         features = self.pool(self.vision(images, keys, key_of(seed, "vision")))  # [n, 1 + P, D]
-        if (
-            self.layout.vision_data
-        ):  # the LM reads them on every rank alike: the gradient is split, not summed
+        if self.vision_data:  # the LM reads them on every rank alike: the gradient is split, not summed
             features = gather_from_sequence_parallel_region(
                 features, tensor_parallel_output_grad=False, group=self.tp_group
             )

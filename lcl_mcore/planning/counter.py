@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -98,17 +98,15 @@ class StepCounter(TorchDispatchMode):
         finally:
             self._part, self._phase = before
 
-    def wrap(
-        self, function: Callable[..., Any], *, part: str | None = None, phase: str = ""
-    ) -> Callable[..., Any]:
-        """`function`, run `within` these; without a phase, forward or first pass by whether gradients are wanted."""
-
-        def call(*args: Any, **kwargs: Any) -> Any:
-            now = phase or ("forward" if torch.is_grad_enabled() else "first pass")
-            with self.within(part=part, phase=now):
-                return function(*args, **kwargs)
-
-        return call
+    def region(self, name: str) -> AbstractContextManager[None]:
+        """A part of the step begins (see `lcl_mcore.train_step.StepObserver`)."""
+        if name == "contrastive_loss":
+            return self.within(part="loss", phase="loss")
+        if name == "optimizer":
+            return self.within(part="optimizer", phase="optimizer")
+        if name == "generation_loss":
+            return self.within(part="loss", phase="forward")
+        return self.within(phase="forward" if torch.is_grad_enabled() else "first pass")
 
     @property
     def phase(self) -> str:

@@ -11,14 +11,15 @@ import torch
 from torch import Tensor
 
 from lcl_mcore.batch import StepBatch
-from lcl_mcore.build import DTYPES, build_model
+from lcl_mcore.build import build_training
 from lcl_mcore.config.run import RunConfig
 from lcl_mcore.data.synthetic import synthetic_step
+from lcl_mcore.distributed.context import detached
 from lcl_mcore.distributed.device import Device
 from lcl_mcore.distributed.groups import Groups
-from lcl_mcore.optimizer import Optimizer, wrap_data_parallel
+from lcl_mcore.models.backends import Backends
+from lcl_mcore.optimizer import Optimizer
 from lcl_mcore.planning.counter import Event, StepCounter, Work
-from lcl_mcore.train_step import TrainStep
 
 STATE = ("weights", "gradients", "optimizer")
 PARTS = (*STATE, "input", "activations", "loss", "communication")
@@ -73,6 +74,7 @@ def count_step(
     *,
     simulated: bool = False,
     rounding: int = 1,
+    backends: Backends | None = None,
 ) -> RankCount:
     """Build this rank's share of the job, run a small step, and then one under the counter.
 
@@ -80,11 +82,9 @@ def count_step(
         device: with `simulated`, one whose torch device is "meta".
         rounding: tensors take a multiple of this many bytes.
     """
-    model, _ = build_model(config, device, groups)
-    ddp = wrap_data_parallel(model, config.parallel, groups)
-    optimizer = Optimizer(ddp, config.optim, DTYPES[config.train.precision], groups)
-    train = TrainStep(config, model, ddp, optimizer, groups)
     counter = StepCounter(device.device, simulated=simulated, rounding=rounding)
+    training = build_training(config, detached(device, groups), backends=backends, observer=counter)
+    model, ddp, optimizer, train = training.model, training.ddp, training.optimizer, training.step
     _own_state(counter, model, ddp, optimizer)
     if device.kind == "cpu" and not simulated:  # nothing is copied to the device: it is there already
         for micro in batch.micro_batches:
@@ -94,13 +94,12 @@ def count_step(
     warm_up = _first_micro_batch(batch)
     if simulated:
         with StepCounter(device.device, simulated=True):
-            train.run(0, warm_up, config.optim.lr, False)
+            train.run(0, warm_up, config.optim.lr)
     else:
-        train.run(0, warm_up, config.optim.lr, False)
-    _mark(train, counter)
+        train.run(0, warm_up, config.optim.lr)
     gc.collect()
     with counter:
-        train.run(1, batch, config.optim.lr, False)
+        train.run(1, batch, config.optim.lr)
     rank = torch.distributed.get_rank()
     return RankCount(
         rank=rank,
@@ -146,24 +145,3 @@ def _own_state(counter: StepCounter, model: Any, ddp: Any, optimizer: Optimizer)
         counter.own("optimizer", *group["params"])
     for moments in optimizer.adam.state.values():
         counter.own("optimizer", *(v for v in moments.values() if isinstance(v, Tensor)))
-
-
-def _mark(train: TrainStep, counter: StepCounter) -> None:
-    """Tell the counter which part of the step is running; nothing else of the step changes."""
-    model: Any = train.model
-    for name in ("encode_images", "forward_language", "image_embeds", "context_embeds"):
-        setattr(model, name, counter.wrap(getattr(model, name)))
-    gradients: Any = train.gradients
-    gradients._generation = counter.wrap(gradients._generation, part="loss", phase="forward")
-    contrastive, begin = gradients.contrastive, gradients.contrastive.begin
-
-    def marked_begin(*args: Any, **kwargs: Any) -> Any:
-        with counter.within(part="loss", phase="loss"):
-            pending = begin(*args, **kwargs)
-        for name in ("start_image", "start_text", "finish"):
-            setattr(pending, name, counter.wrap(getattr(pending, name), part="loss", phase="loss"))
-        return pending
-
-    contrastive.begin = marked_begin
-    optimizer: Any = train.optimizer
-    optimizer.step = counter.wrap(optimizer.step, part="optimizer", phase="optimizer")

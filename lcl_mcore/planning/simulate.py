@@ -26,7 +26,7 @@ from lcl_mcore.config.run import RunConfig
 from lcl_mcore.distributed import cpu as cpu_shim
 from lcl_mcore.distributed.device import Device
 from lcl_mcore.distributed.groups import make_groups
-from lcl_mcore.models.backends import Choice
+from lcl_mcore.models.backends import Backends, Choice
 from lcl_mcore.models.layers import torch_backend
 from lcl_mcore.planning.counting import RankCount, count_step
 
@@ -52,7 +52,21 @@ def simulate_rank(
         )
         device = Device("cpu", META, "fake", f"simulated {target}")
         rounding = ROUNDING if target == "cuda" else 1
-        return count_step(_resolved(config, target), device, groups, batch, simulated=True, rounding=rounding)
+        return count_step(
+            _resolved(config, target),
+            device,
+            groups,
+            batch,
+            simulated=True,
+            rounding=rounding,
+            backends=_backends(config, target),
+        )
+
+
+def _backends(config: RunConfig, target: Target) -> Backends:
+    """megatron-core's own layers, with the attention that serves packed sequences on the target."""
+    attention: Any = "torch-varlen" if target == "cuda" and config.train.precision != "fp32" else "sdpa"
+    return Backends(torch_backend(attention), False, (Choice("layers", "megatron-core", "simulated"),))
 
 
 def places(config: RunConfig, world: int) -> list[int]:
@@ -98,10 +112,6 @@ def _without_data(config: RunConfig, target: Target) -> Iterator[None]:
     def generator_on(device: Any = "cpu") -> torch.Generator:
         return generator("cpu" if torch.device(device) == META else device)  # seeds masks that have no values
 
-    def backend_of(_: RunConfig) -> tuple[Any, list[Choice]]:
-        attention: Any = "torch-varlen" if target == "cuda" and config.train.precision != "fp32" else "sdpa"
-        return torch_backend(attention), [Choice("layers", "megatron-core", "simulated")]
-
     with ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
         warnings.simplefilter("ignore")
@@ -110,8 +120,6 @@ def _without_data(config: RunConfig, target: Target) -> Iterator[None]:
             ("torch.distributed.new_group", fake_group),
             ("torch.Generator", generator_on),
             ("lcl_mcore.models.attention._send", lambda index, device: index.to(device)),
-            ("lcl_mcore.build.choose_backend", backend_of),
-            ("lcl_mcore.build.initialize", lambda *args: None),
             ("torch.nn.functional.scaled_dot_product_attention", _attention_for(target)),
             ("torch.optim.optimizer._get_fused_kernels_supported_devices", lambda: ["meta", "cuda"]),
         ):

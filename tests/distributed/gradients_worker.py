@@ -23,15 +23,15 @@ from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 
 from batches import SHAPES, Document, micro_batch, with_rates
 from lcl_mcore.batch import GlobalCounts, MicroBatch, StepBatch
-from lcl_mcore.build import build_model
+from lcl_mcore.build import build_training
 from lcl_mcore.config.data import DataConfig
 from lcl_mcore.config.model import ModelConfig
 from lcl_mcore.config.run import LossConfig, ParallelConfig, RunConfig, TrainConfig
+from lcl_mcore.distributed.context import detached
 from lcl_mcore.distributed.device import init_process_group, pick_device
 from lcl_mcore.distributed.groups import Groups, make_groups
 from lcl_mcore.models.lcl import LclModel
-from lcl_mcore.optimizer import Optimizer, wrap_data_parallel
-from lcl_mcore.train_step import TrainStep
+from lcl_mcore.optimizer import Optimizer
 from reference_model import ReferenceLcl, reference_grads_as_lcl, worst_gradient
 
 ROW = 64
@@ -219,8 +219,9 @@ def run_case(
     device = pick_device("cpu")
     tp = groups.tp.size()
     shape, parallel = fit(shape, parallel)
-    config = config_for(shape, parallel, mean=mean, **loss)
-    model, _ = build_model(config, device, groups)
+    config = config_for(shape, parallel, averaging=mean, **loss)
+    training = build_training(config, detached(device, groups))
+    model, ddp, optimizer, train = training.model, training.ddp, training.optimizer, training.step
     with torch.no_grad():  # zeros and ones would hide mistakes
         for local, parameter in model.named_parameters():
             name = model.canonical_name(local)
@@ -231,16 +232,13 @@ def run_case(
                 share = noise.chunk(tp)[groups.tp.rank()] if split else noise[: parameter.shape[0]]
                 parameter += 0.1 * share
     state = whole(model, groups, lambda parameter: parameter.detach())
-    ddp = wrap_data_parallel(model, config.parallel, groups)
-    optimizer = Optimizer(ddp, config.optim, torch.float32, groups)
-    train = TrainStep(config, model, ddp, optimizer, groups)
     dp = groups.dp.size()
     quarters = quarter_batches(shape)
     per_rank = [[m for q in quarters[4 * r // dp : 4 * (r + 1) // dp] for m in q] for r in range(dp)]
     grouped = [[merge(part) for part in divide(rows, micros)] for rows in per_rank]
     ddp.train()
     optimizer.zero_grad()
-    contrastive, generation = train.accumulate_gradients(0, step_batch(grouped, groups.dp.rank()))
+    contrastive, generation = train.forward_backward(train.prepare(0, step_batch(grouped, groups.dp.rank())))
     finalize_model_grads([ddp], pg_collection=groups.megatron)
     optimizer.shards.prepare_grads()
     optimizer.sum_vision_copies()
@@ -310,7 +308,9 @@ def main() -> None:
     init_process_group(device, 60)
     world = dist.get_world_size()
     results, layouts = [], LAYOUTS[world]
-    for (tp, pp), group in itertools.groupby(layouts, key=lambda item: (item.tensor, item.pipeline)):
+    for (tp, pp), group in itertools.groupby(
+        layouts, key=lambda item: (item.tensor_parallel_size, item.pipeline_parallel_size)
+    ):
         groups = make_groups(tp, pp, 60, 1)  # once per mesh: each set of groups costs threads
         for parallel in group:
             place = {

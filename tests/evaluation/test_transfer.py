@@ -231,9 +231,9 @@ def test_the_own_writers_loss_is_that_of_the_plain_model(opened: LoadedModel) ->
 def local_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A causal LM of Hugging Face's making with random weights."""
     from corpora import small_tokenizer
-    from lcl_mcore.distributed.torchvision_ops import make_importable
+    from lcl_mcore.distributed.cpu import make_torchvision_importable
 
-    make_importable()
+    make_torchvision_importable()
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
     folder = tmp_path_factory.mktemp("lm")

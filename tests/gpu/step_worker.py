@@ -21,14 +21,14 @@ from megatron.core.distributed import finalize_model_grads
 
 from lcl_mcore.batch import StepBatch
 from lcl_mcore.benchmarking.step import pinned
-from lcl_mcore.build import DTYPES, build_model
+from lcl_mcore.build import build_training
 from lcl_mcore.config.data import DataConfig
 from lcl_mcore.config.model import LanguageConfig, ModelConfig, VisionConfig
 from lcl_mcore.config.run import OptimConfig, ParallelConfig, RunConfig, TrainConfig
 from lcl_mcore.data.synthetic import synthetic_step
+from lcl_mcore.distributed.context import detached
 from lcl_mcore.distributed.device import init_process_group, pick_device
 from lcl_mcore.distributed.groups import make_groups
-from lcl_mcore.optimizer import Optimizer, wrap_data_parallel
 from lcl_mcore.train_step import TrainStep
 
 STEPS = 4
@@ -82,7 +82,7 @@ def gradients(train: TrainStep, batch: StepBatch) -> dict[str, torch.Tensor]:
     """fp32 gradients of the first step, by parameter name, on the CPU; nothing is updated."""
     train.ddp.train()
     train.optimizer.zero_grad()
-    train.accumulate_gradients(0, batch)
+    train.forward_backward(train.prepare(0, batch))
     finalize_model_grads([train.ddp], pg_collection=train.groups.megatron)
     named: Any = train.model.named_parameters()
     return {name: parameter.main_grad.float().cpu().clone() for name, parameter in named}
@@ -106,7 +106,7 @@ def waits(train: TrainStep, batch: StepBatch) -> list[str]:
         warnings.showwarning = record  # type: ignore[assignment]
         torch.cuda.set_sync_debug_mode("warn")
         try:
-            train.run(STEPS, batch, 1e-3, False)
+            train.run(STEPS, batch, 1e-3)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     return sorted(set(found))
@@ -129,18 +129,16 @@ def main() -> int:
     init_process_group(device, 60)
     groups = make_groups(1, 1, 60, 1)
     config = config_for(args)
-    model, choices = build_model(config, device, groups)
-    ddp = wrap_data_parallel(model, config.parallel, groups)
-    optimizer = Optimizer(ddp, config.optim, DTYPES[config.train.precision], groups)
-    train = TrainStep(config, model, ddp, optimizer, groups)
+    training = build_training(config, detached(device, groups))
+    train, choices = training.step, training.choices
     batch = synthetic_step(config)
     if device.is_cuda:
         batch = replace(batch, micro_batches=tuple(pinned(micro) for micro in batch.micro_batches))
     result: dict[str, Any] = {
         "backends": {choice.part: choice.backend for choice in choices},
-        "fp8": bool(getattr(model.config, "fp8", None)),
+        "fp8": bool(getattr(training.model.config, "fp8", None)),
         "gradients": gradients(train, batch),
-        "reports": torch.stack([train.run(step, batch, 1e-3, False).cpu() for step in range(STEPS)]),
+        "reports": torch.stack([train.run(step, batch, 1e-3).values.cpu() for step in range(STEPS)]),
     }
     if args.watch_sync:
         result["waits"] = waits(train, batch)

@@ -9,19 +9,20 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from lcl_kernels import infonce_reference
 
+from lcl_mcore.config.run import ParallelConfig, single_process
 from lcl_mcore.distributed.device import init_process_group, pick_device
 from lcl_mcore.distributed.groups import make_groups
 from lcl_mcore.interop.released import load_full_state, read_full_state
 from lcl_mcore.losses.generation import generation_loss_sum
-from lcl_mcore.models.backends import choose_layers
+from lcl_mcore.models.backends import choose_backends
 from lcl_mcore.models.lcl import LclModel
-from lcl_mcore.models.transformer_config import Layout
 
 
 def main() -> None:
@@ -33,8 +34,9 @@ def main() -> None:
     init_process_group(device, 60)
     tp = dist.get_world_size()
     groups = make_groups(tp, 1, 60, 1)
-    backend, _ = choose_layers(torch.float32)
-    model = LclModel(SHAPE, Layout(tensor_parallel=tp), backend, groups.megatron)
+    parallel = ParallelConfig(tensor_parallel_size=tp, vision_parallel="tensor")
+    config = replace(single_process(SHAPE), parallel=parallel)
+    model = LclModel(config, groups, device.device, choose_backends(config, device.device))
     load_full_state(model, read_full_state(Path(sys.argv[1])), groups.tp.rank(), tp)
     batch = released_batch(0)
     with torch.no_grad():

@@ -16,7 +16,6 @@ from lcl_mcore.batch import MicroBatch
 from lcl_mcore.config.model import ModelConfig
 from lcl_mcore.models.attention import make_segments
 from lcl_mcore.models.lcl import INITIAL_LOG_SCALE, LclModel
-from lcl_mcore.models.transformer_config import Layout
 from lcl_mcore.rng import uniform
 
 Build = Callable[..., LclModel]
@@ -282,8 +281,7 @@ def test_recomputed_activations_give_the_same_gradients(build: Build) -> None:
     batch = micro_batch(shape, [[(5, "i", 3), (4, "i")], [(6, "i", 2)]])
     grads = []
     for recompute in ("none", "selective", "full", "block:1"):
-        layout = Layout(recompute_vision=recompute, recompute_language=recompute)
-        model = build(shape, layout=layout)
+        model = build(shape, recompute_vision=recompute, recompute_language=recompute)
         with (
             torch.no_grad()
         ):  # a pass without gradients, as exact micro-batches make one, must leave no trace

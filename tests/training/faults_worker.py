@@ -23,7 +23,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from lcl_mcore.checkpoint import manager as checkpoint
@@ -31,7 +30,6 @@ from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config.cli import parse_flags, resolve
 from lcl_mcore.config.files import check_folder, write_config
 from lcl_mcore.data.loader import StepReader
-from lcl_mcore.fault_tolerance.recovery import batch_number
 from lcl_mcore.fault_tolerance.restart import is_restart
 from lcl_mcore.fault_tolerance.watchdog import Watchdog
 from lcl_mcore.trainer import Trainer
@@ -94,17 +92,17 @@ def slow_reading(faults: list[dict[str, Any]]) -> None:
 
 def spoil(trainer: Trainer, faults: list[dict[str, Any]]) -> None:
     """Sleep, NaN and a jump of the learning rate, by the number of the batch."""
-    run, encode = trainer.train_step.run, trainer.model.encode_images
+    run, encode = trainer.step.run, trainer.model.encode_images
     current = {"batch": -1}
 
-    def spoiled_run(step: int, batch: Any, lr: float, stop: bool) -> torch.Tensor:
-        current["batch"] = batch_number(batch)
+    def spoiled_run(step: int, batch: Any, lr: float, **requests: bool) -> Any:
+        current["batch"] = batch.number
         for fault in faults:
             if fault["kind"] == "sleep":
                 time.sleep(fault["delay"])
             if fault["kind"] == "jump" and fault["batch"] == current["batch"]:
                 lr *= 1e5
-        return run(step, batch, lr, stop)
+        return run(step, batch, lr, **requests)
 
     def spoiled_encode(*args: Any, **kwargs: Any) -> Any:
         features = encode(*args, **kwargs)
@@ -112,7 +110,7 @@ def spoil(trainer: Trainer, faults: list[dict[str, Any]]) -> None:
             features = type(features)(**{k: v * float("nan") for k, v in vars(features).items()})
         return features
 
-    trainer.train_step.run = spoiled_run  # type: ignore[method-assign]
+    trainer.step.run = spoiled_run  # type: ignore[method-assign]
     trainer.model.encode_images = spoiled_encode  # type: ignore[method-assign]
 
 
@@ -136,7 +134,7 @@ def main() -> int:
     trainer = Trainer(config, context, resume=resume)
     spoil(trainer, faults)
     dist.barrier(group=context.groups.host_control)
-    return trainer.run()
+    return trainer.train()
 
 
 if __name__ == "__main__":

@@ -58,7 +58,7 @@ def main() -> None:
         note = print if rank == 0 else lambda text: None
         context = Context(device, groups, rank, world, out, note, dist.PrefixStore(out.name, store))
         trainer = Trainer(config, context, resume=flags.init_from is None, init_from=flags.init_from)
-        assert trainer.run() == 0
+        assert trainer.train() == 0
         leave_parameters(trainer, out / f"rank{rank}.pt")
         parallel_state.destroy_model_parallel()
     dist.destroy_process_group()

@@ -26,7 +26,6 @@ from lcl_mcore.config.faults import FaultConfig
 from lcl_mcore.errors import NonFiniteError
 from lcl_mcore.fault_tolerance.goodput import read_events
 from lcl_mcore.fused_adam import FusedAdam, build_adam
-from lcl_mcore.progress import StepFaultError
 from lcl_mcore.trainer import Trainer
 
 QUICK = {"spike_warmup": 3, "spike_steps": 2, "spike_margin": 2, "spike_deviations": 4.0}
@@ -68,19 +67,19 @@ def watch_bad_steps(trainer: Trainer, unchanged: list[bool]) -> list[torch.Tenso
         What they were before the newest step.
     """
     before: list[torch.Tensor] = []
-    run, recover = trainer.train_step.run, trainer._recover
+    run, recover = trainer.step.run, trainer.recover
 
-    def stepped(*args: Any) -> torch.Tensor:
+    def stepped(*args: Any, **requests: bool) -> Any:
         before[:] = tensors(trainer)
-        return run(*args)
+        return run(*args, **requests)
 
-    def recovered(fault: StepFaultError) -> None:
-        if fault.kind == "nonfinite":
+    def recovered(bad: Any, action: Any) -> None:
+        if bad.stats.skipped:
             unchanged.append(same(before, tensors(trainer)))
-        recover(fault)
+        recover(bad, action)
 
-    trainer.train_step.run = stepped  # type: ignore[method-assign]
-    trainer._recover = recovered  # type: ignore[method-assign]
+    trainer.step.run = stepped  # type: ignore[method-assign]
+    trainer.recover = recovered  # type: ignore[method-assign]
     return before
 
 
@@ -94,20 +93,20 @@ def main() -> int:
     report: dict[str, Any] = {}
     for name, (settings, faults) in RUNS.items():
         if name == "never_there":  # the undisturbed twin of the run with the spike
-            gone = [e["batches"] for e in read_events(Path(folder) / "spike") if e["event"] == "leave-out"]
+            gone = [e["batches"] for e in read_events(Path(folder) / "spike") if e["event"] == "skip"]
             settings = {**settings, "skip_batches": gone}
         notes: list[str] = []
         config = dataclasses.replace(base, faults=FaultConfig(**settings))
-        own = dataclasses.replace(context, folder=Path(folder) / name, note=notes.append)
-        own.folder.mkdir(parents=True, exist_ok=True)
+        own = dataclasses.replace(context, run_folder=Path(folder) / name, log=notes.append)
+        own.run_folder.mkdir(parents=True, exist_ok=True)
         optimizer.build_adam = partial(FusedAdam, ApexLike) if name == "fused" else build_adam
         trainer = Trainer(config, own, resume=False)
-        trainer.log.note = notes.append  # type: ignore[method-assign]
+        trainer.log.info = notes.append  # type: ignore[method-assign]
         spoil(trainer, [f for f in faults if f.get("rank", context.rank) == context.rank])
         unchanged: list[bool] = []
         before = watch_bad_steps(trainer, unchanged)
         try:
-            trainer.run()
+            trainer.train()
         except NonFiniteError as error:
             notes.append(f"error: {error}")
             if name == "stop":  # nothing recovers: compared where the run ended

@@ -22,7 +22,6 @@ from lcl_mcore.checkpoint.manager import Checkpointer, Outcome, TrainState
 from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config.cli import parse_flags, resolve
 from lcl_mcore.distributed.groups import gather_bytes
-from lcl_mcore.evaluation.periodic import periodic_evaluation
 from lcl_mcore.fault_tolerance.signals import StopRequest
 from lcl_mcore.trainer import Trainer
 
@@ -63,10 +62,10 @@ def main() -> int:
     report = []
     for number in range(len(plan)):
         stop.received = None
-        trainer = Trainer(config, context, resume=number > 0, evaluation=periodic_evaluation(config, context))
+        trainer = Trainer(config, context, resume=number > 0)
         notes: list[str] = []
         outcomes: list[tuple[int, str]] = []
-        settle = trainer._settle
+        settle = trainer.settle
 
         def settled(
             outcome: Outcome | None, final: bool, settle: Any = settle, outcomes: Any = outcomes
@@ -75,9 +74,9 @@ def main() -> int:
                 outcomes.append((outcome.step, outcome.problem))
             settle(outcome, final)
 
-        trainer._settle = settled  # type: ignore[method-assign]
-        trainer.log.note = notes.append  # type: ignore[method-assign]
-        assert trainer.run() == 0
+        trainer.settle = settled  # type: ignore[method-assign]
+        trainer.log.info = notes.append  # type: ignore[method-assign]
+        assert trainer.train() == 0
         answers = gather_bytes(json.dumps(outcomes).encode(), context.groups.host_control)
         report.append({"notes": notes, "saves": [json.loads(answer) for answer in answers]})
     if context.rank == 0:

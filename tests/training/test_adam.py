@@ -15,7 +15,6 @@ from lcl_mcore.errors import ConfigError
 from lcl_mcore.fused_adam import Adam, FusedAdam, TorchAdam, choose_adam
 from lcl_mcore.models.backends import choose_gradient_fusion
 from lcl_mcore.models.transformer_config import (
-    Layout,
     language_transformer_config,
     vision_transformer_config,
 )
@@ -140,8 +139,6 @@ def test_gradient_fusion_is_for_the_lm_in_half_precision_on_cuda(monkeypatch: py
     assert choice(False, "transformer-engine", half, CUDA, True) == "off"
     config = RunConfig()
     for fused in (False, True):
-        layout = Layout(fused_gradients=fused)
-        assert (
-            language_transformer_config(config.model.language, layout).gradient_accumulation_fusion == fused
-        )
-        assert not vision_transformer_config(config.model.vision, layout).gradient_accumulation_fusion
+        language = language_transformer_config(config, CPU, gradient_accumulation_fusion=fused)
+        assert language.gradient_accumulation_fusion == fused
+        assert not vision_transformer_config(config, CPU).gradient_accumulation_fusion

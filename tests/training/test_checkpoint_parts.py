@@ -16,7 +16,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from lcl_mcore.checkpoint.manager import Outcome
 from lcl_mcore.checkpoint.manifest import manifest_bytes, outdated, parse_manifest, step_of
-from lcl_mcore.checkpoint.policy import SAVE_REQUEST, SavePolicy
+from lcl_mcore.checkpoint.policy import SavePolicy
 from lcl_mcore.checkpoint.safe_load import METADATA, SafeReader
 from lcl_mcore.checkpoint.shards import Shard, Snapshot, boxes
 from lcl_mcore.config.run import CheckpointConfig
@@ -87,11 +87,11 @@ def test_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
     policy, other = (SavePolicy(config, rank, lambda: now[0]) for rank in (0, 1))
     assert [step for step in range(1, 13) if policy.due(step)] == [4, 8, 12]
     now[0] += 119
-    assert policy.request() == 0
+    assert policy.request() is False
     now[0] += 1
-    assert (policy.request(), other.request()) == (SAVE_REQUEST, 0)
+    assert (policy.request(), other.request()) == (True, False)
     policy.started(5)
-    assert (policy.request(), policy.saved_step) == (0, 5)
+    assert (policy.request(), policy.saved_step) == (False, 5)
     # An hour, less a twentieth of it but at most two minutes; less twice the longest save once that is more.
     for at, over in ((1000 + 3600 - 121, False), (1000 + 3600 - 119, True)):
         now[0] = at

@@ -10,10 +10,15 @@ from typing import Any
 import pytest
 
 from launch import torchrun
+from lcl_mcore.batch import GlobalCounts, StepBatch
 from lcl_mcore.config.faults import FaultConfig
+from lcl_mcore.errors import NonFiniteError
 from lcl_mcore.fault_tolerance.goodput import read_events
 from lcl_mcore.fault_tolerance.recovery import Recovery, SpikeDetector
 from runs import assert_same_run, records
+
+NOBODY: Any = None  # no process group: nothing here asks other ranks
+COUNTS = GlobalCounts((), (), (), ())
 
 
 def test_spike_detector_wants_several_losses_in_a_row() -> None:
@@ -37,19 +42,26 @@ def test_spike_detector_wants_several_losses_in_a_row() -> None:
 
 def test_batches_left_out_survive_in_checkpoint_and_folder() -> None:
     """A crash between going back and the next checkpoint leaves the range in the folder only."""
-    recovery = Recovery(FaultConfig(skip_batches=((7, 8),)), {"step": 3}, [[20, 22]])
-    recovery.leave_out(30, 30)
+    recovery = Recovery(FaultConfig(skip_batches=((7, 8),)), {"step": 3}, [[20, 22]], NOBODY)
+    recovery.ranges.add((30, 30))
     position = json.loads(json.dumps(recovery.position({"step": 31})))
     assert position["step"] == 31
-    resumed = Recovery(FaultConfig(), position, [])
-    out = [batch for batch in range(40) if resumed.leaves_out(batch)]
+    resumed = Recovery(FaultConfig(), position, [], NOBODY)
+    out = [n for n in range(40) if resumed.skips(StepBatch((), COUNTS, {"step": n + 1}, ""))]
     assert out == [7, 8, 20, 21, 22, 30]
 
 
 def test_going_back_from_the_same_place_is_limited() -> None:
-    recovery = Recovery(FaultConfig(rollback_limit=2), None, [])
-    assert [recovery.may_go_back(batch) for batch in (10, 10, 10)] == [True, True, False]
-    assert recovery.may_go_back(11)
+    recovery = Recovery(FaultConfig(rollback_limit=2), None, [], NOBODY)
+    recovery.count_rollback(10)
+    recovery.count_rollback(10)
+    with pytest.raises(NonFiniteError) as refused:
+        recovery.count_rollback(10)
+    assert str(refused.value) == (
+        "batch 10: the run went back 2 times from here without getting past it. Look at the data and the learning "
+        "rate; --resume starts at the last checkpoint."
+    )
+    recovery.count_rollback(11)
 
 
 @pytest.mark.distributed
@@ -69,7 +81,7 @@ def test_nan_and_spike_on_two_ranks(arguments: Callable[..., list[str]], tmp_pat
     assert not list((tmp_path / "stop" / "checkpoints").glob("step-*"))
     for name in ("skip", "rollback"):
         text = "\n".join(report[name]["notes"])
-        assert "gradient norm nan (ranks [1]); batches 4 to 4 are left out" in text
+        assert "gradient norm nan (ranks [1]); batches 4 to 4 are skipped" in text
         assert ("went back to" in text) == (name == "rollback")
         assert_same_run(tmp_path / "left_out", tmp_path / name)
         assert len(records(tmp_path / name)) == 18
@@ -83,8 +95,8 @@ def test_nan_and_spike_on_two_ranks(arguments: Callable[..., list[str]], tmp_pat
     assert "error: step 3: gradient norm nan: what rank 1 computed" in report["limit"]["notes"][-1]
     assert len(records(tmp_path / "limit")) == 2
 
-    spike = [e for e in read_events(tmp_path / "spike") if e["event"] in ("leave-out", "rollback")]
-    assert [e["event"] for e in spike] == ["leave-out", "rollback"]
+    spike = [e for e in read_events(tmp_path / "spike") if e["event"] in ("skip", "rollback")]
+    assert [e["event"] for e in spike] == ["skip", "rollback"]
     first, last = spike[0]["batches"]
     assert first <= 12 < last  # the harmful batch is among those left out
     assert spike[1]["step"] <= first
