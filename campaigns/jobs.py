@@ -21,6 +21,7 @@ ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "training"), str(ROOT / "tests" / "data")]
 
 from lcl_mcore.config.cli import parse_flags, resolve  # noqa: E402
+from lcl_mcore.diagnostics.environment import source_commit  # noqa: E402
 from lcl_mcore.distributed.device import cpu_name  # noqa: E402
 from lcl_mcore.errors import ConfigError  # noqa: E402
 from lcl_mcore.optional_packages import megatron_version  # noqa: E402
@@ -188,12 +189,9 @@ def reference(corpus: Path, folder: Path, layout: str) -> Path:
 
 def facts(command: str) -> dict[str, Any]:
     """What every report begins with: command, commit, date and machine."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
     return {
         "command": command,
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": source_commit()["commit"] or "unknown",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{os.cpu_count()} cores of {cpu_name()}, {platform.machine()}, torch {torch.__version__}, "
         f"megatron-core {megatron_version()}",

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
-import subprocess
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -22,6 +21,7 @@ from study import FULL, ROOT, SETTINGS, VOCABULARY, Study
 from summary import write
 
 from lcl_mcore.data.corpora import fetch
+from lcl_mcore.diagnostics.environment import source_commit
 from lcl_mcore.distributed.device import cpu_name
 
 FASHION = Path("usr/share/datasets/fashion-mnist")
@@ -29,12 +29,9 @@ FASHION = Path("usr/share/datasets/fashion-mnist")
 
 def facts(study: Study, workers: int) -> dict[str, object]:
     """What a reader needs to judge the numbers."""
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    )
     return {
         "command": "python examples/ablation/run.py",
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": source_commit()["commit"] or "unknown",
         "date": datetime.date.today().isoformat(),
         "hardware": f"{cpu_name()}, {workers} runs at a time, one thread each",
         "budget": asdict(study.budget),

@@ -11,8 +11,6 @@ import importlib
 import importlib.metadata
 import os
 import platform
-import shutil
-import subprocess
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -20,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lcl_mcore.diagnostics import environment
 from lcl_mcore.diagnostics.preflight import Preflight, format_preflight, run_preflight
 
 PACKAGE = "lcl-mcore"
@@ -42,7 +41,14 @@ IMPOSTORS = {
 
 @dataclass(frozen=True)
 class Line:
-    """One finding: what was looked at, what was found, whether it serves, and why not."""
+    """One finding.
+
+    Attributes:
+        name: what was looked at.
+        found: its version, or what it is.
+        ok: whether it serves.
+        reason: why it does not, or what it is used for.
+    """
 
     name: str
     found: str
@@ -52,7 +58,7 @@ class Line:
 
 @dataclass
 class Report:
-    """Everything the doctor found."""
+    """Everything the doctor found, in the order of the printed blocks."""
 
     system: list[Line] = field(default_factory=list)
     required: list[Line] = field(default_factory=list)
@@ -82,7 +88,12 @@ def _problem(module: str) -> str:
 
 
 def check_requirements(requirements: Sequence[str], remedy: str) -> list[Line]:
-    """Compare what is installed with requirement strings such as `torch>=2.10`; extras are skipped."""
+    """Compare what is installed with what is required.
+
+    Args:
+        requirements: strings such as `torch>=2.10`; those of extras are skipped.
+        remedy: what to do about one that does not fit.
+    """
     from packaging.requirements import Requirement
 
     lines = []
@@ -136,56 +147,37 @@ def find_impostors() -> list[str]:
     return found
 
 
-def driver_version() -> str:
-    """Version of NVIDIA's driver; '' where there is none."""
-    if tool := shutil.which("nvidia-smi"):
-        query = [tool, "--query-gpu=driver_version", "--format=csv,noheader"]
-        try:
-            done = subprocess.run(query, capture_output=True, text=True, timeout=20, check=False)
-        except (OSError, subprocess.TimeoutExpired):
-            done = None
-        if done is not None and done.returncode == 0 and done.stdout.strip():
-            return done.stdout.splitlines()[0].strip()
-    kernel_module = Path("/proc/driver/nvidia/version")
-    return kernel_module.read_text().splitlines()[0] if kernel_module.exists() else ""
-
-
 def describe_system() -> tuple[list[Line], list[str]]:
     """Machine, torch and GPUs, and warnings about how they fit together. torch must import."""
-    import torch
-
-    from lcl_mcore.distributed.device import cpu_name
-
-    driver = driver_version()
+    host, versions, driver = environment.host(), environment.versions(), environment.driver()["driver"]
     lines = [
-        Line("cpu", f"{cpu_name()}, {os.cpu_count()} cores"),
-        Line("torch", f"{torch.__version__}, CUDA {torch.version.cuda or 'none'}"),
+        Line("cpu", f"{host['cpu']}, {host['cores']} cores"),
+        Line("torch", f"{versions['torch']}, CUDA {versions['cuda'] or 'none'}"),
         Line("driver", driver or "none"),
     ]
-    for index in range(torch.cuda.device_count() if torch.cuda.is_available() else 0):
-        properties = torch.cuda.get_device_properties(index)
-        memory = f"{properties.total_memory / 2**30:.0f} GiB"
-        found = f"{properties.name}, {memory}, compute capability {properties.major}.{properties.minor}"
-        lines.append(Line(f"gpu {index}", found))
-    if torch.cuda.is_available():
+    gpus = environment.gpus()
+    for index, gpu in enumerate(gpus):
+        memory = f"{gpu['memory_bytes'] / 2**30:.0f} GiB"
+        lines.append(Line(f"gpu {index}", f"{gpu['name']}, {memory}, compute capability {gpu['capability']}"))
+    if gpus or not driver:
         return lines, []
-    if driver and torch.version.cuda is None:
+    if versions["cuda"] is None:
         return lines, [
             "There is a GPU driver, but this torch is built for CPU: install a CUDA build of torch."
         ]
-    if driver:
-        return lines, [
-            f"This torch is built for CUDA {torch.version.cuda}, but sees no GPU with driver {driver}."
-        ]
-    return lines, []
+    return lines, [f"This torch is built for CUDA {versions['cuda']}, but sees no GPU with driver {driver}."]
 
 
 def choose_parts(precision: str) -> list[Line]:
-    """Which implementation every part of a run in "fp32", "bf16" or "fp8" uses here. All must import."""
+    """Which implementation every part of a run uses on this machine. All required packages must import.
+
+    Args:
+        precision: "fp32", "bf16" or "fp8".
+    """
     import torch
     from lcl_kernels.infonce import select_engine
 
-    from lcl_mcore import optional_packages as probe
+    from lcl_mcore import optional_packages
     from lcl_mcore.config.data import DataConfig
     from lcl_mcore.data.decode import build_decoder
     from lcl_mcore.fused_adam import choose_adam
@@ -194,20 +186,22 @@ def choose_parts(precision: str) -> list[Line]:
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     _, choices = choose_layers(dtype)
     lines = [Line(choice.part, choice.backend, True, choice.reason) for choice in choices]
-    te = probe.transformer_engine()
+    te = optional_packages.transformer_engine()
     if precision == "fp8" and not te.usable:
         lines[0] = Line("layers", "none", False, f"fp8 needs Transformer Engine: {te.reason}")
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = "cuda" if environment.gpus() else "cpu"
     adam = choose_adam("auto", torch.device(device))
     fusion = choose_gradient_fusion(True, choices[0].backend, dtype, torch.device(device))
     lines += [Line(choice.part, choice.backend, True, choice.reason) for choice in (adam, fusion)]
     engine = select_engine("auto", torch.empty(0, device=device))
     name = "reference" if engine is None else engine.__name__.rpartition(".")[2].removesuffix("_engine")
-    reason = "contrastive" if name == "triton" else f"contrastive; triton: {probe.triton().reason}"
+    reason = (
+        "contrastive" if name == "triton" else f"contrastive; triton: {optional_packages.triton().reason}"
+    )
     lines.append(Line("loss", name, True, reason))
     lines.append(Line("", "chunked", True, "vocabulary cross-entropy, logits never stored whole"))
     decoder = build_decoder(DataConfig())
-    dali = probe.dali()
+    dali = optional_packages.dali()
     why_not = dali.reason if not dali.usable else "decodes on a GPU, and none is visible"
     reason = "" if decoder.name == "dali" else f"Pillow on threads; dali: {why_not}"
     lines.append(Line("decode", decoder.name, True, reason))
@@ -217,7 +211,7 @@ def choose_parts(precision: str) -> list[Line]:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """megatron-core warns on import about every package it does without; the report says it better."""
+    """Silence megatron-core's warnings on import about every package it does without: the report names them."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         yield
@@ -229,9 +223,15 @@ def examine(
     megabytes: float | None = None,
     min_bandwidth: float = 0.0,
 ) -> Report:
-    """Look at everything; under torchrun also at links, clocks, equal software and the run `folder`.
+    """Look at everything; under torchrun also at links, clocks, equal software and the run folder.
 
-    Collective over torchrun's processes; see `run_preflight` for the arguments.
+    Collective over torchrun's processes.
+
+    Args:
+        precision: "fp32", "bf16" or "fp8" [bf16 with a GPU, else fp32].
+        folder: run folder to try from every node.
+        megabytes: size of the trial all-reduce, see `run_preflight`.
+        min_bandwidth: smallest acceptable bus bandwidth, see `run_preflight`.
     """
     report = Report()
     with _quiet():
@@ -239,16 +239,12 @@ def examine(
         report.warnings = find_impostors()
         if not report.healthy:
             return report
-        import torch
-
-        from lcl_mcore import optional_packages as probe
+        from lcl_mcore.optional_packages import all_probes
 
         report.system, advice = describe_system()
         report.warnings += advice
-        report.optional = [
-            Line(p.name, p.version or "missing", p.usable, p.reason) for p in probe.all_probes()
-        ]
-        report.parts = choose_parts(precision or ("bf16" if torch.cuda.is_available() else "fp32"))
+        report.optional = [Line(p.name, p.version or "missing", p.usable, p.reason) for p in all_probes()]
+        report.parts = choose_parts(precision or ("bf16" if environment.gpus() else "fp32"))
         report.errors += [f"{line.name}: {line.reason}" for line in report.parts if not line.ok]
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
             try:

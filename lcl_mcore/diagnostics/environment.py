@@ -1,11 +1,14 @@
-"""What a measurement was taken with: hardware, driver, versions, and the rates that the hardware reaches.
+"""The environment report: hardware, driver, versions and commit that something was measured or run with.
 
 python -m lcl_mcore.diagnostics.environment            # one JSON object
-python -m lcl_mcore.diagnostics.environment --rates    # matrix products and memory, measured
+python -m lcl_mcore.diagnostics.environment --rates    # matmuls and memory, measured
+
+Importing it needs the standard library alone, so that the doctor can still speak when torch is broken.
 """
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
 import os
 import platform
@@ -13,97 +16,160 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-import torch
-
-from lcl_mcore import optional_packages as probe
-from lcl_mcore.distributed.device import cpu_name
-from lcl_mcore.hardware import measured_peak, peak_flops
+DRIVER_MODULE = Path("/proc/driver/nvidia/version")
 
 
 def describe() -> dict[str, Any]:
-    """Device, driver and versions as plain JSON; what is missing carries its reason."""
-    probes = {
-        p.name: {"usable": p.usable, "version": p.version, "reason": p.reason} for p in probe.all_probes()
-    }
+    """Device, driver, versions and optional packages as plain JSON; what is missing carries its reason.
+
+    `gpu` describes the first one and counts all, or is None.
+    """
+    from lcl_mcore.optional_packages import all_probes
+
+    found = gpus()
     return {
-        "gpu": _gpu() if torch.cuda.is_available() else None,
-        "host": {
-            "cpu": cpu_name(),
-            "cores": os.cpu_count(),
-            "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
-            "load_average": os.getloadavg()[0],
-            "system": platform.platform(),
+        "gpu": {**found[0], "count": len(found), **driver()} if found else None,
+        "host": host(),
+        "versions": versions(),
+        "optional": {
+            p.name: {"usable": p.usable, "version": p.version, "reason": p.reason} for p in all_probes()
         },
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
-            "nccl": ".".join(map(str, torch.cuda.nccl.version())) if torch.cuda.is_available() else None,
-            "megatron-core": probe.megatron_version(),
-        },
-        "optional": probes,
+        "source": source_commit(),
     }
 
 
-def _gpu() -> dict[str, Any]:
-    properties = torch.cuda.get_device_properties(0)
+def host() -> dict[str, Any]:
+    """CPU, memory, load and operating system."""
+    from lcl_mcore.distributed.device import cpu_name
+
     return {
-        "name": properties.name,
-        "count": torch.cuda.device_count(),
-        "capability": ".".join(map(str, torch.cuda.get_device_capability(0))),
-        "memory_bytes": properties.total_memory,
-        "multiprocessors": properties.multi_processor_count,
-        **_from_driver(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "load_average": os.getloadavg()[0],
+        "system": platform.platform(),
     }
 
 
-def _from_driver() -> dict[str, Any]:
-    """What only `nvidia-smi` knows."""
+def gpus() -> list[dict[str, Any]]:
+    """Name, compute capability, memory and multiprocessors of every GPU that torch sees."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    seen = map(torch.cuda.get_device_properties, range(torch.cuda.device_count()))
+    return [
+        {
+            "name": gpu.name,
+            "capability": f"{gpu.major}.{gpu.minor}",
+            "memory_bytes": gpu.total_memory,
+            "multiprocessors": gpu.multi_processor_count,
+        }
+        for gpu in seen
+    ]
+
+
+def driver() -> dict[str, Any]:
+    """NVIDIA's driver, and the power limit and clock of the first GPU if `nvidia-smi` tells."""
     fields = ("driver_version", "power.limit", "clocks.max.sm")
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader", "--id=0"]
     try:
         run = subprocess.run(command, capture_output=True, text=True, timeout=20, check=True)
     except (OSError, subprocess.SubprocessError) as error:
-        return {"driver": None, "driver_reason": f"nvidia-smi: {error}"}
+        loaded = DRIVER_MODULE.read_text().splitlines()[0] if DRIVER_MODULE.exists() else None
+        return {"driver": loaded, "driver_reason": f"nvidia-smi: {error}"}
     values = [value.strip() for value in run.stdout.strip().split(",")]
     return dict(zip(("driver", "power_limit", "max_clock"), values, strict=False))
 
 
+def versions() -> dict[str, str | int | None]:
+    """Versions of Python, torch, what torch was built with, and megatron-core; None for what is not there."""
+    import torch
+
+    cuda = torch.cuda.is_available()
+    return {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "cudnn": torch.backends.cudnn.version() if cuda else None,
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())) if cuda else None,
+        "megatron-core": package_version("megatron-core"),
+    }
+
+
+def package_version(distribution: str) -> str | None:
+    """Version of an installed distribution."""
+    try:
+        return importlib.metadata.version(distribution)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def source_commit() -> dict[str, Any]:
+    """The git commit of this checkout, and whether tracked files differ from it: `commit` and `dirty`.
+
+    Both are None outside a checkout, with the `reason`.
+    """
+
+    def git(*words: str) -> str | None:
+        command, folder = ["git", *words], Path(__file__).resolve().parent
+        try:
+            run = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=20, check=True)
+        except (OSError, subprocess.SubprocessError):
+            return None
+        return run.stdout.strip()
+
+    head = git("rev-parse", "HEAD") if git("ls-files", Path(__file__).name) else None
+    if head is None:
+        return {"commit": None, "dirty": None, "reason": "not a git checkout"}
+    return {"commit": head, "dirty": bool(git("status", "--porcelain", "--untracked-files=no"))}
+
+
 def rates() -> dict[str, Any]:
-    """FLOP/s of large matrix products in each precision, and bytes/s of a copy; missing ones say why."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    size = 8192 if device == "cuda" else 512
-    result: dict[str, Any] = {"status": "ok", "dry": device == "cpu", "size": size}
+    """FLOP/s of large matmuls in each precision, and bytes/s of a copy, measured; missing ones say why."""
+    import torch
+
+    from lcl_mcore.hardware import measured_peak, peak_flops
+
+    found = gpus()
+    device = "cuda" if found else "cpu"
+    size = 8192 if found else 512
+    result: dict[str, Any] = {"status": "ok", "dry": not found, "size": size}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
         result[name] = {"flops_per_second": measured_peak(device, dtype, size, repeats=10).flops}
-    result["fp8"] = _fp8_rate(size) if device == "cuda" else {"reason": "FP8 needs a GPU"}
+    result["fp8"] = _fp8_rate(size, found[0]["capability"]) if found else {"reason": "FP8 needs a GPU"}
     source = torch.empty(size * size * 4, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     seconds = _best(lambda: target.copy_(source), device)
     result["copy"] = {"bytes_per_second": 2 * source.numel() / seconds}
-    sheet = peak_flops(torch.cuda.get_device_name(), "bf16") if device == "cuda" else None
+    sheet = peak_flops(found[0]["name"], "bf16") if found else None
     result["data_sheet_bf16"] = sheet.flops if sheet else None
     return result
 
 
-def _fp8_rate(size: int) -> dict[str, Any]:
-    """torch's own scaled product, without Transformer Engine."""
-    if torch.cuda.get_device_capability() < (8, 9):
+def _fp8_rate(size: int, capability: str) -> dict[str, Any]:
+    """torch's own scaled matmul, without Transformer Engine."""
+    import torch
+
+    if tuple(map(int, capability.split("."))) < (8, 9):
         return {"reason": "needs compute capability 8.9 or newer"}
     try:
         a, b = (torch.randn(size, size, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
         one = torch.ones((), device="cuda")
-        product: Any = torch._scaled_mm
-        seconds = _best(lambda: product(a, b.T, one, one, out_dtype=torch.bfloat16), "cuda")
+        matmul: Any = torch._scaled_mm
+        seconds = _best(lambda: matmul(a, b.T, one, one, out_dtype=torch.bfloat16), "cuda")
     except (RuntimeError, TypeError, AttributeError) as error:
         return {"reason": f"torch._scaled_mm: {str(error).splitlines()[0]}"}
     return {"flops_per_second": 2 * size**3 / seconds, "by": "torch._scaled_mm, one scale per tensor"}
 
 
 def _best(function: Callable[[], object], device: str, repeats: int = 10) -> float:
+    """Seconds of the fastest of several calls."""
+    import torch
+
     best = float("inf")
     for _ in range(repeats + 1):
         if device == "cuda":

@@ -6,10 +6,7 @@ Every process calls `run_preflight`; each process gets the whole result, so all 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-import json
 import os
-import platform
 import shutil
 import socket
 import statistics
@@ -19,7 +16,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("torch", "megatron-core", "numpy", "transformer-engine", "flash-attn", "triton")
+from lcl_mcore.diagnostics import environment
+
+PACKAGES = ("numpy", "transformer-engine", "flash-attn", "triton")
 CLOCK_WARNING_SECONDS = 1.0
 FILE_MEGABYTES = 64.0
 LEFT_OVER = ".preflight-"
@@ -29,10 +28,13 @@ LEFT_OVER = ".preflight-"
 class RankResult:
     """What one rank saw of the trial all-reduce.
 
-    total            sum of rank + 1 over all ranks
-    small_ms         median milliseconds for one number
-    large_ms         median milliseconds for the large buffer
-    bus_gb_per_s     bytes x 2 (n - 1) / n / time of the large buffer: what the slowest link carried
+    Attributes:
+        rank: its number.
+        host: SLURM's name of its node, else the host's.
+        total: sum of rank + 1 over all ranks.
+        small_ms: median milliseconds for one number.
+        large_ms: median milliseconds for the large buffer.
+        bus_gb_per_s: bytes x 2 (n - 1) / n / time of the large buffer: what the slowest link carried.
     """
 
     rank: int
@@ -45,7 +47,7 @@ class RankResult:
 
 @dataclass(frozen=True)
 class StorageResult:
-    """One node's trial of the run folder. Rates in 1e6 bytes per second, `problem` empty if all went well."""
+    """One node's trial of the run folder; rates in 1e6 bytes per second, `problem` empty if all went well."""
 
     node: str
     write_mb_per_s: float
@@ -57,12 +59,20 @@ class StorageResult:
 
 @dataclass
 class Preflight:
-    """The result, the same on every rank."""
+    """The result, the same on every rank.
+
+    Attributes:
+        ranks: of the trial all-reduce.
+        megabytes: of its large buffer, 1e6 bytes.
+        clock_seconds: largest difference between a node's clock and rank 0's.
+        storage: the run folder, by node.
+        errors: what must be mended before the job can train.
+        warnings: what should be.
+    """
 
     ranks: list[RankResult] = field(default_factory=list)
     megabytes: float = 0.0
     clock_seconds: float = 0.0
-    """Largest difference between a node's clock and rank 0's."""
     storage: list[StorageResult] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
     warnings: list[str] = field(default_factory=list)
@@ -76,18 +86,17 @@ def node_name() -> str:
 def run_preflight(
     folder: Path | None, megabytes: float | None, min_bandwidth: float, timeout_seconds: float = 120.0
 ) -> Preflight:
-    """Check the processes that torchrun started, and `folder` from every node if one is given.
+    """Check the processes that torchrun started. Collective; leaves the process group initialised.
 
     Args:
+        folder: run folder to try from every node, if any.
         megabytes: size of the all-reduce in 1e6 bytes [16 on CPU, 512 on GPUs]; the trial file has at most 64.
         min_bandwidth: smallest acceptable bus bandwidth in 1e9 bytes per second; 0 accepts any.
-
-    Collective. Leaves the process group initialised.
+        timeout_seconds: of every collective.
 
     Raises:
         RuntimeError: the processes cannot talk to each other.
     """
-    import torch
     import torch.distributed as dist
 
     from lcl_mcore.distributed.device import init_process_group, pick_device
@@ -97,16 +106,10 @@ def run_preflight(
     group = dist.new_group(list(range(dist.get_world_size())), group_desc="preflight")
 
     def gather(value: Any) -> list[Any]:
-        """Every rank's `value`, as JSON over the group's own backend."""
-        text = json.dumps(value).encode()
-        length = torch.tensor([len(text)], device=device.device)
-        lengths = [torch.empty_like(length) for _ in range(group.size())]
-        dist.all_gather(lengths, length, group=group)
-        longest = max(int(n) for n in lengths)
-        mine = torch.tensor(list(text.ljust(longest)), dtype=torch.uint8, device=device.device)
-        everyone = [torch.empty_like(mine) for _ in range(group.size())]
-        dist.all_gather(everyone, mine, group=group)
-        return [json.loads(bytes(row.tolist())) for row in everyone]
+        """Every rank's `value`."""
+        everyone: list[Any] = [None] * group.size()
+        dist.all_gather_object(everyone, value, group=group)
+        return everyone
 
     result = Preflight(megabytes=megabytes or (512.0 if device.is_cuda else 16.0))
     nodes = gather(node_name())
@@ -120,19 +123,11 @@ def run_preflight(
 
 def software_facts() -> dict[str, str]:
     """What must be the same on every node, by name."""
-    import torch
-
-    facts = {"python": platform.python_version(), "lcl_mcore": _source_digest()}
-    for name in PACKAGES:
-        try:
-            facts[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            facts[name] = "none"
-    facts["cuda"] = torch.version.cuda or "none"
-    if torch.cuda.is_available():
-        facts["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
-        facts["gpu"] = torch.cuda.get_device_name()
-        facts["gpus"] = str(torch.cuda.device_count())
+    gpus = environment.gpus()
+    found = environment.versions() | {name: environment.package_version(name) for name in PACKAGES}
+    found |= {"gpu": gpus[0]["name"] if gpus else None, "gpus": len(gpus)}
+    facts = {name: str(value or "none") for name, value in found.items()}
+    facts["lcl_mcore"] = _source_digest()
     for name in ("OMP_NUM_THREADS", "CUDA_DEVICE_MAX_CONNECTIONS"):
         facts[name] = os.environ.get(name, "unset")
     facts["NCCL_*"] = " ".join(f"{k}={v}" for k, v in sorted(os.environ.items()) if k.startswith("NCCL_"))
@@ -140,7 +135,7 @@ def software_facts() -> dict[str, str]:
 
 
 def _source_digest() -> str:
-    """Of the package's own source files as this process sees them."""
+    """Digest of the package's own source files as this process sees them."""
     root = Path(__file__).resolve().parents[1]
     digest = hashlib.sha256()
     for path in sorted(root.rglob("*.py")):
@@ -149,7 +144,12 @@ def _source_digest() -> str:
 
 
 def compare_facts(nodes: list[str], facts: list[dict[str, str]]) -> list[str]:
-    """One line for every fact that is not the same everywhere, naming the nodes that differ from most."""
+    """One line for every fact that is not the same everywhere, naming the nodes that differ from most.
+
+    Args:
+        nodes: name of every rank's node.
+        facts: `software_facts` of every rank.
+    """
     lines = []
     for name in sorted({key for each in facts for key in each}):
         values = [each.get(name, "none") for each in facts]
@@ -205,7 +205,7 @@ def _milliseconds(tensor: Any, group: Any, synchronize: Callable[[], None], repe
 
 
 def _compare_clocks(result: Preflight, nodes: list[str], gather: Callable[[Any], list[Any]]) -> None:
-    """A gather ends on all ranks within its own duration: clocks read after it may differ by no more."""
+    """Compare clocks: a gather ends on all ranks within its own duration, and clocks read then differ by no more."""
     offsets = []
     for _ in range(3):
         started = time.perf_counter()
