@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -59,18 +57,10 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def tool() -> Callable[..., str]:
     """Run a script in one process and return what it printed."""
 
-    from evaluation_runs import ROOT
+    from launch import run_script
 
     def call(*words: str, timeout: float = 500) -> str:
-        done = subprocess.run(
-            [sys.executable, *words],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-        )
+        done = run_script(*words, timeout=timeout)
         assert done.returncode == 0, done.stdout + done.stderr
         return done.stdout
 

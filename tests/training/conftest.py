@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 TESTS = Path(__file__).resolve().parents[1]
 sys.path[:0] = [str(TESTS / "training"), str(TESTS / "data"), str(TESTS / "distributed")]
-
-ROOT = TESTS.parent
 
 
 @pytest.fixture(scope="session")
@@ -81,17 +77,6 @@ def undisturbed(arguments: Callable[..., list[str]], tmp_path_factory: pytest.Te
 @pytest.fixture(scope="session")
 def run_tool() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Run a script in one process."""
+    from launch import run_script
 
-    def run(*command: str, timeout: float = 120, **options: Any) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, *command],
-            cwd=ROOT,
-            env=os.environ | {"OMP_NUM_THREADS": "1"},
-            capture_output=True,
-            text=True,
-            timeout=timeout,
-            check=False,
-            **options,
-        )
-
-    return run
+    return run_script
