@@ -54,6 +54,7 @@ lint: $(DEV_STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy benchmarks
 
 check: lint
 	$(BIN)/pytest -q -m "not slow and not distributed and not gpu"

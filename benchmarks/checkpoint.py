@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 benchmarks/checkpoint.py --out benchmarks/results/checkpoint-cpu.json
 
-Trains a model of at least 50 million parameters on synthetic rows, data-parallel over all processes. Each round has
-steps without a save, one save that the loop waits for, and one that it does not; all save the same tensors in the
+Trains a model of at least 50 million parameters on synthetic sequences, data-parallel over all processes. Each round
+has steps without a save, one save that the loop waits for, and one that it does not; all save the same tensors in the
 same way. `stall` is the time the loop stands still for a save. Where the writing threads share the cores with the
 steps, these also slow down while a save is under way: `slowdown` is that time, over all steps beside one save.
 """
@@ -18,6 +18,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,8 @@ def seconds(action: Callable[[], object]) -> float:
 def measure(rounds: int, steps: int, folder: Path) -> dict[str, Any]:
     """Collective; the result is that of this rank."""
     import torch.distributed as dist
+    from step import TimedStep
 
-    from lcl_mcore.benchmarking.step import Bench
     from lcl_mcore.checkpoint.manager import Checkpointer, TrainingTensors, TrainState
     from lcl_mcore.checkpoint.store import open_store
     from lcl_mcore.distributed.device import init_process_group, pick_device
@@ -56,18 +57,15 @@ def measure(rounds: int, steps: int, folder: Path) -> dict[str, Any]:
     init_process_group(device, 300)
     world = dist.get_world_size()
     groups = make_groups(1, 1, 300, 0)
-    bench = Bench(config_for(world), device, groups)
-    counts = bench.batch.counts  # every rank trains on the same rows
-    fields = {name: getattr(counts, name) * world for name in ("images", "contexts", "targets", "tokens")}
-    bench.batch = replace(bench.batch, counts=replace(counts, **fields))
-    tensors = TrainingTensors(bench.model, bench.optimizer, groups.tp)
+    timed = TimedStep(config_for(world), device, groups)  # every rank trains on the same sequences
+    tensors = TrainingTensors(timed.training.model, timed.training.optimizer, groups.tp)
     store = open_store(str(folder), folder)
     saver = Checkpointer(store, tensors, groups.host_control, groups.host_checkpoint, keep=1)
-    bench.times(1)
+    timed.times(1)
     number, results = 0, []
     allocation = seconds(saver.allocate)
     for _ in range(rounds):
-        quiet = bench.times(steps)
+        quiet = timed.times(steps)
         number += 1
 
         def complete(number: int = number) -> None:
@@ -80,10 +78,11 @@ def measure(rounds: int, steps: int, folder: Path) -> dict[str, Any]:
         synchronous = seconds(complete)
         number += 1
         dist.barrier(group=groups.host_control)
-        stall = seconds(lambda number=number: saver.start(TrainState(number, None, "", "")))
-        begun, beside = time.perf_counter(), []
+        stall = seconds(partial(saver.start, TrainState(number, None, "", "")))
+        begun = time.perf_counter()
+        beside: list[float] = []
         while saver.poll() is None or len(beside) < steps:
-            beside += bench.times(1)
+            beside += timed.times(1)
             # The ranks run the same number of steps: the first one says when to stop.
             if groups.host_control.size() > 1 and _first_says(saver.poll() is not None, groups.host_control):
                 break
@@ -106,7 +105,7 @@ def measure(rounds: int, steps: int, folder: Path) -> dict[str, Any]:
     return {
         "device": device.name,
         "processes": world,
-        "parameters": sum(p.numel() for p in bench.model.parameters()),
+        "parameters": sum(p.numel() for p in timed.training.model.parameters()),
         "bytes_of_this_rank": saver.snapshot.nbytes,
         "allocation_before_the_first_save": allocation,
         "rounds": results,

@@ -197,13 +197,6 @@ def hardware(device: str) -> dict[str, Any]:
     return found
 
 
-def commit() -> str:
-    run = subprocess.run(
-        ["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True, check=False
-    )
-    return run.stdout.strip() or "unknown"
-
-
 def spawn(name: str, n: int, args: argparse.Namespace) -> dict[str, Any]:
     """One contender at one size in a process of its own; an out-of-memory failure is a result."""
     command = [sys.executable, "-W", "ignore", __file__, "--one", name, "--n", str(n)]
@@ -296,10 +289,13 @@ def main() -> None:
         rounds = [[spawn(name, n, args) for name in names] for _ in range(args.rounds)]
         results += [best(runs) for runs in zip(*rounds, strict=True)]
     compare(results)
+
+    from lcl_mcore.diagnostics.environment import source_commit
+
     report = {
         "benchmark": "contrastive",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        "commit": commit(),
+        **source_commit(),
         "device": args.device,
         "hardware": hardware(args.device),
         "dim": args.dim,

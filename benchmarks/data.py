@@ -5,9 +5,9 @@
 
 The photographs of the folder become one set of pairs. Every contender runs in a process of its own on
 one thread, all of them in turn for several rounds; the median of a figure's rounds counts. `plain` decodes
-with Pillow, takes a random resized crop, makes normalised floats, and puts one document in a row, as open_clip
-and the released LCL code do; `ours` and `dali` are this loader, packing rows, with its two decoders;
-`ours-unpacked` and `dali-unpacked` put one document in a row as `plain` does, which makes sequences comparable.
+with Pillow, takes a random resized crop, makes normalised floats, and puts one document in a sequence, as
+open_clip and the released LCL code do; `ours` and `dali` are this loader, packing sequences, with its two decoders;
+`ours-unpacked` and `dali-unpacked` put one document in a sequence as `plain` does, which makes sequences comparable.
 Rates are per second of CPU time, so that other load on the machine matters little.
 """
 
@@ -30,8 +30,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-ROW, SIDE, LATENTS = 2048, 224, 196
-PACKED_ROWS, PLAIN_ROWS = 8, 80  # about 80 documents either way
+LENGTH, SIDE, LATENTS = 2048, 224, 196
+PACKED_SEQUENCES, PLAIN_SEQUENCES = 8, 80  # about 80 documents either way
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 CONTENDERS = ("plain", "ours", "ours-unpacked", "dali", "dali-unpacked")
 # what is compared, which of our variants it is taken from, and whether more is better
@@ -68,7 +68,7 @@ def make_set(photos: Path, work: Path) -> None:
 
 
 def plain(work: Path) -> Iterator[tuple[int, int, int]]:
-    """The straight pipeline: images, rows and used tokens of each batch."""
+    """The straight pipeline: images, sequences and used tokens of each batch."""
     import numpy as np
     import torch
     import webdataset
@@ -83,7 +83,7 @@ def plain(work: Path) -> Iterator[tuple[int, int, int]]:
     mean, std = torch.tensor(MEAN).view(3, 1, 1), torch.tensor(STD).view(3, 1, 1)
     shards = [str(path) for path in sorted((work / "set").glob("*.tar"))]
     samples = webdataset.WebDataset(shards, shardshuffle=False).shuffle(200).repeat()
-    images, rows, used = [], [], 0
+    images, sequences, used = [], [], 0
     for sample in samples:
         name = next(name for name in sample if name.startswith("0."))
         image = Image.open(io.BytesIO(sample[name])).convert("RGB")
@@ -94,18 +94,18 @@ def plain(work: Path) -> Iterator[tuple[int, int, int]]:
         pixels = torch.from_numpy(np.array(resized)).permute(2, 0, 1).float().div(255)
         images.append((pixels - mean) / std)
         ids = tokenizer.encode(json.loads(sample["json"])["text_list"][0])
-        row = torch.zeros(ROW, dtype=torch.int64)
-        row[: len(ids)] = torch.tensor(ids)
-        rows.append(row)
+        sequence = torch.zeros(LENGTH, dtype=torch.int64)
+        sequence[: len(ids)] = torch.tensor(ids)
+        sequences.append(sequence)
         used += len(ids) + LATENTS + 4
-        if len(rows) == PLAIN_ROWS:
-            torch.stack(images), torch.stack(rows)
-            yield PLAIN_ROWS, PLAIN_ROWS, used
-            images, rows, used = [], [], 0
+        if len(sequences) == PLAIN_SEQUENCES:
+            torch.stack(images), torch.stack(sequences)
+            yield PLAIN_SEQUENCES, PLAIN_SEQUENCES, used
+            images, sequences, used = [], [], 0
 
 
 def ours(work: Path, backend: str, *, packed: bool) -> Iterator[tuple[int, int, int]]:
-    """This loader: images, rows and used tokens of each step."""
+    """This loader: images, sequences and used tokens of each step."""
     from lcl_mcore.config.data import DataConfig, SourceConfig, TokenizerConfig
     from lcl_mcore.data.loader import build_loader
     from lcl_mcore.data.tokenizer import build_tokenizer
@@ -113,27 +113,27 @@ def ours(work: Path, backend: str, *, packed: bool) -> Iterator[tuple[int, int, 
     config = DataConfig(
         sources=(SourceConfig(path=str(work / "set")),),
         tokenizer=TokenizerConfig(path=str(work / "tokenizer.json")),
-        sequence_length=ROW,
+        sequence_length=LENGTH,
         decode_backend=backend,  # type: ignore[arg-type]
         decode_threads=1,
         prefetch_steps=1,
         packing="best_fit" if packed else "off",
     )
-    rows = PACKED_ROWS if packed else PLAIN_ROWS
+    sequences = PACKED_SEQUENCES if packed else PLAIN_SEQUENCES
     loader = build_loader(
         config,
         tokenizer=build_tokenizer(config.tokenizer),
         image_size=SIDE,
         tokens_per_image=LATENTS,
-        global_batch_size=rows,
-        micro_batch_size=rows,
+        global_batch_size=sequences,
+        micro_batch_size=sequences,
         dp_rank=0,
         dp_size=1,
         seed=0,
     )
     try:
         for step in loader:
-            yield sum(step.counts.images), rows, sum(step.counts.tokens)
+            yield sum(step.counts.images), sequences, sum(step.counts.tokens)
     finally:
         loader.close()
 
@@ -151,18 +151,18 @@ def measure(name: str, work: Path, images: int) -> dict[str, Any]:
     )
     first_images = next(batches)[0]
     first, first_cpu = time.perf_counter() - begin, time.process_time() - begin_cpu
-    start, seen, rows, tokens = time.process_time(), 0, 0, 0
+    start, seen, sequences, tokens = time.process_time(), 0, 0, 0
     while seen < images:
         n, r, t = next(batches)
-        seen, rows, tokens = seen + n, rows + r, tokens + t
+        seen, sequences, tokens = seen + n, sequences + r, tokens + t
     seconds = time.process_time() - start
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     batches.close()  # type: ignore[attr-defined]
     return {
         "images_per_cpu_second": seen / seconds,
-        "sequences_per_cpu_second": rows / seconds,
-        "full_sequences_per_cpu_second": tokens / ROW / seconds,
-        "fill": tokens / rows / ROW,
+        "sequences_per_cpu_second": sequences / seconds,
+        "full_sequences_per_cpu_second": tokens / LENGTH / seconds,
+        "fill": tokens / sequences / LENGTH,
         "peak_memory_mib": memory,
         "seconds_to_first_batch": first,
         "cpu_seconds_to_first_batch": first_cpu,
@@ -233,19 +233,18 @@ def main() -> None:
             f"{row[name]:>9.3g}{'+' if row[f'{name}_ahead'] else '-'}" for name in ("ours", "dali")
         )
         print(f"{figure:32s}{row['plain']:>10.3g}{marks}")
-    commit = subprocess.run(
-        ["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False
-    ).stdout.strip()
+    from lcl_mcore.diagnostics.environment import source_commit
+
     results["comparison"] = table
     results["setting"] = {
         "command": " ".join(["python", *sys.argv]),
-        "commit": commit,
+        **source_commit(),
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{processor()}, one thread of a CPU shared with other work",
         "load_average": [round(value, 1) for value in os.getloadavg()],
         "rounds": args.rounds,
-        "row_tokens": ROW,
-        "image_embeds": SIDE,
+        "sequence_length": LENGTH,
+        "image_size": SIDE,
         "images": images,
     }
     if args.output:

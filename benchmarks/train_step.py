@@ -4,9 +4,9 @@
     python benchmarks/train_step.py --processes 1 --precision bf16   # one GPU
     python benchmarks/train_step.py --small --steps 1                # checks the code; its numbers mean nothing
 
-Both run in one command, in turn, each round in fresh processes: the same towers, the same rows (one image and its
-caption each, 280 positions), the same precision, number of rows and processes. The plain one is
-`lcl_mcore.benchmarking.plain`: open_clip's ViT, pooler and contrastive loss, Hugging Face's OPT, DDP, fused AdamW.
+Both run in one command, in turn, each round in fresh processes: the same towers, the same sequences (one image and its
+caption each, 280 positions), the same precision, number of sequences and processes. The plain one is
+`benchmarks/plain_step.py`: open_clip's ViT, pooler and contrastive loss, Hugging Face's OPT, DDP, fused AdamW.
 """
 
 from __future__ import annotations
@@ -17,16 +17,87 @@ import os
 import statistics
 import subprocess
 import sys
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
+import torch.distributed as dist
+from step import TimedStep, narrow_towers
+
+from lcl_mcore.batch import StepBatch
 from lcl_mcore.commands.entry import run_main
+from lcl_mcore.config.model import LanguageConfig, ModelConfig, VisionConfig
+from lcl_mcore.config.recipes import load_recipe
+from lcl_mcore.config.run import LossConfig, OptimConfig, RunConfig
+from lcl_mcore.data.synthetic import synthetic_step
+from lcl_mcore.distributed.device import Device, init_process_group, pick_device
+from lcl_mcore.distributed.groups import Groups, make_groups
+
+
+def pair_config(args: argparse.Namespace, world: int) -> RunConfig:
+    """ViT-B/16 + OPT-125M on sequences of one image and its caption, as the released code feeds pairs."""
+    config = load_recipe("released-b16-laion")
+    train = replace(
+        config.train,
+        micro_batch_size=args.micro_batch_size,
+        global_batch_size=args.micro_batch_size * world,
+        precision=args.precision,
+    )
+    shape = ModelConfig(vision=VisionConfig(layer_scale=None), language=LanguageConfig(max_positions=512))
+    config = replace(config, model=shape, loss=LossConfig(), optim=OptimConfig(), train=train)
+    return narrow_towers(config) if args.small else config
+
+
+def measure_side(args: argparse.Namespace) -> None:
+    """Time one side's steps after one that is not timed; rank 0 prints one JSON line."""
+    device = pick_device()
+    init_process_group(device, 600)
+    world = dist.get_world_size()
+    groups = make_groups(1, 1, 600, 0)
+    config = pair_config(args, world)
+    batch = synthetic_step(config, world, seed=groups.dp.rank())
+    step = (ours if args.side == "ours" else plain)(config, device, groups, batch)
+    step()
+    device.synchronize()
+    seconds = []
+    for _ in range(args.steps):
+        started = time.perf_counter()
+        step()
+        device.synchronize()
+        seconds.append(time.perf_counter() - started)
+    median = statistics.median(seconds)
+    if dist.get_rank() == 0:
+        result = {
+            "step_seconds": median,
+            "samples_per_second": config.train.global_batch_size / median,
+            "peak_bytes": float(device.peak_memory()),
+        }
+        print(json.dumps(result))
+    dist.destroy_process_group()
+
+
+def ours(config: RunConfig, device: Device, groups: Groups, batch: StepBatch) -> Callable[[], object]:
+    """A step as training runs it."""
+    return TimedStep(config, device, groups, batch).run
+
+
+def plain(config: RunConfig, device: Device, groups: Groups, batch: StepBatch) -> Callable[[], object]:
+    """A step as a researcher would write it first."""
+    from plain_step import PlainStep
+
+    step = PlainStep(config, device.device, groups.dp)
+    (micro,) = batch.micro_batches
+    return lambda: step.run(micro.to(device.device))
 
 
 def main() -> int:
     """Parse the command line; measure both sides, or one of them as a process of a round."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument("--rows", type=int, default=4, help="rows per process and step")
+    parser.add_argument(
+        "--micro-batch-size", "--rows", type=int, default=4, help="sequences per process and step"
+    )
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a round, after one that is not")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
@@ -35,9 +106,7 @@ def main() -> int:
     parser.add_argument("--side", choices=("ours", "plain"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.side:
-        from lcl_mcore.benchmarking.compare import measure_side
-
-        measure_side(args.side, args.rows, args.steps, args.precision, args.small)
+        measure_side(args)
         return 0
     return compare(args)
 
@@ -58,9 +127,9 @@ def compare(args: argparse.Namespace) -> int:
         side: {name: statistics.median(r[name] for r in results) for name in results[0]}
         for side, results in rounds.items()
     }
-    ours, plain = medians["ours"], medians["plain"]
-    speed = ours["samples_per_second"] / plain["samples_per_second"]
-    memory = ours["peak_bytes"] / plain["peak_bytes"]
+    speed, memory = (
+        medians["ours"][name] / medians["plain"][name] for name in ("samples_per_second", "peak_bytes")
+    )
     print(f"ours / plain: {speed:.2f} times the samples/s, {memory:.2f} times the peak memory (medians)")
     if args.out:
         from lcl_mcore.diagnostics.environment import describe
@@ -81,26 +150,16 @@ def compare(args: argparse.Namespace) -> int:
 def one_round(args: argparse.Namespace, side: str) -> dict[str, float]:
     """One side in fresh processes; its last line on rank 0 is JSON."""
     threads = max(1, (os.cpu_count() or 1) // args.processes)
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(args.processes),
-        __file__,
-        "--side",
-        side,
-        "--rows",
-        str(args.rows),
-        "--steps",
-        str(args.steps),
-        "--precision",
-        args.precision,
-        *(["--small"] if args.small else []),
-    ]
-    environment = os.environ | {"OMP_NUM_THREADS": str(threads)}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(args.processes)]
+    options = ["--side", side, "--precision", args.precision, *(["--small"] if args.small else [])]
+    options += ["--micro-batch-size", str(args.micro_batch_size), "--steps", str(args.steps)]
+    done = subprocess.run(
+        [sys.executable, *launch, __file__, *options],
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise RuntimeError(f"{side} ended with {done.returncode}:\n{done.stderr[-3000:]}")
     result: dict[str, float] = json.loads(done.stdout.strip().splitlines()[-1])

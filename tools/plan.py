@@ -13,7 +13,6 @@ import sys
 import time
 from datetime import UTC, datetime
 
-from lcl_mcore.benchmarking.gpu_report import commit
 from lcl_mcore.commands.entry import run_main
 
 
@@ -25,6 +24,7 @@ def main() -> int:
     request = parse()
     run_config(request).check_processes(request.gpus)  # mistakes are answered before the slow imports
 
+    from lcl_mcore.diagnostics.environment import source_commit
     from lcl_mcore.planning.plan import make_plan
     from lcl_mcore.planning.report import text
 
@@ -34,7 +34,7 @@ def main() -> int:
         print(f"[{time.perf_counter() - started:5.1f} s] {line}", file=sys.stderr, flush=True)
 
     command = " ".join(["python", "tools/plan.py", *sys.argv[1:]])
-    origin = {"command": command, **commit(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    origin = {"command": command, **source_commit(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
     plan = make_plan(request, note)
     report = text(plan)
     print(json.dumps(origin | plan, indent=1) if request.json else report)

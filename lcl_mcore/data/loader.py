@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from lcl_mcore.batch import GlobalCounts, MicroBatch, StepBatch
 from lcl_mcore.config.data import DataConfig
@@ -57,7 +56,7 @@ class StepLoader(Iterator[StepBatch]):
         step = self._source.next_step()
         if not self._pin:
             return step
-        return replace(step, micro_batches=tuple(_pinned(batch) for batch in step.micro_batches))
+        return replace(step, micro_batches=tuple(batch.pin_memory() for batch in step.micro_batches))
 
 
 class StepReader:
@@ -287,12 +286,3 @@ def _require_batch(global_batch_size: int, micro_batch_size: int, dp_size: int) 
                 f"Use a multiple of {micro_batch_size * dp_size}.",
             )
         )
-
-
-def _pinned(batch: MicroBatch) -> MicroBatch:
-    """The micro-batch in page-locked memory, so that copies to the device do not wait."""
-    values: dict[str, Any] = {
-        name: value.pin_memory() if isinstance(value, Tensor) and value.device.type == "cpu" else value
-        for name, value in batch.__dict__.items()
-    }
-    return MicroBatch(**values)

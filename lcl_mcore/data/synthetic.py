@@ -1,7 +1,7 @@
-"""Batches with the shape of a recipe's: real rows by the real assembler, from documents of random tokens.
+"""Batches with the shape of a recipe's: real sequences by the real assembler, from documents of random tokens.
 
-Rows are full, or as full as the recipe's longest document makes them where it does not pack. No file is
-read and no tokenizer is needed: the last six ids of the vocabulary serve as the special ones.
+Sequences are full, or as full as the recipe's longest document makes them where it does not pack. No file is read and
+no tokenizer is needed: the last six ids of the vocabulary serve as the special ones.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ from lcl_mcore.data.packing import Chunk, chunk_from
 from lcl_mcore.data.tokenized import Piece, TokenizedDocument
 from lcl_mcore.data.tokenizer import SpecialIds
 
-# Images of successive full rows: 64k images in 12288 rows, as in the paper, are 16/3 a row.
-IMAGES_OF_ROWS = (5, 5, 6)
+# Images of successive full sequences: 64k images in 12288 sequences, as in the paper, are 16/3 a sequence.
+IMAGES_OF_SEQUENCES = (5, 5, 6)
 CAPTION = 20
-"""Tokens of a caption beside which a row holds other documents; LAION's average is about that."""
+"""Tokens of a caption beside which a sequence holds other documents; LAION's average is about that."""
 
 
-class SyntheticRows:
-    """Makes the rows of one run configuration, the same ones for the same seed."""
+class SyntheticSequences:
+    """Makes the packed sequences of one run configuration, the same ones for the same seed."""
 
     def __init__(self, config: RunConfig, seed: int = 0) -> None:
         self.config = config
@@ -47,24 +47,26 @@ class SyntheticRows:
         self.random = np.random.default_rng(seed)
         latents = config.model.vision.patches
         self.image_size = latents + 2
-        tokenizer: Any = self.ids  # all that rows need of one
+        tokenizer: Any = self.ids  # all that sequences need of one
         self.assembler = Assembler(config.data, tokenizer, image_tokens=latents, seed=seed)
         self.documents = 0
 
     def plans(self, first: int, count: int) -> list[RowPlan]:
-        """`count` rows from row number `first` on, before they have pixels."""
-        return [self.assembler.row(self._row(row), key=row) for row in range(first, first + count)]
+        """`count` sequences from number `first` on, before they have pixels."""
+        return [self.assembler.row(self._documents(n), key=n) for n in range(first, first + count)]
 
     def with_noise(self, plans: list[RowPlan]) -> MicroBatch:
-        """The rows laid end to end, with noise for images."""
+        """The sequences end to end, with noise for images."""
         count, side = sum(len(plan.images) for plan in plans), self.config.model.vision.image_size
         pixels = torch.from_numpy(self.random.integers(0, 256, (count, 3, side, side), dtype=np.uint8))
         return micro_batch(plans, pixels, [False] * count)
 
-    def _row(self, row: int) -> list[Chunk]:
+    def _documents(self, number: int) -> list[Chunk]:
+        """What stands in sequence `number`: an interleaved document and two pairs, or one document."""
         if self.config.data.packing == "off":
-            return [self._pair(row) if "max_text_tokens" in self.options else self._interleaved(self._fit(6))]
-        images = self._fit(IMAGES_OF_ROWS[row % len(IMAGES_OF_ROWS)])
+            pairs_only = "max_text_tokens" in self.options
+            return [self._pair(number) if pairs_only else self._interleaved(self._fit(6))]
+        images = self._fit(IMAGES_OF_SEQUENCES[number % len(IMAGES_OF_SEQUENCES)])
         pairs = min(images, 2)
         chunks = [self._pair(turn, CAPTION) for turn in range(pairs)]
         used = sum(chunk.size for chunk in chunks)
@@ -89,7 +91,7 @@ class SyntheticRows:
         )
 
     def _interleaved(self, images: int, size: int = 0) -> Chunk:
-        """A document of exactly `size` tokens (a whole row by default): text, image, text, ..., text."""
+        """A document of exactly `size` tokens (a whole sequence by default): text, image, text, ..., text."""
         text = (size or self.config.data.sequence_length) - 2 - images * self.image_size
         lengths = [text // (images + 1)] * images
         pieces = [self._text(text - sum(lengths))]
@@ -115,18 +117,26 @@ class SyntheticRows:
         return chunk_from(self.documents, laid, self.image_size)
 
 
-def synthetic_step(config: RunConfig, seed: int = 0) -> StepBatch:
-    """One global batch of one data-parallel rank, in the micro-batches that the configuration asks for."""
-    rows = SyntheticRows(config, seed)
-    size, total = config.train.micro_batch_size, config.train.global_batch_size
-    plans = [rows.plans(first, size) for first in range(0, total, size)]
-    micros = tuple(rows.with_noise(part) for part in plans)
+def synthetic_step(config: RunConfig, dp_size: int = 1, seed: int = 0) -> StepBatch:
+    """One data-parallel rank's share of a global batch, in the micro-batches that the configuration asks for.
+
+    Args:
+        config: of the whole job.
+        dp_size: data-parallel ranks of the job; all are counted as having as many images, contexts and targets.
+        seed: of tokens and noise.
+    """
+    sequences, train = SyntheticSequences(config, seed), config.train
+    plans = [
+        sequences.plans(first, train.micro_batch_size)
+        for first in range(0, train.global_batch_size // dp_size, train.micro_batch_size)
+    ]
+    micros = tuple(sequences.with_noise(part) for part in plans)
     counts = GlobalCounts(
-        images=(sum(len(m.images) for m in micros),),
-        contexts=(sum(len(m.context_positions) for m in micros),),
-        targets=(sum(len(m.target_positions) for m in micros),),
-        tokens=(sum(plan.used for part in plans for plan in part),),
-        pairs=(sum(plan.attention_pairs for part in plans for plan in part),),
-        micro_contexts=tuple((len(m.context_positions),) for m in micros),
+        images=(sum(len(m.images) for m in micros),) * dp_size,
+        contexts=(sum(len(m.context_positions) for m in micros),) * dp_size,
+        targets=(sum(len(m.target_positions) for m in micros),) * dp_size,
+        tokens=(sum(plan.used for part in plans for plan in part),) * dp_size,
+        pairs=(sum(plan.attention_pairs for part in plans for plan in part),) * dp_size,
+        micro_contexts=tuple((len(m.context_positions),) * dp_size for m in micros),
     )
     return StepBatch(micros, counts, {}, "")

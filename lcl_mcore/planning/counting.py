@@ -13,7 +13,6 @@ from torch import Tensor
 from lcl_mcore.batch import StepBatch
 from lcl_mcore.build import build_training
 from lcl_mcore.config.run import RunConfig
-from lcl_mcore.data.synthetic import synthetic_step
 from lcl_mcore.distributed.context import detached
 from lcl_mcore.distributed.device import Device
 from lcl_mcore.distributed.groups import Groups
@@ -51,19 +50,6 @@ class RankCount:
     def flops(self, *phases: str) -> int:
         """FLOPs of these phases, of all without an argument."""
         return sum(w.flops * n for w, n in self.work.items() if not phases or w.phase in phases)
-
-
-def rank_batch(config: RunConfig, dp: int) -> StepBatch:
-    """One data-parallel rank's share of a step, for a job in which all have the same number of everything."""
-    rows = config.train.global_batch_size // dp
-    own = replace(config, train=replace(config.train, global_batch_size=rows))
-    batch = synthetic_step(own)
-    counts = batch.counts
-    spread: dict[str, Any] = {
-        name: getattr(counts, name) * dp for name in ("images", "contexts", "targets", "tokens", "pairs")
-    }
-    micro = tuple(each * dp for each in counts.micro_contexts)
-    return replace(batch, counts=replace(counts, **spread, micro_contexts=micro))
 
 
 def count_step(

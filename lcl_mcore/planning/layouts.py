@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from lcl_mcore.config.run import RunConfig
-from lcl_mcore.planning.counting import rank_batch
+from lcl_mcore.data.synthetic import synthetic_step
 from lcl_mcore.planning.hardware import Machine
 from lcl_mcore.planning.predict import Prediction, predict
 from lcl_mcore.planning.simulate import places, simulate_rank
@@ -52,7 +52,7 @@ def estimate(config: RunConfig, world: int, machine: Machine) -> Estimate:
     counted = min(micros, config.parallel.pipeline_parallel_size + 1)
     rows = counted * config.train.micro_batch_size * dp
     fewer = replace(config, train=replace(config.train, global_batch_size=rows))
-    batch = rank_batch(fewer, dp)
+    batch = synthetic_step(fewer, dp)
     first_of_stage = places(config, world)[:: config.parallel.tensor_parallel_size]
     counts = [simulate_rank(fewer, world, rank, batch) for rank in first_of_stage]
     lasting = max(sum(count.state.values()) for count in counts)

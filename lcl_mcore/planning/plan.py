@@ -10,8 +10,9 @@ from typing import Any
 
 from lcl_mcore.batch import StepBatch
 from lcl_mcore.config.run import RunConfig
+from lcl_mcore.data.synthetic import synthetic_step
 from lcl_mcore.hardware import find_gpu
-from lcl_mcore.planning.counting import RankCount, rank_batch
+from lcl_mcore.planning.counting import RankCount
 from lcl_mcore.planning.hardware import Machine, make_machine
 from lcl_mcore.planning.layouts import Estimate, ranked, variants
 from lcl_mcore.planning.lint import Mesh, lint
@@ -42,7 +43,7 @@ def make_plan(request: Request, note: Callable[[str], None]) -> dict[str, Any]:
     part = dataclasses.replace(
         config, train=dataclasses.replace(train, global_batch_size=counted * train.micro_batch_size * dp)
     )
-    batch = rank_batch(part, dp)
+    batch = synthetic_step(part, dp)
     counts = []
     for rank in places(config, request.gpus):
         note(f"counting a step of rank {rank} of {request.gpus}")

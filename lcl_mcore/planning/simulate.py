@@ -42,7 +42,7 @@ def simulate_rank(
     """One step of one rank of a job of `world` processes.
 
     Args:
-        batch: that rank's part of the step, see `counting.rank_batch`.
+        batch: that rank's part of the step, see `data.synthetic.synthetic_step`.
         target: whose kernels are assumed; "cpu" is for comparison with a real run on a CPU.
     """
     parallel = config.parallel

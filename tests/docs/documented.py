@@ -216,14 +216,16 @@ ENTRIES = (
     ),
     read(
         "python benchmarks/contrastive.py --n 32768 65536 131072 --repeats 5",
-        "tests/test_gpu_report.py::test_dry_run",
+        "tests/benchmarks/test_gpu_report.py::test_dry_run",
     ),
     read(
         "python examples/ablation/run.py",
         "tests/evaluation/test_ablation.py::test_two_settings_end_in_a_table",
     ),
     read(
-        "python tools/gpu_report.py --commit HASH", "tests/test_gpu_report.py::test_dry_run", HASH="1d1f3e5"
+        "python tools/gpu_report.py --commit HASH",
+        "tests/benchmarks/test_gpu_report.py::test_dry_run",
+        HASH="1d1f3e5",
     ),
     read("python campaigns/soak.py --minutes 30", "campaigns/soak.json"),
     read("python campaigns/steady.py", "campaigns/steady.json"),
@@ -237,7 +239,7 @@ ENTRIES = (
     shown("make lint", "make lint"),
     shown("make test", "make test"),
     shown("make doctor", "make doctor"),
-    shown("make gpu-report", "make gpu-report", "tests/test_gpu_report.py::test_dry_run"),
+    shown("make gpu-report", "make gpu-report", "tests/benchmarks/test_gpu_report.py::test_dry_run"),
     shown("make slurm-test", "make slurm-test", "campaigns/slurm.json"),
     shown(
         "sbatch examples/slurm/1-node.sbatch --recipe paper-b16 --data /data/mmc4 --tokenizer /data/mmc4 "

@@ -20,7 +20,6 @@ import torch
 from megatron.core.distributed import finalize_model_grads
 
 from lcl_mcore.batch import StepBatch
-from lcl_mcore.benchmarking.step import pinned
 from lcl_mcore.build import build_training
 from lcl_mcore.config.data import DataConfig
 from lcl_mcore.config.model import LanguageConfig, ModelConfig, VisionConfig
@@ -133,7 +132,7 @@ def main() -> int:
     train, choices = training.step, training.choices
     batch = synthetic_step(config)
     if device.is_cuda:
-        batch = replace(batch, micro_batches=tuple(pinned(micro) for micro in batch.micro_batches))
+        batch = replace(batch, micro_batches=tuple(micro.pin_memory() for micro in batch.micro_batches))
     result: dict[str, Any] = {
         "backends": {choice.part: choice.backend for choice in choices},
         "fp8": bool(getattr(training.model.config, "fp8", None)),

@@ -19,7 +19,8 @@ from typing import Any
 from lcl_mcore.config.data import DataConfig
 from lcl_mcore.config.model import LanguageConfig, ModelConfig, VisionConfig
 from lcl_mcore.config.run import ParallelConfig, RunConfig, TrainConfig
-from lcl_mcore.planning.counting import RankCount, rank_batch
+from lcl_mcore.data.synthetic import synthetic_step
+from lcl_mcore.planning.counting import RankCount
 from lcl_mcore.planning.simulate import simulate_rank
 
 FILE = Path(__file__).with_name("counters.json")
@@ -59,7 +60,7 @@ def count(world: int, parallel: ParallelConfig, rank: int) -> RankCount:
     config = RunConfig(
         recipe="counters", model=MODEL, data=DataConfig(sequence_length=256), parallel=parallel, train=train
     )
-    return simulate_rank(config, world, rank, rank_batch(config, config.check_processes(world)))
+    return simulate_rank(config, world, rank, synthetic_step(config, config.check_processes(world)))
 
 
 def plain(counted: RankCount) -> dict[str, Any]:

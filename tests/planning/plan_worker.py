@@ -16,9 +16,10 @@ from megatron.core import parallel_state
 
 from lcl_mcore.config.recipes import load_recipe
 from lcl_mcore.config.run import ParallelConfig, RunConfig
+from lcl_mcore.data.synthetic import synthetic_step
 from lcl_mcore.distributed.device import init_process_group, pick_device
 from lcl_mcore.distributed.groups import make_groups
-from lcl_mcore.planning.counting import RankCount, count_step, rank_batch
+from lcl_mcore.planning.counting import RankCount, count_step
 from lcl_mcore.planning.simulate import simulate_rank
 
 LAYOUTS = {
@@ -63,14 +64,14 @@ def main() -> None:
     for name, parallel in LAYOUTS.items():
         config = config_for(parallel)
         groups = make_groups(parallel.tensor_parallel_size, parallel.pipeline_parallel_size, 120, 0)
-        real[name] = count_step(config, device, groups, rank_batch(config, groups.dp.size()))
+        real[name] = count_step(config, device, groups, synthetic_step(config, groups.dp.size()))
         parallel_state.destroy_model_parallel()
     dist.barrier()
     dist.destroy_process_group()
     seen = {}
     for name, parallel in LAYOUTS.items():
         config = config_for(parallel)
-        batch = rank_batch(config, config.check_processes(8))
+        batch = synthetic_step(config, config.check_processes(8))
         simulated = simulate_rank(config, 8, rank, batch, "cpu")
         seen[name] = {"real": plain(real[name]), "simulated": plain(simulated)}
     (Path(sys.argv[1]) / f"{rank}.json").write_text(json.dumps(seen), encoding="utf-8")

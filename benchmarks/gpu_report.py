@@ -1,13 +1,18 @@
-"""One JSON about one machine: GPU tests, contrastive benchmark, speed and memory of training steps.
+"""Test and measure everything that needs a GPU, and write one JSON about it. Under nine minutes, no network.
 
-Every part is a process of its own with a time budget. A part that cannot run here is in the report with its
-reason. Without a GPU the same parts run at toy sizes, marked "dry": a check of the report itself.
+    python tools/gpu_report.py                    # on a machine with a GPU; `make gpu-report` installs first
+    python tools/gpu_report.py --quick            # fewer sizes; without a GPU a dry run of under a minute
+
+GPU tests, the contrastive benchmark, speed and memory of training steps, and the planner's memory against a real step.
+Every part is a process of its own with a time budget. A part that cannot run here is in the report with its reason.
+Without a GPU the same parts run at toy sizes, marked "dry": a check of the report itself.
 
 Imports nothing heavy, so that this process holds no memory of the GPU that it reports on.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
@@ -23,7 +28,9 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[2]
+from lcl_mcore.commands.entry import run_main
+
+ROOT = Path(__file__).resolve().parents[1]
 TOTAL_SECONDS = 525.0
 """Everything together stays below nine minutes."""
 STEP_RECIPES = ("released-b16-laion", "paper-l14")
@@ -216,11 +223,10 @@ def parts(environment: Result, quick: bool) -> Iterator[Part]:
         "plan paper-l14",
         75,
         read_json_line,
-        "-m",
-        "lcl_mcore.planning.check",
+        "benchmarks/plan_memory.py",
         "--recipe",
         "paper-l14",
-        *(["--rows", "4"] if gpu else ["--rows", "1", "--dry"]),
+        *(["--micro-batch-size", "4"] if gpu else ["--micro-batch-size", "1", "--dry"]),
     )
     for n, options in _contrastive_sizes(gpu, quick):
         yield part(
@@ -265,7 +271,7 @@ def why_no_fp8(environment: Result) -> str:
     return "" if te["usable"] else f"FP8 layers come from Transformer Engine, not usable here: {te['reason']}"
 
 
-def left_out(gpu: bool, quick: bool) -> list[Result]:
+def skipped_parts(gpu: bool, quick: bool) -> list[Result]:
     """What a complete report has and this one does not, with the reason."""
     sizes = ", ".join(map(str, CONTRASTIVE_SIZES if not gpu else CONTRASTIVE_SIZES[1:] if quick else ()))
     missing: list[Result] = []
@@ -275,7 +281,7 @@ def left_out(gpu: bool, quick: bool) -> list[Result]:
     if sizes:
         missing.append({"part": f"contrastive {sizes}", "reason": "--quick" if gpu else "no CUDA device"})
     if gpu and not quick:
-        reason = "each needs several matrices of N x N fp32 numbers, 69 GB a piece"
+        reason = "each needs several matrices of N x N fp32 numbers, 69 GB each"
         missing.append(
             {"part": f"contrastive {CONTRASTIVE_SIZES[-1]}: naive, open_clip, lcl", "reason": reason}
         )
@@ -285,26 +291,7 @@ def left_out(gpu: bool, quick: bool) -> list[Result]:
 # --- the report ---
 
 
-def commit() -> dict[str, Any]:
-    """The checkout's commit, and whether tracked files differ from it."""
-
-    def git(*words: str) -> str | None:
-        try:
-            run = subprocess.run(
-                ["git", *words], cwd=ROOT, capture_output=True, text=True, timeout=20, check=True
-            )
-        except (OSError, subprocess.SubprocessError):
-            return None
-        return run.stdout.strip()
-
-    head = git("rev-parse", "HEAD")
-    if head is None:
-        return {"commit": None, "dirty": None, "reason": "not a git checkout"}
-    changed = git("status", "--porcelain", "--untracked-files=no") or ""
-    return {"commit": head, "dirty": bool(changed)}
-
-
-def make_report(quick: bool, note: Callable[[str], None]) -> Result:
+def make_report(quick: bool, log: Callable[[str], None]) -> Result:
     """Run all parts. The report's `status` is "failed" if one of them is."""
     started = time.perf_counter()
     asked = Part(
@@ -312,24 +299,24 @@ def make_report(quick: bool, note: Callable[[str], None]) -> Result:
     )
     environment = run_part(asked, asked.seconds)
     gpu = bool(environment.get("gpu"))
-    note(f"{environment['gpu']['name'] if gpu else 'no GPU: dry run at toy sizes'}")
+    log(f"{environment['gpu']['name'] if gpu else 'no GPU: dry run at toy sizes'}")
     report: Result = {
         "report": "gpu-report",
         "status": "ok",
         "dry": not gpu,
         "quick": quick,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
-        **commit(),
+        **environment.pop("source", {"commit": None, "dirty": None, "reason": "no answer"}),
         "environment": environment,
-        "left_out": left_out(gpu, quick),
+        "skipped": skipped_parts(gpu, quick),
         "parts": {},
     }
     for part in parts(environment, quick):
         result = run_part(part, TOTAL_SECONDS - (time.perf_counter() - started))
         report["parts"][part.name] = {"dry": not gpu} | result
-        note(summary(part.name, report["parts"][part.name]))
+        log(summary(part.name, report["parts"][part.name]))
         if result["status"] == "not run":
-            report["left_out"].append({"part": part.name, "reason": result["reason"]})
+            report["skipped"].append({"part": part.name, "reason": result["reason"]})
     report["seconds"] = round(time.perf_counter() - started, 1)
     if any(p["status"] == "failed" for p in (environment, *report["parts"].values())):
         report["status"] = "failed"
@@ -344,8 +331,9 @@ def summary(name: str, result: Result) -> str:
     if "step_seconds" in result:
         peak = result["peak_allocated_bytes" if "peak_allocated_bytes" in result else "peak_resident_bytes"]
         line += (
-            f"{result['rows']} rows  {result['step_seconds'] * 1e3:.1f} ms  {result['images_per_second']:.0f} img/s"
-            f"  {result['tokens_per_second']:.0f} tok/s  MFU {result['mfu']:.1%}  {peak / 2**30:.1f} GiB"
+            f"{result['micro_batch_size']} sequences  {result['step_seconds'] * 1e3:.1f} ms"
+            f"  {result['images_per_second']:.0f} img/s  {result['tokens_per_second']:.0f} tok/s"
+            f"  MFU {result['mfu']:.1%}  {peak / 2**30:.1f} GiB"
         )
     elif "results" in result:
         line += "  ".join(
@@ -369,3 +357,32 @@ def default_path(report: Result) -> Path:
     gpu = report["environment"].get("gpu")
     name = re.sub(r"[^a-z0-9]+", "-", gpu["name"].lower()).strip("-") if gpu else "cpu-dry"
     return ROOT / "benchmarks" / "results" / f"gpu-report-{name}.json"
+
+
+def _print(line: str) -> None:
+    print(line, flush=True)
+
+
+def main() -> int:
+    """Run all parts, print a line about each, write the report; 1 if a test failed or a part broke."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument(
+        "--out", type=Path, help="default: benchmarks/results/gpu-report-<gpu or cpu-dry>.json"
+    )
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and steps")
+    parser.add_argument("--commit", help="what to record where the folder is not a git checkout")
+    args = parser.parse_args()
+    report = make_report(args.quick, _print)
+    if report["commit"] is None and args.commit:
+        report |= {"commit": args.commit, "dirty": None, "reason": "named on the command line"}
+    path = args.out or default_path(report)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    for item in report["skipped"]:
+        print(f"skipped: {item['part']}: {item['reason']}")
+    print(f"{report['status']} in {report['seconds']} s: {path}")
+    return 0 if report["status"] == "ok" else 1
+
+
+if __name__ == "__main__":
+    run_main(main)

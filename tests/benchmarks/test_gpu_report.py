@@ -1,4 +1,4 @@
-"""The GPU report on a machine without a GPU: what it reads, how it ends, and that nothing is left out silently."""
+"""The GPU report on a machine without a GPU: what it reads, how it ends, and that nothing is skipped silently."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import gpu_report
 import pytest
+import step
 import torch
-
-from lcl_mcore.benchmarking import gpu_report
-from lcl_mcore.benchmarking.gpu_report import (
+from gpu_report import (
     Part,
     gpu_test_files,
     parts,
@@ -24,7 +24,7 @@ from lcl_mcore.benchmarking.gpu_report import (
     why_no_fp8,
 )
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 H100 = {
     "gpu": {"name": "NVIDIA H100 80GB HBM3", "capability": "9.0"},
     "optional": {"transformer-engine": {"usable": False, "reason": "not installed"}},
@@ -124,34 +124,32 @@ def test_contenders_without_memory_are_results_and_other_errors_are_not(tmp_path
     assert (result["status"], result["reason"]) == ("failed", "triton at 9: KeyError: 1")
 
 
-@pytest.mark.parametrize(("state", "row", "expected"), [(20, 3, 16), (20, 60, 1), (0, 0.1, 64)])
-def test_largest_micro_batch(monkeypatch: pytest.MonkeyPatch, state: int, row: float, expected: int) -> None:
-    """80 units of memory, `state` of them taken by the model and `row` by each row."""
-    from lcl_mcore.benchmarking import step
+@pytest.mark.parametrize(("state", "each", "expected"), [(20, 3, 16), (20, 60, 1), (0, 0.1, 64)])
+def test_largest_micro_batch(monkeypatch: pytest.MonkeyPatch, state: int, each: float, expected: int) -> None:
+    """80 units of memory, `state` of them taken by the model and `each` by every sequence."""
     from lcl_mcore.distributed.device import Device
 
-    def peak(_: Any, rows: int, *unused: Any) -> float:
-        if state + row * rows > 80:
+    def peak(_: Any, size: int, *unused: Any) -> float:
+        if state + each * size > 80:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return state + row * rows
+        return state + each * size
 
-    monkeypatch.setattr(step, "_peak", peak)
+    monkeypatch.setattr(step, "peak_of", peak)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (80, 80))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
     device = Device("cuda", torch.device("cpu"), "nccl", "")
     groups: Any = None
     tries: list[dict[str, Any]] = []
-    assert step.largest_fit(step.Request("paper-l14", "bf16"), device, groups, tries) == expected
+    assert step.largest_fit(step.StepSettings("paper-l14", "bf16"), device, groups, tries) == expected
     assert tries
 
 
-def test_rows_are_full_and_shaped_like_the_recipes() -> None:
-    from lcl_mcore.benchmarking.step import Request, run_config
-    from lcl_mcore.data.synthetic import SyntheticRows
+def test_sequences_are_full_and_shaped_like_the_recipes() -> None:
+    from lcl_mcore.data.synthetic import SyntheticSequences
 
-    for recipe, rows, images, contexts in [("paper-l14", 3, 16, 13), ("released-b16-laion", 4, 4, 2)]:
-        config = run_config(Request(recipe, "bf16"), rows)
-        plans = SyntheticRows(config).plans(0, rows)
+    for recipe, count, images, contexts in [("paper-l14", 3, 16, 13), ("released-b16-laion", 4, 4, 2)]:
+        config = step.StepSettings(recipe, "bf16").config(count)
+        plans = SyntheticSequences(config).plans(0, count)
         length = config.data.sequence_length
         assert all(plan.used >= length - 1 for plan in plans)
         assert sum(len(plan.images) for plan in plans) == images
@@ -179,12 +177,12 @@ def test_dry_run(tmp_path: Path) -> None:
     assert all(part["dry"] for part in report["parts"].values())
     not_run = {name for name, part in report["parts"].items() if part["status"] == "not run"}
     assert not_run == {"gpu tests", "step released-b16-laion fp8", "step paper-l14 fp8"}
-    assert not_run <= {item["part"] for item in report["left_out"]}
+    assert not_run <= {item["part"] for item in report["skipped"]}
     plan = report["parts"]["plan paper-l14"]
     assert plan["predicted_over_measured"] == pytest.approx(1, abs=0.05)
     assert plan["measured"]["peak_bytes"] > 10**8
     for recipe in gpu_report.STEP_RECIPES:
-        step = report["parts"][f"step {recipe} bf16"]
-        assert step["images_per_second"] > 0
-        assert step["model_flops"] > 0
-        assert step["last_step"]["contrastive"] > 0
+        measured = report["parts"][f"step {recipe} bf16"]
+        assert measured["images_per_second"] > 0
+        assert measured["model_flops"] > 0
+        assert measured["last_step"]["contrastive"] > 0

@@ -1,7 +1,7 @@
 """The same training step written plainly: open_clip's ViT, pool and loss, Hugging Face's OPT, PyTorch's DDP and AdamW.
 
-What a researcher would write first, and what `benchmarks/train_step.py` measures ours against. Rows hold one
-document each (none is packed), because this way of writing it has no packed attention.
+What a researcher would write first, and what `benchmarks/train_step.py` measures ours against. Sequences hold
+one document each (none is packed), because this way of writing it has no packed attention.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class PlainLcl(nn.Module):
         self.context = nn.Linear(language.width, language.width, bias=False)
         self.log_scale = nn.Parameter(torch.tensor(INITIAL_LOG_SCALE))
         self.contrastive = ClipLoss(local_loss=True, gather_with_grad=True, rank=rank, world_size=world)
-        self.row, self.weights = config.data.sequence_length, config.loss
+        self.sequence_length, self.weights = config.data.sequence_length, config.loss
         self.mean: Tensor
         self.std: Tensor
         for name, values in (("mean", PIXEL_MEAN), ("std", PIXEL_STD)):
@@ -71,7 +71,7 @@ class PlainLcl(nn.Module):
         _, patches = self.visual((batch.images.float() / 255 - self.mean) / self.std)
         image = self.pool(patches)[:, 0]
         latents = self.project(patches)  # [n, P, D]
-        tokens = batch.tokens.view(-1, self.row)
+        tokens = batch.tokens.view(-1, self.sequence_length)
         x = self.lm.get_input_embeddings()(tokens)
         places = (
             batch.image_starts[:, None] + torch.arange(latents.shape[1], device=tokens.device)

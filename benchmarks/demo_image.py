@@ -19,7 +19,7 @@ SMOOTHING = 25  # steps
 
 
 def main() -> None:
-    """SampleIndex `RUN/report.json`."""
+    """Draw `RUN/report.json`."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("run", type=Path, help="folder with report.json")
     parser.add_argument("image", type=Path, help="SVG file to write")

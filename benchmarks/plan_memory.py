@@ -1,4 +1,7 @@
-"""The planner's memory against a real step of the same configuration on this machine, for `make gpu-report`.
+"""The planner's memory against a real step of the same configuration on this machine; a part of `make gpu-report`.
+
+    python benchmarks/plan_memory.py --recipe paper-l14 --micro-batch-size 4
+    python benchmarks/plan_memory.py --recipe paper-l14 --micro-batch-size 1 --dry    # narrow towers, on a CPU
 
 Each side has a process of its own: simulating replaces CUDA's functions. On a GPU the allocator's figure is compared,
 on a CPU the live tensors of the real step.
@@ -11,72 +14,72 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
 from typing import Any
 
 import torch
+from step import StepSettings, TimedStep
 
-from lcl_mcore.benchmarking.step import Bench, Request, run_config
+from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config.run import RunConfig
+from lcl_mcore.data.synthetic import synthetic_step
 from lcl_mcore.distributed.device import init_process_group, pick_device
 from lcl_mcore.distributed.groups import make_groups
-from lcl_mcore.planning.counting import count_step, rank_batch
+from lcl_mcore.planning.counting import count_step
 
 TOLERANCE = 0.15
 """A larger difference is a failure of the planner."""
 
 
-def config_for(recipe: str, rows: int, dry: bool) -> RunConfig:
-    """Two micro-batches of the recipe on one process, so that both passes of exact negatives run."""
-    request = Request(recipe, "bf16", rows=rows, micro_batches=2, backend="torch", dry=dry)
-    return run_config(request, rows)
+def config_for(recipe: str, micro_batch_size: int, dry: bool) -> RunConfig:
+    """Two micro-batches of the recipe on one process, so that the feature pass of exact negatives runs, too."""
+    return StepSettings(recipe, "bf16", micro_batches=2, backend="torch", dry=dry).config(micro_batch_size)
 
 
 def simulated(config: RunConfig, target: str) -> dict[str, Any]:
     """What the planner says."""
     from lcl_mcore.planning.simulate import simulate_rank
 
-    count = simulate_rank(config, 1, 0, rank_batch(config, 1), target)  # type: ignore[arg-type]
-    return {"peak_bytes": count.peak, "lasting_bytes": count.state, "peak_by_part": count.peak_parts}
+    count = simulate_rank(config, 1, 0, synthetic_step(config), target)  # type: ignore[arg-type]
+    return {"peak_bytes": count.peak, "model_state_bytes": count.state, "peak_by_part": count.peak_parts}
 
 
 def measured(config: RunConfig) -> dict[str, Any]:
-    """What the machine says; on a GPU the second step's, when everything lasting is in place."""
+    """What the machine says; on a GPU the second step's, when the model state is complete."""
     device = pick_device()
     init_process_group(device, 120)
     groups = make_groups(1, 1, 120, 0)
     if not device.is_cuda:
-        count = count_step(config, device, groups, rank_batch(config, 1))
-        return {"device": device.name, "peak_bytes": count.peak, "lasting_bytes": count.state}
-    bench = Bench(config, device, groups)
-    bench.times(1)
+        count = count_step(config, device, groups, synthetic_step(config))
+        return {"device": device.name, "peak_bytes": count.peak, "model_state_bytes": count.state}
+    timed = TimedStep(config, device, groups)
+    timed.times(1)
     torch.cuda.reset_peak_memory_stats()
-    bench.times(1)
-    peak = torch.cuda.max_memory_allocated() - bench.before
-    return {"device": device.name, "peak_bytes": peak, "lasting_bytes": bench.state_bytes}
+    timed.times(1)
+    peak = torch.cuda.max_memory_allocated() - timed.memory_before
+    return {"device": device.name, "peak_bytes": peak, "model_state_bytes": timed.state_bytes}
 
 
 def main() -> int:
     """Print one line of JSON; 1 if the two differ too much."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--recipe", required=True)
-    parser.add_argument("--rows", type=int, default=2, help="of a micro-batch")
+    parser.add_argument("--micro-batch-size", "--rows", type=int, default=2, help="sequences")
     parser.add_argument("--dry", action="store_true", help="narrow towers, for a machine without a GPU")
     parser.add_argument("--simulate", choices=("cpu", "cuda"), help="only the planner's side")
     args = parser.parse_args()
-    config = config_for(args.recipe, args.rows, args.dry)
+    config = config_for(args.recipe, args.micro_batch_size, args.dry)
     if args.simulate:
-        print(json.dumps(simulated(replace(config), args.simulate)))
+        print(json.dumps(simulated(config, args.simulate)))
         return 0
     target = "cuda" if torch.cuda.is_available() else "cpu"
-    command = [sys.executable, "-m", "lcl_mcore.planning.check", *sys.argv[1:], "--simulate", target]
+    command = [sys.executable, __file__, *sys.argv[1:], "--simulate", target]
     hidden = os.environ | {"CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, env=hidden, capture_output=True, text=True, check=True)
     predicted = json.loads(done.stdout.strip().splitlines()[-1])
     real = measured(config)
     ratio = predicted["peak_bytes"] / real["peak_bytes"]
     result: dict[str, Any] = {
-        "rows": args.rows,
+        "micro_batch_size": args.micro_batch_size,
         "micro_batches": 2,
         "predicted": predicted,
         "measured": real,
@@ -90,4 +93,4 @@ def main() -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    run_main(main)

@@ -1,1 +1,0 @@
-"""Measurements: synthetic batches, the speed of a training step, and the GPU report."""
