@@ -96,7 +96,7 @@ def build_training(
     ddp = wrap_data_parallel(model, config.parallel, groups)
     optimizer = Optimizer(ddp, config.optim, DTYPES[config.train.precision], groups)
     schedule = SingleStage if model.stage.count == 1 else PipelineStage
-    step = schedule(config, model, ddp, optimizer, groups, observer)
+    step = schedule(config, context, model, ddp, optimizer, observer)
     return Training(model, ddp, optimizer, step, (*backends.choices, optimizer_choice))
 
 

@@ -108,7 +108,7 @@ class TorchAdam(Adam):
             moments["step"] = torch.full((), float(steps), device=self.device)
 
 
-class _Verdict:
+class _DeviceScaler:
     """What a FusedAdam asks of a GradScaler: the scale to undo, and whether a gradient is not finite."""
 
     def __init__(self, device: torch.device) -> None:
@@ -124,21 +124,21 @@ class _Verdict:
 
 
 class FusedAdam(Adam):
-    """Transformer Engine's or Apex's class `kind` in capturable mode: rate, count and verdict are device tensors."""
+    """Transformer Engine's or Apex's class `kind` in capturable mode: rate, count and skip flag are device tensors."""
 
     def __init__(
         self, kind: type, shard_groups: list[dict[str, Any]], optim: OptimConfig, device: torch.device
     ) -> None:
-        self.device, self.verdict = device, _Verdict(device)
-        verdict = self.verdict
+        self.device, self.scaler = device, _DeviceScaler(device)
+        scaler = self.scaler
 
-        class Judged(kind):  # type: ignore[misc]
+        class Steered(kind):  # type: ignore[misc]
             """Megatron calls `step` without arguments."""
 
             def step(self, closure: Any = None) -> Any:
-                return super().step(closure=closure, grad_scaler=verdict)
+                return super().step(closure=closure, grad_scaler=scaler)
 
-        self.inner = Judged(_placeholder(device), capturable=True, adam_w_mode=True, **_settings(optim))
+        self.inner = Steered(_placeholder(device), capturable=True, adam_w_mode=True, **_settings(optim))
         self._take_over(shard_groups, optim)
         if hasattr(
             self.inner, "param_groups_master"
@@ -149,7 +149,7 @@ class FusedAdam(Adam):
         self.count_from(0)
 
     def prepare(self, lr: float, divisor: Tensor, skip: Tensor) -> None:
-        self.verdict.divisor, self.verdict.skip = divisor, skip
+        self.scaler.divisor, self.scaler.skip = divisor, skip
         for group in self.inner.param_groups:
             group["lr"].fill_(lr)
 

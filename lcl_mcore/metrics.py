@@ -9,14 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TextIO
 
-import torch
 from torch import Tensor
 
 from lcl_mcore.batch import StepBatch
 from lcl_mcore.checkpoint.manifest import TrainState
 from lcl_mcore.config.run import LossConfig, RunConfig
 from lcl_mcore.distributed.context import Context
-from lcl_mcore.distributed.device import Device
+from lcl_mcore.distributed.device import Device, HostCopy
 
 
 @dataclass(frozen=True)
@@ -109,18 +108,11 @@ class DeferredStats:
     def __init__(self, device: Device, loss: LossConfig) -> None:
         self.device, self.loss = device, loss
         self.lag = 1 if device.is_cuda else 0
-        self.waiting: list[tuple[StepRecord, StepOutput, Any]] = []
+        self.waiting: list[tuple[StepRecord, HostCopy]] = []
 
     def push(self, record: StepRecord, output: StepOutput) -> None:
         """Add a step."""
-        event = None
-        if self.device.is_cuda:
-            host = torch.empty(output.values.shape, dtype=output.values.dtype, pin_memory=True)
-            host.copy_(output.values, non_blocking=True)
-            event = torch.cuda.Event()
-            event.record()
-            output = StepOutput(host)
-        self.waiting.append((record, output, event))
+        self.waiting.append((record, self.device.copy_to_host(output.values)))
 
     def due(self) -> list[FinishedStep]:
         """Steps that may be read without delaying the device."""
@@ -131,10 +123,8 @@ class DeferredStats:
         return [self._pop() for _ in range(len(self.waiting))]
 
     def _pop(self) -> FinishedStep:
-        record, output, event = self.waiting.pop(0)
-        if event is not None:
-            event.synchronize()
-        stats = output.read(record.step)
+        record, copy = self.waiting.pop(0)
+        stats = StepOutput(copy.wait()).read(record.step)
         weights = self.loss
         loss = weights.contrastive_weight * stats.contrastive + weights.generation_weight * stats.generation
         return FinishedStep(record, stats, loss)

@@ -24,7 +24,7 @@ from megatron.core.pipeline_parallel.schedules import forward_backward_pipelinin
 from torch import Tensor
 
 from lcl_mcore.config.run import RunConfig
-from lcl_mcore.distributed.groups import Groups
+from lcl_mcore.distributed.context import Context
 from lcl_mcore.losses.gradcache import cache_gradients
 from lcl_mcore.models.lcl import ImageFeatures, LclModel
 from lcl_mcore.optimizer import Optimizer
@@ -74,15 +74,15 @@ class PipelineStage(TrainStep):
     def __init__(
         self,
         config: RunConfig,
+        context: Context,
         model: LclModel,
         ddp: DistributedDataParallel,
         optimizer: Optimizer,
-        groups: Groups,
         observer: StepObserver | None = None,
     ) -> None:
-        super().__init__(config, model, ddp, optimizer, groups, observer)
+        super().__init__(config, context, model, ddp, optimizer, observer)
         self.stage = model.stage
-        self.p2p = P2PCommunicator(groups.pp, model.config)
+        self.p2p = P2PCommunicator(context.groups.pp, model.config)
 
     def forward_backward(self, inputs: StepInput) -> tuple[Tensor, Tensor]:
         """Feature pass, contrastive loss once, then 1F1B with gradients."""

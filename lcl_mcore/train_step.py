@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lcl_mcore.batch import MicroBatch, StepBatch
 from lcl_mcore.config.run import RunConfig
-from lcl_mcore.distributed.groups import Groups
+from lcl_mcore.distributed.context import Context
 from lcl_mcore.losses.contrastive import PendingLoss, make_contrastive
 from lcl_mcore.losses.generation import generation_loss_sum, generation_weight
 from lcl_mcore.losses.gradcache import CachedGradients, cache_gradients
@@ -74,21 +74,18 @@ class TrainStep(ABC):
     def __init__(
         self,
         config: RunConfig,
+        context: Context,
         model: LclModel,
         ddp: DistributedDataParallel,
         optimizer: Optimizer,
-        groups: Groups,
         observer: StepObserver | None = None,
     ) -> None:
         self.config, self.loss = config, config.loss
-        self.model, self.ddp, self.optimizer, self.groups = model, ddp, optimizer, groups
+        self.groups, self.device = context.groups, context.device.device
+        self.model, self.ddp, self.optimizer = model, ddp, optimizer
         self.observe = (observer or NoObserver()).region
-        self.device = next(model.parameters()).device
         self.contrastive = make_contrastive(
-            config.loss,
-            groups.loss,
-            groups.tp,
-            half=self.device.type == "cuda" and config.train.precision != "fp32",
+            config.loss, self.groups, half=context.device.is_cuda and config.train.precision != "fp32"
         )
         self.finite = torch.ones((), dtype=torch.bool, device=self.device)
         """Whether what this rank computed in the last step was finite; on the device, read only after a failure."""

@@ -7,19 +7,42 @@ from dataclasses import dataclass
 from datetime import timedelta
 
 import torch
+from torch import Tensor
 
 from lcl_mcore.distributed.rendezvous import MEETING_SECONDS, join_store
 from lcl_mcore.errors import ConfigError, explain
 
 
 @dataclass(frozen=True)
+class HostCopy:
+    """A copy on its way to the host; `wait` before reading it."""
+
+    tensor: Tensor
+    arrived: torch.cuda.Event | None = None
+
+    def wait(self) -> Tensor:
+        """The copy, once it has arrived."""
+        if self.arrived is not None:
+            self.arrived.synchronize()
+        return self.tensor
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """Copy a host tensor to a device without waiting for it."""
+    if device.type == "cuda":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+@dataclass(frozen=True)
 class Device:
     """Where this process computes.
 
-    kind     "cuda" or "cpu"
-    device   the torch device of this process (local rank on CUDA)
-    backend  the process-group backend that serves it ("nccl" or "gloo")
-    name     the hardware's name, for logs and reports
+    Attributes:
+        kind: "cuda" or "cpu".
+        device: the torch device of this process (local rank on CUDA).
+        backend: the process-group backend that serves it ("nccl" or "gloo").
+        name: the hardware's name, for logs and reports.
     """
 
     kind: str
@@ -34,6 +57,21 @@ class Device:
     def synchronize(self) -> None:
         if self.is_cuda:
             torch.cuda.synchronize(self.device)
+
+    def copy_to_host(self, tensor: Tensor, out: Tensor | None = None) -> HostCopy:
+        """Start copying a tensor of this device to the host; on CUDA queued behind what was launched before.
+
+        Args:
+            out: host memory of the same shape, pinned on CUDA; None allocates it.
+        """
+        if not self.is_cuda:
+            return HostCopy(tensor if out is None else out.copy_(tensor))
+        if out is None:
+            out = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        out.copy_(tensor, non_blocking=True)
+        event = torch.cuda.Event()
+        event.record()
+        return HostCopy(out, event)
 
     def peak_memory(self) -> int:
         """Peak bytes: of the allocator on CUDA, resident set of the process on CPU."""

@@ -17,6 +17,7 @@ from lcl_kernels import DistributedInfoNCE
 from torch import Tensor
 
 from lcl_mcore.config.run import LossConfig
+from lcl_mcore.distributed.groups import Groups
 
 
 class PendingLoss(Protocol):
@@ -98,18 +99,16 @@ class ReferenceStep:
         )
 
 
-def make_contrastive(
-    config: LossConfig, loss_group: dist.ProcessGroup, tp_group: dist.ProcessGroup, *, half: bool
-) -> Contrastive:
+def make_contrastive(config: LossConfig, groups: Groups, *, half: bool) -> Contrastive:
     """The implementation that `config` asks for; `half` is what "auto" precision means here."""
     weighting = "image" if config.averaging == "global" else "rank"
     if config.contrastive_impl == "reference":
-        return ReferenceInfoNCE(loss_group, weighting)
+        return ReferenceInfoNCE(groups.loss, weighting)
     automatic = "fp16" if half else "fp32"
     precision = automatic if config.contrastive_precision == "auto" else config.contrastive_precision
     return DistributedInfoNCE(
-        loss_group,
-        tp_group,
+        groups.loss,
+        groups.tp,
         weighting=weighting,  # type: ignore[arg-type]
         schedule=config.contrastive_schedule,
         impl=config.contrastive_impl,

@@ -20,6 +20,8 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from torch import Tensor
 
+from lcl_mcore.distributed.device import send
+
 AttentionBackend = Literal["te", "flash-attn", "torch-varlen", "sdpa"]
 
 
@@ -46,11 +48,6 @@ class Segments(PackedSeqParams):
         return len(set(self.lengths)) == 1
 
 
-def _send(index: Tensor, device: torch.device) -> Tensor:
-    """To the device without waiting for it."""
-    return index.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else index
-
-
 def make_segments(
     lengths: tuple[int, ...],
     device: torch.device,
@@ -61,7 +58,7 @@ def make_segments(
 ) -> Segments:
     """Describe segments of the given host-known lengths; no device synchronisation."""
     ends = torch.tensor((0, *lengths), dtype=torch.int64).cumsum(0).to(torch.int32)
-    cumulative = _send(ends, device)
+    cumulative = send(ends, device)
     return Segments(
         qkv_format="thd",
         cu_seqlens_q=cumulative,
@@ -95,9 +92,9 @@ def _plan_buckets(segments: Segments, device: torch.device) -> None:
         index = starts[:, None] + torch.minimum(column[None], lengths[:, None] - 1)  # [g, L]
         real = column[None] < lengths[:, None]
         inverse[index[real]] = (torch.arange(index.numel()).view_as(index) + offset)[real]
-        segments.buckets.append((_send(index.flatten(), device), len(members), longest))
+        segments.buckets.append((send(index.flatten(), device), len(members), longest))
         offset += index.numel()
-    segments.inverse = _send(inverse, device)
+    segments.inverse = send(inverse, device)
 
 
 def sdpa_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: bool, scale: float) -> Tensor:

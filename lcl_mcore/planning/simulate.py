@@ -119,7 +119,6 @@ def _without_data(config: RunConfig, target: Target) -> Iterator[None]:
         for place, replacement in (
             ("torch.distributed.new_group", fake_group),
             ("torch.Generator", generator_on),
-            ("lcl_mcore.models.attention._send", lambda index, device: index.to(device)),
             ("torch.nn.functional.scaled_dot_product_attention", _attention_for(target)),
             ("torch.optim.optimizer._get_fused_kernels_supported_devices", lambda: ["meta", "cuda"]),
         ):
