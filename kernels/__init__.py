@@ -15,11 +15,11 @@ from lcl_kernels.latents import (
     scatter_image_latents_reference,
 )
 from lcl_kernels.reference import infonce_reference
-from lcl_kernels.schedule import Machine, choose_schedule
+from lcl_kernels.schedule import CommunicationRates, choose_schedule
 
 __all__ = [
+    "CommunicationRates",
     "DistributedInfoNCE",
-    "Machine",
     "PendingInfoNCE",
     "choose_schedule",
     "gather_image_latents",

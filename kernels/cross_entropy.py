@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from lcl_kernels._common import scaled_gradients
+from lcl_kernels._pair_terms import scaled_gradients
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 

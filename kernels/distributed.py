@@ -16,7 +16,7 @@ Conventions
     reduce-scatter are.
 
 Weight modes and the two schedules are described in ``lcl_kernels.schedule``, the mathematics in
-``lcl_kernels._common``.
+``lcl_kernels._pair_terms``.
 """
 
 from __future__ import annotations
@@ -28,7 +28,16 @@ from typing import Any, NamedTuple
 import torch
 import torch.distributed as dist
 from lcl_kernels import tiled
-from lcl_kernels._common import (
+from lcl_kernels._gathers import (
+    RaggedGather,
+    group_rank,
+    group_size,
+    merge_lse,
+    merge_lse_reduced,
+    reduce_to_owners,
+    sum_over,
+)
+from lcl_kernels._pair_terms import (
     Impl,
     Precision,
     add_positive,
@@ -44,17 +53,15 @@ from lcl_kernels._common import (
     unmasked_keys,
     work_dtype,
 )
-from lcl_kernels._exchange import (
-    RaggedGather,
-    group_rank,
-    group_size,
-    merge_lse,
-    merge_lse_reduced,
-    reduce_to_owners,
-    sum_over,
-)
 from lcl_kernels.infonce import select_engine
-from lcl_kernels.schedule import Layout, Machine, Schedule, Weighting, choose_schedule, pair_weights
+from lcl_kernels.schedule import (
+    CommunicationRates,
+    PairShards,
+    Schedule,
+    Weighting,
+    choose_schedule,
+    pair_weights,
+)
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -70,7 +77,7 @@ class DistributedInfoNCE:
         precision: as in :func:`lcl_kernels.infonce`; "fp16" also halves the gathers.
         impl: "auto", "tiled" or "triton".
         reduce_size: factor on all gradients, see the module text.
-        machine: rates for "auto".
+        rates: rates for "auto".
     """
 
     def __init__(
@@ -83,7 +90,7 @@ class DistributedInfoNCE:
         precision: Precision = "fp32",
         impl: Impl = "auto",
         reduce_size: float = 1.0,
-        machine: Machine | None = None,
+        rates: CommunicationRates | None = None,
     ) -> None:
         check_choice("weighting", weighting, Weighting)
         check_choice("schedule", schedule, Schedule)
@@ -99,7 +106,7 @@ class DistributedInfoNCE:
         self.precision: Precision = precision
         self.impl: Impl = impl
         self.reduce_size = float(reduce_size)
-        self.machine = machine
+        self.rates = rates
 
     def begin(self, counts: Sequence[int], dim: int, *, group_ids: Tensor | None = None) -> PendingInfoNCE:
         """Open the loss of one step.
@@ -141,7 +148,7 @@ class PendingInfoNCE:
         ranks = group_size(owner.dp_group)
         if len(counts) != ranks:
             raise ValueError(f"counts has {len(counts)} entries: must be one per data-parallel rank, {ranks}")
-        self.layout = Layout(
+        self.layout = PairShards(
             tuple(int(c) for c in counts),
             group_rank(owner.dp_group),
             group_size(owner.tp_group),
@@ -153,7 +160,7 @@ class PendingInfoNCE:
                 dim,
                 tp_size=self.layout.tp_size,
                 wire_bytes=2 if owner.precision == "fp16" else 4,
-                machine=owner.machine,
+                rates=owner.rates,
             )
         else:
             self.schedule = owner.schedule

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 from lcl_kernels import tiled
-from lcl_kernels._common import (
+from lcl_kernels._pair_terms import (
     Impl,
     Precision,
     add_positive,

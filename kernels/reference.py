@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from lcl_kernels._common import as_scale, check_embeddings, unmasked_keys, work_dtype
+from lcl_kernels._pair_terms import as_scale, check_embeddings, unmasked_keys, work_dtype
 from torch import Tensor
 
 

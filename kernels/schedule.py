@@ -27,7 +27,7 @@ Weighting = Literal["image", "rank"]
 
 
 @dataclass(frozen=True)
-class Machine:
+class CommunicationRates:
     """What :func:`choose_schedule` assumes about a rank; the defaults describe an H100 on one 400 Gb/s
     link."""
 
@@ -47,7 +47,7 @@ def choose_schedule(
     *,
     tp_size: int = 1,
     wire_bytes: int = 2,
-    machine: Machine | None = None,
+    rates: CommunicationRates | None = None,
 ) -> Literal["reduce_scatter", "gather_both"]:
     """Pick the cheaper schedule from host numbers only, so that all ranks agree without talking.
 
@@ -66,9 +66,9 @@ def choose_schedule(
         dim: embedding width D.
         tp_size: ranks that share the work of one data-parallel rank.
         wire_bytes: bytes per number in the gathers (2 for fp16, 4 for fp32).
-        machine: rates; default :class:`Machine`.
+        rates: what a rank reaches; default :class:`CommunicationRates`.
     """
-    m = machine or Machine()
+    m = rates or CommunicationRates()
     ranks, largest, total = len(counts), max(counts, default=0), sum(counts)
     if ranks <= 1:
         return "reduce_scatter"
@@ -95,7 +95,7 @@ def pair_weights(counts: Sequence[int], weighting: Weighting) -> list[float]:
 
 
 @dataclass(frozen=True)
-class Layout:
+class PairShards:
     """Who holds which pairs: derived from host counts, so no rank ever asks the device.
 
     TP rank t of data-parallel rank r gathers and owns, as columns, the pairs ``[n_r t / P, n_r (t+1) /

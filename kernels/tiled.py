@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator
 
 import torch
-from lcl_kernels._common import FP16_GAIN, Precision
+from lcl_kernels._pair_terms import FP16_GAIN, Precision
 from torch import Tensor
 
 
@@ -79,7 +79,7 @@ def block_gradients(
     """Products of the negatives' gradient matrix with both operands.
 
     ``G_ij = exp(S_ij - row_i) + exp(S_ij - col_j)`` for negatives, 0 elsewhere, in [0, 2] by construction of
-    ``row`` and ``col`` (see :class:`lcl_kernels._common.PairTerms`).
+    ``row`` and ``col`` (see :class:`lcl_kernels._pair_terms.PairTerms`).
 
     Args:
         x, y, x_keys, y_keys, scale, tile, precision: as in :func:`block_lse`.

@@ -10,9 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-from lcl_kernels._common import Precision
+from lcl_kernels._pair_terms import Precision
 
-Kernel = Literal["sums", "rescue", "gradient", "matmul"]
+Kernel = Literal["sums", "fallback", "gradient", "matmul"]
 
 SHARED_MEMORY = {80: 166912, 90: 232448, 100: 232448}
 """Bytes of shared memory a block may have, by the smallest GPU of the generation."""
@@ -32,26 +32,26 @@ class Config:
 _FP16 = {
     80: {
         "sums": Config(128, 128, 64, 8, 3),
-        "rescue": Config(128, 128, 64, 8, 3),
+        "fallback": Config(128, 128, 64, 8, 3),
         "gradient": Config(128, 128, 64, 8, 3),
     },
     90: {
         # Wider in the sums: with one block per multiprocessor the wider tile halves what is read per product.
         "sums": Config(128, 256, 64, 8, 3),
-        "rescue": Config(128, 128, 64, 8, 3),
+        "fallback": Config(128, 128, 64, 8, 3),
         "gradient": Config(128, 128, 64, 8, 4),
     },
     # Accumulators leave the registers for tensor memory, yet the wide tile spills in the epilogue.
-    100: dict.fromkeys(("sums", "rescue", "gradient"), Config(128, 128, 64, 8, 4)),
+    100: dict.fromkeys(("sums", "fallback", "gradient"), Config(128, 128, 64, 8, 4)),
 }
 # Three tensor-core products per tile and operands twice as wide: smaller tiles for the same registers.
 _TF32X3 = {
-    80: dict.fromkeys(("sums", "rescue", "gradient", "matmul"), Config(64, 64, 32, 4, 3)),
-    90: dict.fromkeys(("sums", "rescue", "gradient"), Config(128, 128, 32, 8, 3))
+    80: dict.fromkeys(("sums", "fallback", "gradient", "matmul"), Config(64, 64, 32, 4, 3)),
+    90: dict.fromkeys(("sums", "fallback", "gradient"), Config(128, 128, 32, 8, 3))
     | {"matmul": Config(128, 64, 32, 8, 3)},
 }
 # Plain fp32 multiplies on the CUDA cores.
-_FP32 = {80: dict.fromkeys(("sums", "rescue", "gradient", "matmul"), Config(64, 64, 16, 8, 2))}
+_FP32 = {80: dict.fromkeys(("sums", "fallback", "gradient", "matmul"), Config(64, 64, 16, 8, 2))}
 
 
 def config(kernel: Kernel, precision: Precision, capability: int) -> Config:

@@ -7,7 +7,7 @@ How a block is done
        logit under c - 87.)
     2. The sums themselves show whether anything was lost: terms below 2^-126 are flushed to zero, n of
        them are 2^-24 of the sum only if the sum is below n 2^-102. If any row or column is, a device flag
-       makes ``rescue`` and ``merge`` recompute with a maximum per row and column. They are always launched
+       makes ``fallback`` and ``merge`` recompute with a maximum per row and column. They are always launched
        and return at once otherwise, since reading the flag would stop the host.
     3. ``gradient`` writes G for a chunk of rows in fp16, scaled by 2^14; two matrix products consume it. The
        8 N^2 D FLOP are the minimum of a method that does not keep the logits: a column's normaliser needs
@@ -27,7 +27,7 @@ from typing import Any
 import torch
 import triton
 from lcl_kernels import triton_ops as ops
-from lcl_kernels._common import FP16_GAIN, Precision
+from lcl_kernels._pair_terms import FP16_GAIN, Precision
 from lcl_kernels.triton_config import INTERPRETER, Config, Kernel, config
 from torch import Tensor
 
@@ -67,7 +67,7 @@ def block_lse(
         if lc is not None and col_sums is not None:
             lost = lost | (col_sums.min() < floor)
             torch.add(col_sums.log(), shift, out=lc)
-        _rescue(x, y, x_keys, y_keys, scale, lost.to(torch.int32), lr, lc, precision)
+        _fallback(x, y, x_keys, y_keys, scale, lost.to(torch.int32), lr, lc, precision)
     return lr, lc
 
 
@@ -185,7 +185,7 @@ def _sums(
     return row_sums, col_sums
 
 
-def _rescue(
+def _fallback(
     x: Tensor,
     y: Tensor,
     x_keys: Tensor,
@@ -196,7 +196,7 @@ def _rescue(
     lc: Tensor | None,
     precision: Precision,
 ) -> None:
-    shape = _shape("rescue", x, precision)
+    shape = _shape("fallback", x, precision)
     block = 256
     for part, row_part, col_part, grid, per_split in _partials(x, y, shape, lc is not None):
         ops.fallback_lse_kernel[grid](

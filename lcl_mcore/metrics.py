@@ -159,7 +159,7 @@ class Speed:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Records of a metrics file; a last line cut by a crash is left out."""
+    """Records of a metrics file; a last line cut by a crash is skipped."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
         try:
@@ -170,7 +170,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def _keep_steps(path: Path, done: int) -> float:
-    """Drop the lines of steps after `done`; the seconds that those steps took, data waits left out."""
+    """Drop the lines of steps after `done`; the seconds that those steps took, without data waits."""
     records = read_metrics(path)
     kept = [record for record in records if record["step"] <= done]
     if path.is_file():

@@ -86,7 +86,7 @@ ADAM_MODULES = {"te": "transformer_engine.pytorch.optimizers", "apex": "apex.opt
 
 
 def _steered(probe: Probe, module: str) -> Probe:
-    """The probe of a `FusedAdam`, usable only if learning rate and verdict can stay on the device."""
+    """The probe of a `FusedAdam`, usable only if learning rate and skip flag can stay on the device."""
     if not probe.usable:
         return probe
     kind = importlib.import_module(module).FusedAdam

@@ -44,23 +44,23 @@ def dropout_keep_mask(
     sequence_keys: tuple[int, ...],
     seed: int,
     p: float,
-    row_length: int,
+    sequence_length: int,
     width: int,
     start: int,
     stop: int,
     device: torch.device,
 ) -> Tensor:
-    """Dropout keep mask of positions [start, stop) of rows laid end to end: [stop - start, width] bool.
+    """Dropout keep mask of positions [start, stop) of sequences end to end: [stop - start, width] bool.
 
-    Each row draws from a generator of its own key, so a row has the same mask wherever it is computed.
+    Each sequence draws from a generator of its own key, so it has the same mask wherever it is computed.
     """
-    first, last = start // row_length, (stop - 1) // row_length
+    first, last = start // sequence_length, (stop - 1) // sequence_length
     masks = []
-    for row in range(first, last + 1):
-        generator = torch.Generator(device).manual_seed(key_of(seed, sequence_keys[row]))
-        masks.append(torch.rand(row_length, width, generator=generator, device=device) >= p)
+    for index in range(first, last + 1):
+        generator = torch.Generator(device).manual_seed(key_of(seed, sequence_keys[index]))
+        masks.append(torch.rand(sequence_length, width, generator=generator, device=device) >= p)
     whole = torch.cat(masks) if len(masks) > 1 else masks[0]
-    return whole[start - first * row_length : stop - first * row_length]
+    return whole[start - first * sequence_length : stop - first * sequence_length]
 
 
 # --- keyed by names: data order, crops, choices ---

@@ -1,4 +1,4 @@
-"""Tokens laid end to end in segments, and attention that never crosses a segment's end.
+"""Tokens end to end in segments, and attention that never crosses a segment's end.
 
 Shape legend
     t   tokens of all segments;  a  heads on this tensor-parallel rank;  d  channels per head
@@ -31,7 +31,7 @@ class Segments(PackedSeqParams):
 
     lengths    segment lengths on the host (sum t)
     keys       identity of each image (ViT) for drop-path, int64 [n] on the device
-    sequence_keys   identity of each packed row (LM) for dropout, on the host
+    sequence_keys   identity of each packed sequence (LM) for dropout, on the host
     seed       key of this (run, step, tower)
     buckets    index plans of the padded attention used where no variable-length kernel exists
     """

@@ -53,7 +53,7 @@ def choose_backends(config: RunConfig, device: torch.device) -> Backends:
 
 
 def _te_backend(attention: Choice) -> LayerBackend:
-    """Transformer Engine's layers; its attention where packed rows are known to be served (Hopper on)."""
+    """Transformer Engine's layers; its attention where packed sequences are known to be served (Hopper on)."""
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,
         TEDotProductAttention,

@@ -1,10 +1,10 @@
-"""Causal language model over packed rows in which image latents stand at their placeholders.
+"""Causal language model over packed sequences in which image latents stand at their placeholders.
 
 In a pipeline each stage holds a share of the blocks; the first also the embeddings, the last what the losses
 need. Between stages travels the residual stream, [t / tp under sequence parallelism, 1, D].
 
 Shape legend
-    t   positions of all rows of the micro-batch, end to end;  D  width;  V  padded vocabulary
+    t   positions of all sequences of the micro-batch, end to end;  D  width;  V  padded vocabulary
     n   images;  P  latents per image;  m  images with a context;  k  prediction targets
 """
 
@@ -152,11 +152,11 @@ class LanguageModel(MegatronModule):
             stream = sequence_dropout(stream, segments, seed, self.shape.dropout, (start, start + local))
         return stream
 
-    def contexts(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """The LM's view of what precedes each image: hidden [t, D], rows [m] -> [m, D]."""
-        return self.norm_final(hidden.index_select(0, rows)) @ self.context_projection
+    def contexts(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """The LM's view of what precedes each image: hidden [t, D], positions [m] -> [m, D]."""
+        return self.norm_final(hidden.index_select(0, positions)) @ self.context_projection
 
-    def targets(self, hidden: Tensor, rows: Tensor) -> Tensor:
-        """Normalised hidden states that predict a target: hidden [t, D], rows [k] -> [k, D]."""
+    def targets(self, hidden: Tensor, positions: Tensor) -> Tensor:
+        """Normalised hidden states that predict a target: hidden [t, D], positions [k] -> [k, D]."""
         norm = self.norm_final if self.norm_head is None else self.norm_head
-        return norm(hidden.index_select(0, rows))
+        return norm(hidden.index_select(0, positions))

@@ -100,9 +100,9 @@ class ResidualBranch(nn.Module):
 def sequence_dropout(
     x: Tensor, segments: Segments, seed: int, p: float, token_range: tuple[int, int]
 ) -> Tensor:
-    """Dropout of x [t_local, 1, h], the positions `token_range` of the packed rows."""
-    row_length = sum(segments.lengths) // len(segments.sequence_keys)
-    keep = dropout_keep_mask(segments.sequence_keys, seed, p, row_length, x.shape[-1], *token_range, x.device)
+    """Dropout of x [t_local, 1, h], the positions `token_range` of the packed sequences."""
+    length = sum(segments.lengths) // len(segments.sequence_keys)
+    keep = dropout_keep_mask(segments.sequence_keys, seed, p, length, x.shape[-1], *token_range, x.device)
     return x * keep[:, None, :] / (1.0 - p)
 
 

@@ -37,20 +37,20 @@ def stage_of(stage_layers: tuple[int, ...], index: int) -> Stage:
 def split_stages(config: RunConfig) -> tuple[int, ...]:
     """LM layers per pipeline stage: the configured ones, or those that make the slowest stage fastest.
 
-    Counted in forward FLOPs of a row that is half image latents: the first stage also encodes those
+    Counted in forward FLOPs of a sequence that is half image latents: the first stage also encodes those
     images, the last forms the logits of the other half. Every stage after the first has at least one
     layer; among equal splits the one with more layers in front.
     """
     parallel, language = config.parallel, config.model.language
     if parallel.stage_layers is not None:
         return parallel.stage_layers
-    stages, layers, row = parallel.pipeline_parallel_size, language.layers, config.data.sequence_length
+    stages, layers, length = parallel.pipeline_parallel_size, language.layers, config.data.sequence_length
     if stages == 1:
         return (layers,)
     rates = flop_rates(config.model)
-    layer = (row * rates.token + row * row / 2 * rates.pair) / layers
-    images = row / 2 / config.model.vision.patches * rates.image
-    logits = row / 2 * rates.target
+    layer = (length * rates.token + length * length / 2 * rates.pair) / layers
+    images = length / 2 / config.model.vision.patches * rates.image
+    logits = length / 2 * rates.target
 
     def slowest(split: tuple[int, ...]) -> float:
         return max(split[0] * layer + images, split[-1] * layer + logits, max(split) * layer)

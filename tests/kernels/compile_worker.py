@@ -110,7 +110,7 @@ def jobs(precision: str, capability: int) -> list[tuple[str, Any, dict[str, Any]
     for columns in (True, False):
         shared = {"D": DEPTH, "COLS": columns, **dot}
         work.append(("sums", ops.sums_kernel, shared | tile("sums")))
-        work.append(("rescue", ops.fallback_lse_kernel, shared | tile("rescue")))
+        work.append(("fallback", ops.fallback_lse_kernel, shared | tile("fallback")))
     work.append(("gradient", ops.gradient_kernel, {"D": DEPTH, "GROUP": 8, **dot} | tile("gradient")))
     if precision == "tf32x3":
         work.append(("matmul", ops.matmul_kernel, dot | tile("matmul")))

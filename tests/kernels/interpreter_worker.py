@@ -151,13 +151,13 @@ def main() -> None:
         block_case(90, 7, 48, True, 100.0),
         block_case(33, 65, 40, False, 50.0),
     ]
-    # The rescue must run when forced and be skipped otherwise: the same numbers by either way.
+    # The fallback must run when forced and be skipped otherwise: the same numbers by either way.
     with mock.patch.object(triton_engine, "FLUSH_BITS", -200):
-        cases.append(case(77, 64, 14.3, sum_rows=32) | {"name": "forced rescue"})
-    with mock.patch.object(triton_engine, "_rescue"):
+        cases.append(case(77, 64, 14.3, sum_rows=32) | {"name": "forced fallback"})
+    with mock.patch.object(triton_engine, "_fallback"):
         broken = case(40, 64, 100.0, kind="opposite")["loss"]
     with open(sys.argv[1], "w") as out:
-        json.dump({"cases": cases, "blocks": blocks, "without_rescue": broken}, out)
+        json.dump({"cases": cases, "blocks": blocks, "without_fallback": broken}, out)
 
 
 if __name__ == "__main__":

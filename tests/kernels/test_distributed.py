@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from lcl_kernels import DistributedInfoNCE, infonce_reference
-from lcl_kernels.schedule import Layout, Machine, choose_schedule, pair_weights
+from lcl_kernels.schedule import CommunicationRates, PairShards, choose_schedule, pair_weights
 
 WORLD = 4
 WORKER = Path(__file__).with_name("mesh_worker.py")
@@ -141,7 +141,7 @@ def test_layout_covers_every_pair_once(tp: int) -> None:
     counts, like = (5, 0, 1, 12), torch.zeros(0)
     seen = []
     for t in range(tp):
-        layout = Layout(counts, rank=3, tp_size=tp, tp_rank=t)
+        layout = PairShards(counts, rank=3, tp_size=tp, tp_rank=t)
         ids = layout.column_ids(like)
         assert ids.shape == (layout.columns,)
         assert ids[layout.own_columns].tolist() == layout.row_ids(like)[layout.own_rows].tolist()
@@ -156,8 +156,8 @@ def test_layout_covers_every_pair_once(tp: int) -> None:
 
 def test_cost_rule_prefers_what_the_arithmetic_says() -> None:
     # 8 ranks on NVLink with 8192 pairs each are bound by compute; 512 ranks with 128 pairs by the scatter.
-    nvlink = Machine(bandwidth=3e11)
-    assert choose_schedule([8192] * 8, 768, machine=nvlink) == "reduce_scatter"
+    nvlink = CommunicationRates(bandwidth=3e11)
+    assert choose_schedule([8192] * 8, 768, rates=nvlink) == "reduce_scatter"
     assert choose_schedule([128] * 512, 768) == "gather_both"
     assert choose_schedule([64], 768) == "reduce_scatter"
     assert choose_schedule([0, 0], 768) in ("reduce_scatter", "gather_both")

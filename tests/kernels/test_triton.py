@@ -58,9 +58,9 @@ def test_interpreted_blocks_match_fp64(interpreted: dict[str, Any]) -> None:
 
 
 @pytest.mark.timeout(150)
-def test_the_rescue_is_what_saves_opposite_embeddings(interpreted: dict[str, Any]) -> None:
+def test_the_fallback_is_what_saves_opposite_embeddings(interpreted: dict[str, Any]) -> None:
     """Without it the shifted sums vanish, so the case above would not prove anything if they did not."""
-    assert not interpreted["without_rescue"] < 1.0
+    assert not interpreted["without_fallback"] < 1.0
 
 
 @pytest.fixture(scope="module")

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from lcl_kernels.schedule import Layout
+from lcl_kernels.schedule import PairShards
 from torch import Tensor
 
 
@@ -30,7 +30,7 @@ class RaggedGather:
     (slower, and on some back ends missing) operation; the padding is dropped on arrival.
     """
 
-    def __init__(self, rows: Tensor, layout: Layout, group: dist.ProcessGroup | None) -> None:
+    def __init__(self, rows: Tensor, layout: PairShards, group: dist.ProcessGroup | None) -> None:
         """Send ``rows`` ``[lengths[rank], ...]`` to all ranks of ``group``."""
         self._layout = layout
         self._work: dist.Work | None = None
@@ -54,7 +54,7 @@ class RaggedGather:
         return self._out if index is None else self._out.index_select(0, index)
 
 
-def reduce_to_owners(rows: Tensor, layout: Layout, group: dist.ProcessGroup | None) -> Tensor:
+def reduce_to_owners(rows: Tensor, layout: PairShards, group: dist.ProcessGroup | None) -> Tensor:
     """Sum ``rows`` ``[columns, D]`` over ranks and return this rank's own slice ``[lengths[rank], D]``."""
     if group is None:
         return rows
