@@ -16,7 +16,7 @@ from lcl_mcore.distributed.context import Context
 from lcl_mcore.distributed.device import Device
 from lcl_mcore.distributed.groups import Groups
 from lcl_mcore.fused_adam import choose_adam
-from lcl_mcore.interop.vit_formats import start_from
+from lcl_mcore.interop.init_from import start_from
 from lcl_mcore.models.backends import Backends, Choice, choose_backends
 from lcl_mcore.models.init import initialize
 from lcl_mcore.models.lcl import LclModel, Temperature

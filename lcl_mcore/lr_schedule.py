@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import math
 
-from lcl_mcore.config.run import OptimConfig
 
-
-def learning_rate(step: int, optim: OptimConfig, steps: int) -> float:
-    """Rate of 0-based `step`: linear warm-up to `lr`, then a cosine to `min_lr` (paper Table 7)."""
-    if step < optim.warmup_steps:
-        return optim.lr * (step + 1) / optim.warmup_steps
-    progress = (step - optim.warmup_steps) / max(steps - optim.warmup_steps, 1)
-    return optim.min_lr + (optim.lr - optim.min_lr) * 0.5 * (1.0 + math.cos(math.pi * min(progress, 1.0)))
+def cosine_with_warmup(step: int, steps: int, warmup_steps: int, peak: float, floor: float = 0.0) -> float:
+    """Rate of 0-based `step` of `steps`: linear warm-up to `peak`, then a cosine to `floor` (paper Table 7)."""
+    if step < warmup_steps:
+        return peak * (step + 1) / warmup_steps
+    progress = min((step - warmup_steps) / max(steps - warmup_steps, 1), 1.0)
+    return floor + (peak - floor) * 0.5 * (1.0 + math.cos(math.pi * progress))

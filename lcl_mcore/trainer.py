@@ -14,13 +14,13 @@ from lcl_mcore.config.files import config_digest
 from lcl_mcore.config.run import RunConfig
 from lcl_mcore.distributed.context import Context
 from lcl_mcore.errors import CheckpointError, ConfigError, LclError, explain
-from lcl_mcore.evaluation.periodic import periodic_evaluation
+from lcl_mcore.evaluation.heldout import periodic_evaluation
 from lcl_mcore.fault_tolerance.goodput import Goodput
 from lcl_mcore.fault_tolerance.recovery import Action, Recovery, batches_seen, skipped_ranges
 from lcl_mcore.fault_tolerance.signals import StopRequest
 from lcl_mcore.fault_tolerance.stragglers import Comparison
 from lcl_mcore.fault_tolerance.watchdog import Watchdog, explained
-from lcl_mcore.lr_schedule import learning_rate
+from lcl_mcore.lr_schedule import cosine_with_warmup
 from lcl_mcore.metrics import DeferredStats, FinishedStep, RunLog, Speed, StepRecord, Stopwatch, step_metrics
 from lcl_mcore.models.flops import FlopCounter
 from lcl_mcore.models.transformer_config import DTYPES
@@ -142,7 +142,8 @@ class Trainer:
         data_seconds = waited.lap()
         self.goodput.begin()
         self.watchdog.mark("step", step)
-        lr = learning_rate(step, self.config.optim, self.config.train.steps)
+        optim = self.config.optim
+        lr = cosine_with_warmup(step, self.config.train.steps, optim.warmup_steps, optim.lr, optim.min_lr)
         self.watchdog.own.enter()
         output = self.step.run(step, batch, lr, stop=self.stop_requested(), save=self.saves.request())
         self.watchdog.own.leave(self.loader.read_seconds)

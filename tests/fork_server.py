@@ -25,7 +25,7 @@ import traceback
 from pathlib import Path
 from typing import Any
 
-import lcl_mcore.evaluation.periodic
+import lcl_mcore.evaluation.heldout
 import lcl_mcore.trainer  # noqa: F401
 
 POLL_SECONDS = 0.01

@@ -34,7 +34,7 @@ def main() -> int:
     for name, facts in summary["written"].items():
         checked = f"  features equal within {facts['deviation']:.1e}" if "deviation" in facts else ""
         print(f"{flags.out / name}{checked}")
-    for name, reason in summary["left_out"].items():
+    for name, reason in summary["skipped"].items():
         print(f"{name}: not written: {reason}")
     print(flags.out / "README.md")
     return 0

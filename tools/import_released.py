@@ -52,7 +52,8 @@ def main() -> int:
     parser.add_argument("--tp", type=int, default=1, help="tensor-parallel size in config.yaml")
     args = parser.parse_args()
 
-    from lcl_mcore.interop.released import from_released, read_released, shape_of_released, write_full_state
+    from lcl_mcore.interop.released import from_released, read_released, shape_of_released
+    from lcl_mcore.interop.weights_file import write_consolidated
     from lcl_mcore.models.flops import parameter_counts
 
     released = read_released(args.checkpoint)
@@ -61,7 +62,7 @@ def main() -> int:
     tree["parallel"]["tensor_parallel_size"] = args.tp
     config = from_dict(RunConfig, tree, f"--tp {args.tp}")
     state = from_released(released, shape)
-    path = write_full_state(state, shape, args.out)
+    path = write_consolidated(state, shape, args.out)
     write_config(config, args.out)
     total = sum(parameter_counts(shape).values())
     print(f"{len(state)} tensors, {total:,} parameters, recipe {config.recipe}")

@@ -28,7 +28,7 @@ from lcl_mcore.checkpoint.manifest import (
 from lcl_mcore.checkpoint.store import RemoteStore
 from lcl_mcore.config.files import read_config, write_config
 from lcl_mcore.errors import CheckpointError, DataError, explain
-from lcl_mcore.interop.released import write_full_state
+from lcl_mcore.interop.weights_file import write_consolidated
 from lcl_mcore.storage import open_storage
 
 VOCABULARY = ("language.token_embedding.weight", "language.head")
@@ -142,7 +142,7 @@ def consolidate(location: str, out: Path) -> Path:
         for name in VOCABULARY:  # padding rows belong to the layout, not to the model
             if name in state:
                 state[name] = state[name][: config.model.language.vocab_size]
-        path = write_full_state(state, config.model, out)
+        path = write_consolidated(state, config.model, out)
         write_config(config, out)
     return path
 

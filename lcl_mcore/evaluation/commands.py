@@ -127,13 +127,13 @@ def run(flags: argparse.Namespace) -> None:
     if flags.command == "heldout":
         _heldout(flags)
         return
-    from lcl_mcore.evaluation.loading import open_model
+    from lcl_mcore.evaluation.load import open_model
 
-    opened = open_model(flags.model)
+    loaded = open_model(flags.model)
     result = {"classify": _classify, "zeroshot": _zeroshot, "retrieval": _retrieval, "caption": _caption}[
         flags.command
-    ](flags, opened)
-    out = flags.out or opened.folder / RESULTS / f"{result['task'].replace(', ', '-').replace(' ', '-')}.json"
+    ](flags, loaded)
+    out = flags.out or loaded.folder / RESULTS / f"{result['task'].replace(', ', '-').replace(' ', '-')}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     result |= {"command": " ".join(sys.argv), "date": datetime.now(UTC).date().isoformat()}
     out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
@@ -158,71 +158,73 @@ def _print(result: dict[str, Any], indent: str = "") -> None:
 
 
 def _heldout(flags: argparse.Namespace) -> None:
-    from lcl_mcore.evaluation.heldout import evaluate_run
+    from lcl_mcore.evaluation.heldout import evaluate_heldout
+    from lcl_mcore.evaluation.load import open_model
     from lcl_mcore.evaluation.report import print_table, write_report
     from lcl_mcore.metrics import read_metrics
 
-    result = evaluate_run(flags.model, flags.data)
-    write_report(flags.model, result, read_metrics(flags.model / "metrics.jsonl"))
+    loaded = open_model(flags.model)
+    result = evaluate_heldout(loaded, flags.data)
+    write_report(loaded.folder, result, read_metrics(loaded.folder / "metrics.jsonl"))
     print_table(result.summary)
-    print(f"\nreport: {flags.model / 'report.html'}")
+    print(f"\nreport: {loaded.folder / 'report.html'}")
 
 
-def _classify(flags: argparse.Namespace, opened: Any) -> dict[str, Any]:
-    from lcl_mcore.evaluation.classify import classify
+def _classify(flags: argparse.Namespace, loaded: Any) -> dict[str, Any]:
+    from lcl_mcore.evaluation.classification import classify
 
     given = {name: getattr(flags, name) for name, _ in _PROBE_FLAGS if getattr(flags, name) is not None}
     config = from_dict(ProbeConfig, {**given, "transfer": flags.transfer}, "command line")
-    return classify(opened, Path(flags.data), config, baselines=not flags.no_baselines)
+    return classify(loaded, Path(flags.data), config, baselines=not flags.no_baselines)
 
 
-def _zeroshot(flags: argparse.Namespace, opened: Any) -> dict[str, Any]:
-    from lcl_mcore.evaluation.zeroshot import zeroshot
+def _zeroshot(flags: argparse.Namespace, loaded: Any) -> dict[str, Any]:
+    from lcl_mcore.evaluation.zero_shot import zero_shot
 
-    return zeroshot(opened, Path(flags.data), flags.classnames, flags.templates, flags.test_limit)
+    return zero_shot(loaded, Path(flags.data), flags.classnames, flags.templates, flags.test_limit)
 
 
-def _retrieval(flags: argparse.Namespace, opened: Any) -> dict[str, Any]:
+def _retrieval(flags: argparse.Namespace, loaded: Any) -> dict[str, Any]:
     settings = transfer_settings(flags)
     if settings is None:
-        from lcl_mcore.evaluation.captioned import retrieval
+        from lcl_mcore.evaluation.retrieval import zero_shot_retrieval
 
-        return retrieval(opened, _test_pairs(flags, opened))
-    from lcl_mcore.evaluation.retrieval_transfer import retrieval_transfer
+        return zero_shot_retrieval(loaded, _test_pairs(flags, loaded))
+    from lcl_mcore.evaluation.retrieval import retrieval_transfer
 
     config = from_dict(RetrievalConfig, settings, "command line")
     return retrieval_transfer(
-        opened, *_both_pairs(flags, opened, config.train_limit), config, not flags.no_baselines
+        loaded, *_both_pairs(flags, loaded, config.train_limit), config, not flags.no_baselines
     )
 
 
-def _caption(flags: argparse.Namespace, opened: Any) -> dict[str, Any]:
+def _caption(flags: argparse.Namespace, loaded: Any) -> dict[str, Any]:
     settings = transfer_settings(flags)
     if settings is None:
-        from lcl_mcore.evaluation.caption import caption
+        from lcl_mcore.evaluation.captioning import zero_shot_captions
 
-        return caption(opened, _test_pairs(flags, opened), flags.max_tokens)
-    from lcl_mcore.evaluation.caption_transfer import caption_transfer
+        return zero_shot_captions(loaded, _test_pairs(flags, loaded), flags.max_tokens)
+    from lcl_mcore.evaluation.captioning import caption_transfer
 
     config = from_dict(CaptionConfig, settings, "command line")
-    train, test = _both_pairs(flags, opened, config.train_limit)
-    return caption_transfer(opened, train, test, config, flags.max_tokens, not flags.no_baselines)
+    train, test = _both_pairs(flags, loaded, config.train_limit)
+    return caption_transfer(loaded, train, test, config, flags.max_tokens, not flags.no_baselines)
 
 
-def _test_pairs(flags: argparse.Namespace, opened: Any) -> Any:
-    from lcl_mcore.evaluation.captioned import open_caption_dataset
+def _test_pairs(flags: argparse.Namespace, loaded: Any) -> Any:
+    from lcl_mcore.evaluation.datasets import open_caption_dataset
 
-    side = opened.config.model.vision.image_size
+    side = loaded.config.model.vision.image_size
     return open_caption_dataset(flags.data, flags.images, flags.split, flags.limit, side)
 
 
-def _both_pairs(flags: argparse.Namespace, opened: Any, limit: int) -> tuple[Any, Any]:
+def _both_pairs(flags: argparse.Namespace, loaded: Any, limit: int) -> tuple[Any, Any]:
     """Training and test pairs."""
-    from lcl_mcore.evaluation.captioned import open_caption_dataset
-    from lcl_mcore.evaluation.transfer import check_apart
+    from lcl_mcore.evaluation.datasets import open_caption_dataset
+    from lcl_mcore.evaluation.transfer import require_disjoint
 
-    side, images = opened.config.model.vision.image_size, flags.train_images or flags.images
+    side, images = loaded.config.model.vision.image_size, flags.train_images or flags.images
     train = open_caption_dataset(flags.train, images, flags.train_split, limit, side)
-    test = _test_pairs(flags, opened)
-    check_apart(train, test, Path(flags.train).resolve() == Path(flags.data).resolve())
+    test = _test_pairs(flags, loaded)
+    require_disjoint(train, test, Path(flags.train).resolve() == Path(flags.data).resolve())
     return train, test

@@ -1,124 +1,323 @@
-"""What a run learned, on pairs it never saw: the numbers of a report."""
+"""Retrieval and generation loss on held-out documents, of a trained model and during training.
+
+Image vectors and context vectors come from where training takes them: the pool, and the LM at the `<BoI>` after a text.
+
+Shape legend
+    n  images with a context;  D  LM width;  H, W  pixels
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+import json
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from lcl_mcore.build import build_model
-from lcl_mcore.checkpoint.manager import complete_checkpoints, load_weights
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lcl_mcore.batch import MicroBatch
 from lcl_mcore.config.data import SourceConfig
-from lcl_mcore.config.files import read_config
-from lcl_mcore.config.run import ParallelConfig, RunConfig
+from lcl_mcore.config.run import RunConfig
+from lcl_mcore.data.evaluation_data import eval_documents, with_blank_images, with_shuffled_images
 from lcl_mcore.data.tokenizer import Tokenizer, build_tokenizer
-from lcl_mcore.distributed.context import start
-from lcl_mcore.errors import CheckpointError, explain
-from lcl_mcore.evaluation.features import (
-    PICTURES,
-    PairFeatures,
-    generation_loss,
-    heldout_batches,
-    pair_features,
-)
-from lcl_mcore.evaluation.retrieval import chance, recall_at
-from lcl_mcore.models.init import initialize
+from lcl_mcore.distributed.context import Context
+from lcl_mcore.evaluation.embedding_metrics import chance, recall_at
+from lcl_mcore.evaluation.load import LoadedModel, reset_weights
+from lcl_mcore.losses.generation import generation_loss_sum
+from lcl_mcore.metrics import RunLog, read_metrics
 from lcl_mcore.models.lcl import LclModel
 
 KS = (1, 5)
+SEQUENCES = 16
+"""In one forward pass; images are shuffled within one, so not too few."""
+
+ImageChange = Callable[[MicroBatch], MicroBatch]
+IMAGE_CHANGES: dict[str, ImageChange] = {
+    "right": lambda batch: batch,
+    "shuffled": with_shuffled_images,
+    "none": with_blank_images,
+}
+"""Which images a document is shown with; the gap between their losses is what the LM reads from the latents."""
+
+Order = Literal["text_first", "image_first"]
+
+
+# --- what is measured
+
+
+@dataclass(frozen=True)
+class PairEmbeds:
+    """Row i of image, text and images belongs to the i-th image with a context.
+
+    Attributes:
+        image, text: unit vectors fp32 [n, D] on the CPU.
+        images: uint8 [n, 3, H, W].
+    """
+
+    image: Tensor
+    text: Tensor
+    images: Tensor
+
+
+def heldout_batches(
+    config: RunConfig,
+    source: SourceConfig,
+    tokenizer: Tokenizer,
+    order: Order,
+    *,
+    micro_batch_size: int = SEQUENCES,
+    dp_rank: int = 0,
+    dp_size: int = 1,
+    limit: int | None = None,
+) -> Iterator[MicroBatch]:
+    """Micro-batches of a held-out source, the image of a pair after or before its text.
+
+    Args:
+        dp_rank, dp_size: this rank's share of the documents.
+        limit: documents used by all ranks together, from the first on.
+    """
+    return eval_documents(
+        config.data,
+        source,
+        tokenizer=tokenizer,
+        image_size=config.model.vision.image_size,
+        tokens_per_image=config.model.vision.patches,
+        micro_batch_size=micro_batch_size,
+        dp_rank=dp_rank,
+        dp_size=dp_size,
+        image_embeds=order,
+        limit=limit,
+    )
+
+
+@torch.no_grad()
+def pair_embeds(model: LclModel, batches: Iterable[MicroBatch]) -> PairEmbeds:
+    """Image and context vectors of all images that have a context."""
+    device, width = next(model.parameters()).device, model.shape.language.width
+    side = model.shape.vision.image_size
+    image, text = [torch.zeros(0, width)], [torch.zeros(0, width)]
+    images = [torch.zeros(0, 3, side, side, dtype=torch.uint8)]
+    for host in batches:
+        batch = host.to(device)
+        features, hidden = model(batch)
+        image.append(model.image_embeds(batch, features.vectors).cpu())
+        text.append(model.context_embeds(batch, hidden).cpu())
+        images.append(host.images[host.context_images])
+    return PairEmbeds(torch.cat(image), torch.cat(text), torch.cat(images))
+
+
+@torch.no_grad()
+def generation_sums(
+    model: LclModel, batches: Iterable[MicroBatch], change: ImageChange = IMAGE_CHANGES["right"]
+) -> Tensor:
+    """Summed cross-entropy in nats and number of target tokens, after `change` was applied to the images: fp64 [2]."""
+    device = next(model.parameters()).device
+    sums = torch.zeros(2, dtype=torch.float64, device=device)
+    language = model.language
+    for host in batches:
+        batch = change(host).to(device)
+        _, hidden = model(batch)
+        sums[0] += generation_loss_sum(
+            language.targets(hidden, batch.target_positions),
+            language.head_weight,
+            batch.target_labels,
+            vocab_start=language.vocab_range[0],
+            vocab_size=model.shape.language.vocab_size,
+            tp_group=model.tp_group,
+        )
+        sums[1] += len(batch.target_positions)
+    return sums
+
+
+def mean_loss(sums: Tensor) -> float:
+    """`generation_sums` -> nats per target token; 0 without targets."""
+    return float(sums[0] / sums[1].clamp(min=1))
+
+
+def generation_losses(
+    loaded: LoadedModel, source: SourceConfig, tokenizer: Tokenizer, changes: Iterable[str]
+) -> dict[str, float]:
+    """Nats per token of captions that follow their image, for the named `IMAGE_CHANGES`."""
+    return {
+        name: mean_loss(
+            generation_sums(
+                loaded.model,
+                heldout_batches(loaded.config, source, tokenizer, "image_first"),
+                IMAGE_CHANGES[name],
+            )
+        )
+        for name in changes
+    }
+
+
+# --- of a trained model
 
 
 @dataclass(frozen=True)
 class HeldoutResult:
-    """Numbers of the trained and of the untrained model, and the trained one's features."""
+    """Numbers of the trained and of the untrained model; vectors of the trained one, and the text of each."""
 
     summary: dict[str, Any]
-    features: PairFeatures
+    embeds: PairEmbeds
     captions: tuple[str, ...]
 
 
-def single_process_config(run: Path) -> RunConfig:
-    """The run's configuration for evaluation in one process."""
-    config = read_config(run / "config.yaml")
-    precision = "bf16" if config.train.precision == "fp8" else config.train.precision
-    train = replace(config.train, precision=precision, global_batch_size=config.train.micro_batch_size)
-    return replace(config, parallel=ParallelConfig(), train=train)
-
-
-def evaluate_run(run: Path, heldout: str) -> HeldoutResult:
-    """Retrieval and generation loss of a run's newest checkpoint over a held-out source.
-
-    Raises:
-        CheckpointError: the run has no complete checkpoint.
-    """
-    config = single_process_config(run)
-    checkpoints = complete_checkpoints(run / "checkpoints")
-    if not checkpoints:
-        raise CheckpointError(
-            explain(run, "has no complete checkpoint", "Train first, or give another folder.")
-        )
-    context = start(config, run)
-    model = build_model(config, context)
-    tokenizer = build_tokenizer(config.data.tokenizer)
+def evaluate_heldout(loaded: LoadedModel, heldout: str) -> HeldoutResult:
+    """Retrieval and generation loss over a prepared data set; leaves the model with random weights."""
+    config, model, tokenizer = loaded.config, loaded.model, loaded.tokenizer()
     source = SourceConfig(path=heldout)
-
-    initialize(model, config.model, config.train.seed, 0, 1)
-    untrained = _retrieval(pair_features(model, heldout_batches(config, source, tokenizer, "text_first")))
-    state = load_weights(checkpoints[-1], model)
-    features = pair_features(model, heldout_batches(config, source, tokenizer, "text_first"))
-    trained = _retrieval(features)
-    count = trained["candidates"]
+    embeds = pair_embeds(model, heldout_batches(config, source, tokenizer, "text_first"))
+    generation = generation_losses(loaded, source, tokenizer, IMAGE_CHANGES)
+    reset_weights(loaded)
+    untrained = pair_embeds(model, heldout_batches(config, source, tokenizer, "text_first"))
+    trained, count = _retrieval(embeds), len(embeds.image)
     summary = {
-        "run": str(run),
-        "steps": state.step,
-        "images_seen": state.images_seen,
+        "run": str(loaded.folder),
+        "steps": loaded.state.step,
+        "images_seen": loaded.state.images_seen,
         "heldout": heldout,
         "candidates": count,
         "retrieval": {
             "trained": trained,
-            "untrained": untrained,
+            "untrained": _retrieval(untrained),
             "chance": {f"R@{k}": chance(count, k) for k in KS},
         },
         "r5_over_chance": trained["R@5"] / chance(count, 5),
-        "generation": _generation(config, model, source, tokenizer),
-        "hardware": context.device.name,
+        "generation": generation,
+        "hardware": loaded.context.device.name,
     }
-    return HeldoutResult(summary, features, _captions(config, source, tokenizer))
+    return HeldoutResult(summary, embeds, _captions(config, source, tokenizer))
 
 
-def _retrieval(features: PairFeatures) -> dict[str, Any]:
-    recall = recall_at(features.image, features.text, KS)
+def _retrieval(embeds: PairEmbeds) -> dict[str, Any]:
+    recall = recall_at(embeds.image, embeds.text, KS)
     return {
-        "candidates": recall.candidates,
+        "candidates": recall.images,
         **{f"R@{k}": recall.mean(k) for k in KS},
         **{f"image_to_text_R@{k}": recall.image_to_text[k] for k in KS},
         **{f"text_to_image_R@{k}": recall.text_to_image[k] for k in KS},
     }
 
 
-def _generation(
-    config: RunConfig, model: LclModel, source: SourceConfig, tokenizer: Tokenizer
-) -> dict[str, float]:
-    """Nats per token of captions that follow their image."""
-    return {
-        name: generation_loss(
-            model,
-            heldout_batches(config, source, tokenizer, "image_first"),
-            config.model.language.vocab_size,
-            change,
-        )
-        for name, change in PICTURES.items()
-    }
-
-
 def _captions(config: RunConfig, source: SourceConfig, tokenizer: Tokenizer) -> tuple[str, ...]:
-    """The text before each image, in the order of `pair_features`."""
-    found = []
+    """The text before each image, in the order of `pair_embeds`."""
+    captions = []
     for batch in heldout_batches(config, source, tokenizer, "text_first"):
-        ends = [0]
+        starts = [0]
         for length in batch.lengths:
-            ends.append(ends[-1] + length)
-        for row in batch.context_positions.tolist():
-            start = max(end for end in ends if end <= row)
-            found.append(tokenizer.decode(batch.tokens[start:row].tolist()).strip())
-    return tuple(found)
+            starts.append(starts[-1] + length)
+        for position in batch.context_positions.tolist():
+            start = max(start for start in starts if start <= position)
+            captions.append(tokenizer.decode(batch.tokens[start:position].tolist()).strip())
+    return tuple(captions)
+
+
+# --- during training
+
+FILE = "evaluation.jsonl"
+
+
+class _StopRequestedError(Exception):
+    """Some rank was asked to end the run."""
+
+
+@dataclass
+class PeriodicEvaluation:
+    """Evaluates every so many steps, on the ranks that train and with their model.
+
+    Data-parallel ranks share the documents; tensor-parallel ranks compute together. A stop signal ends it at the next
+    micro-batch on all ranks together.
+    """
+
+    config: RunConfig
+    context: Context
+    tokenizer: Tokenizer
+
+    def due(self, step: int) -> bool:
+        """Whether an evaluation follows when `step` steps are done."""
+        every = self.config.evaluation.every
+        return every > 0 and step % every == 0
+
+    def run(self, model: LclModel, step: int, stop: Callable[[], bool], log: RunLog) -> None:
+        """Evaluate after `step` steps and log the result; all ranks together."""
+        model.eval()
+        try:
+            numbers = self._numbers(model, stop)
+        except _StopRequestedError:
+            log.info(f"evaluation after step {step} cut short by a stop request")
+            return
+        finally:
+            model.train()
+        if not log.enabled:
+            return
+        write_record(self.context.run_folder / FILE, {"step": step, **numbers})
+        if log.board is not None:
+            for name, value in numbers.items():
+                log.board.add_scalar(f"heldout/{name}", value, step)
+        log.info(
+            f"held-out   step {step}  R@1 {numbers['R@1']:.3f}  R@5 {numbers['R@5']:.3f} of {numbers['images']}"
+            f"  generation {numbers['generation']:.4f}"
+        )
+
+    def _numbers(self, model: LclModel, stop: Callable[[], bool]) -> dict[str, Any]:
+        """Retrieval over documents with the text first, nats per token with the image first."""
+        dp = self.context.groups.dp
+        own = pair_embeds(model, self._batches("text_first", stop))
+        sums = generation_sums(model, self._batches("image_first", stop))
+        dist.all_reduce(sums, group=dp)
+        ranks: list[tuple[Tensor, Tensor]] = [(own.image, own.text)] * dp.size()
+        dist.all_gather_object(ranks, (own.image, own.text), group=dp)
+        image, text = (torch.cat(vectors) for vectors in zip(*ranks, strict=True))
+        recall = recall_at(image, text, KS)
+        return {
+            "images": recall.images,
+            "R@1": recall.mean(1),
+            "R@5": recall.mean(5),
+            "generation": mean_loss(sums),
+        }
+
+    def _batches(self, order: Order, stop: Callable[[], bool]) -> Iterator[MicroBatch]:
+        """This rank's micro-batches, as long as any rank has some.
+
+        Raises:
+            _StopRequestedError: on all ranks together, when any rank was asked to stop.
+        """
+        groups, evaluation = self.context.groups, self.config.evaluation
+        batches = heldout_batches(
+            self.config,
+            SourceConfig(path=evaluation.data, max_images=1000),
+            self.tokenizer,
+            order,
+            micro_batch_size=self.config.train.micro_batch_size,
+            dp_rank=groups.dp.rank(),
+            dp_size=groups.dp.size(),
+            limit=evaluation.limit,
+        )
+        while True:
+            batch = next(batches, None)
+            asked = torch.tensor([float(stop()), float(batch is not None)])
+            dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=groups.host_control)
+            if asked[0]:
+                raise _StopRequestedError
+            if not asked[1]:
+                return
+            if batch is not None:
+                yield batch
+
+
+def write_record(path: Path, record: dict[str, Any]) -> None:
+    """Append a line; lines of the same or later steps, lost with a crash, are replaced."""
+    kept = [line for line in read_metrics(path) if line["step"] < record["step"]]
+    partial = path.with_suffix(".partial")
+    partial.write_text("".join(json.dumps(line) + "\n" for line in [*kept, record]), encoding="utf-8")
+    partial.replace(path)
+
+
+def periodic_evaluation(config: RunConfig, context: Context) -> PeriodicEvaluation | None:
+    """What the configuration asks for, if anything."""
+    if not config.evaluation.every:
+        return None
+    return PeriodicEvaluation(config, context, build_tokenizer(config.data.tokenizer))

@@ -1,13 +1,14 @@
-"""What retrieval and captioning share when they train new parts on an encoder with pairs.
+"""Transfer: training something new on patch tokens, with the encoder frozen or learning too (paper appendix A.2).
 
 Shape legend
-    n  images;  S  side in pixels;  P  patch tokens;  h  their width
+    n  images;  S  side in pixels;  P  patch tokens;  h  their width;  D  LM width;  t  packed tokens
 """
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -16,14 +17,15 @@ import torch
 from torch import Tensor, nn
 
 from lcl_mcore.config.base import to_dict
-from lcl_mcore.config.evaluation import PairsConfig
+from lcl_mcore.config.evaluation import FitConfig, PairsConfig
 from lcl_mcore.config.model import ModelConfig
 from lcl_mcore.config.run import single_process
+from lcl_mcore.data.tokenizer import Tokenizer
 from lcl_mcore.distributed.context import Context
-from lcl_mcore.errors import ConfigError, explain
-from lcl_mcore.evaluation.captioned import CHUNK, CaptionDataset, TextRows
-from lcl_mcore.evaluation.classify import encode
-from lcl_mcore.evaluation.loading import LoadedModel, reset_weights
+from lcl_mcore.errors import ConfigError, NonFiniteError, explain
+from lcl_mcore.evaluation.datasets import CaptionDataset
+from lcl_mcore.evaluation.load import LoadedModel, reset_weights
+from lcl_mcore.lr_schedule import cosine_with_warmup
 from lcl_mcore.models.attention import make_segments
 from lcl_mcore.models.backends import choose_layers
 from lcl_mcore.models.init import initialize
@@ -34,15 +36,21 @@ from lcl_mcore.models.transformer_config import language_transformer_config
 from lcl_mcore.models.vision import VisionEncoder, patchify
 from lcl_mcore.rng import key_of
 
+FORWARD_BATCH = 64
+"""Images, or texts, in one forward pass without gradients."""
+
+# --- encoders
+
 
 @dataclass(frozen=True)
-class Encoder:
+class ImageEncoder:
     """Images to patch tokens.
 
-    width   h
-    encode  uint8 [n, 3, S, S] and a seed for drop-path -> fp32 [n, P, h]
-    device  where it computes
-    module  what learns in full transfer; None: frozen
+    Attributes:
+        width: h.
+        encode: uint8 [n, 3, S, S] and a seed for drop-path -> fp32 [n, P, h].
+        device: where it computes.
+        module: what learns in full transfer; None: frozen.
     """
 
     width: int
@@ -56,14 +64,10 @@ class Encoder:
         return [] if self.module is None else list(self.module.parameters())
 
 
-Arm = Callable[[Encoder], dict[str, Any]]
-"""One transfer on one encoder: its numbers."""
-
-
-def vit(model: LclModel, full: bool = False) -> Encoder:
-    """The model's encoder with the weights that it has now."""
+def vit(model: LclModel, full: bool = False) -> ImageEncoder:
+    """The model's ViT with the weights that it has now; with `full` it learns."""
     vision = model.vision
-    return Encoder(
+    return ImageEncoder(
         model.shape.vision.width,
         lambda images, seed: encode(vision, images, seed),
         vision.patch_embedding.device,
@@ -71,81 +75,48 @@ def vit(model: LclModel, full: bool = False) -> Encoder:
     )
 
 
-def raw_patches(model: LclModel) -> Encoder:
-    """No encoder: normalised pixels of each patch."""
+def raw_patches(model: LclModel) -> ImageEncoder:
+    """No encoder: the normalised pixels of each patch."""
     vision, patch = model.vision, model.shape.vision.patch_size
-    return Encoder(
+    return ImageEncoder(
         3 * patch**2,
         lambda images, seed: patchify(images, vision.pixel_mean, vision.pixel_std, patch),
         vision.patch_embedding.device,
     )
 
 
-def token_source(encoder: Encoder, data: CaptionDataset, cache_mb: int) -> Callable[[Tensor, int], Tensor]:
-    """indices int64 [n], seed -> patch tokens [n, P, h]; those of a frozen encoder from memory if they fit."""
-
-    def tokens(indices: Tensor, seed: int) -> Tensor:
-        return encoder.encode(data.fetch(indices.tolist()).to(encoder.device), seed)
-
-    if encoder.module is not None:
-        return tokens
-    frozen = torch.no_grad()(tokens)
-    if 4 * frozen(torch.zeros(1, dtype=torch.int64), 0).numel() * len(data) > cache_mb << 20:
-        return frozen
-    held = torch.cat([frozen(part, 0) for part in torch.arange(len(data)).split(CHUNK)])
-    return lambda indices, seed: held[indices]
+def encode(vision: VisionEncoder, images: Tensor, seed: int = 0) -> Tensor:
+    """uint8 [n, 3, S, S] on the encoder's device -> patch tokens fp32 [n, P, h]; `seed` keys drop-path."""
+    tokens = vision(images, torch.arange(len(images), device=images.device), seed)
+    return tokens.view(len(images), -1, tokens.shape[-1]).float()
 
 
-def draw_captions(data: CaptionDataset, indices: Tensor, seed: int) -> list[str]:
-    """One caption of each image, drawn with the seed."""
-    generator = torch.Generator().manual_seed(seed)
-    draws = torch.rand(len(indices), generator=generator).tolist()
-    options = [data.captions[index] for index in indices.tolist()]
-    return [texts[int(u * len(texts))] for u, texts in zip(draws, options, strict=True)]
+def cached(
+    features: Callable[[Tensor], Tensor], count: int, numbers_per_image: int, cache_mb: int, batch: int
+) -> Callable[[Tensor], Tensor]:
+    """Frozen features, computed once and kept in memory if all of them fit into `cache_mb` MiB as fp32.
 
-
-def step_seed(config: PairsConfig, step: int, part: int = 0) -> int:
-    """Key of all draws of a step, or of a part of its batch."""
-    return key_of(config.seed, "pairs", str(step), str(part))
-
-
-class TransferHead(nn.Module):
-    """New parts with the names that they have in an `LclModel`: an LM of the run's shape, in fp32, without dropout."""
-
-    def __init__(self, shape: ModelConfig, context: Context) -> None:
-        super().__init__()
-        self.shape = replace(shape, language=replace(shape.language, dropout=0.0))
-        self.config, self.device = single_process(self.shape), context.device.device
-        self.groups = context.groups.megatron
-        language, (backend, _) = self.shape.language, choose_layers(torch.float32)
-        config = language_transformer_config(self.config, self.device)
-        stage = stage_of((language.layers,), 0)
-        self.language = LanguageModel(config, language, backend, self.groups, stage)
-
-    def canonical_name(self, name: str) -> str:
-        """What `initialize` asks of a model."""
-        return name
-
-    def draw(self, seed: int) -> None:
-        """Random weights for every part that an `LclModel` has, too."""
-        initialize(self, self.shape, seed, 0, 1)  # type: ignore[arg-type]  # asks for names and parameters only
-        self.to(self.device)
-
-    def forward_language(self, rows: TextRows, latents: Tensor, starts: Tensor) -> Tensor:
-        """The LM's hidden states [t, D] over rows with latents [n, P, D] in the places from `starts` [n] on."""
-        device = self.device
-        segments = make_segments(rows.lengths, device, sequence_keys=tuple(range(len(rows.lengths))))
-        given = EmbeddingInput(rows.tokens.to(device), rows.positions.to(device), latents, starts.to(device))
-        return self.language(given, segments)
+    Args:
+        features: indices int64 [n] -> features [n, ...].
+        count: images of the data set.
+        batch: images in one call of `features` when all are computed.
+    """
+    if 4 * numbers_per_image * count > cache_mb << 20:
+        return features
+    held = torch.cat([features(indices) for indices in torch.arange(count).split(batch)])
+    return lambda indices: held[indices]
 
 
 @contextmanager
-def learning(encoder: Encoder) -> Iterator[None]:
-    """The encoder in training mode, where it learns."""
-    if encoder.module is not None:
-        encoder.module.train()
-    yield
-    if encoder.module is not None:
+def training_mode(encoder: ImageEncoder) -> Iterator[None]:
+    """The encoder in training mode if it learns, and in evaluation mode afterwards."""
+    if encoder.module is None:
+        yield
+        return
+    encoder.module.train()
+    try:
+        yield
+    finally:
         encoder.module.eval()
 
 
@@ -165,8 +136,8 @@ def drop_path(vision: VisionEncoder, rate: float) -> Iterator[None]:
 
 
 @contextmanager
-def weights_kept(module: nn.Module) -> Iterator[None]:
-    """Whatever is learned inside, the weights afterwards are those from before."""
+def restored_weights(module: nn.Module) -> Iterator[None]:
+    """Whatever is learned inside, afterwards the weights are those from before, without gradients."""
     before = [parameter.detach().clone() for parameter in module.parameters()]
     try:
         yield
@@ -177,29 +148,195 @@ def weights_kept(module: nn.Module) -> Iterator[None]:
                 parameter.grad = None
 
 
+# --- the training loop
+
+
+def fit_head(
+    backward: Callable[[Tensor, int], Tensor],
+    groups: Sequence[tuple[Sequence[nn.Parameter], float]],
+    count: int,
+    steps: int,
+    config: FitConfig,
+    log: Callable[[str], None] = lambda line: None,
+) -> float:
+    """AdamW over random batches; every sample is used once before any is used again.
+
+    Args:
+        backward: indices int64 [batch], step -> their loss, detached; adds its gradient to the parameters.
+        groups: parameters, and the factor on their learning rate.
+        count: samples in the training set.
+        log: given the loss ten times.
+
+    Returns:
+        Mean loss of the last tenth of the steps, nats.
+
+    Raises:
+        NonFiniteError: the loss diverged.
+    """
+    size = min(config.batch_size, count)
+    optimizer = torch.optim.AdamW(
+        [{"params": list(parameters), "factor": factor} for parameters, factor in groups if len(parameters)],
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        weight_decay=config.weight_decay,
+    )
+    warmup_steps = round(config.warmup * steps)
+    generator = torch.Generator().manual_seed(key_of(config.seed, "order"))
+    order, late = torch.empty(0, dtype=torch.int64), []
+    for step in range(steps):
+        if len(order) < size:
+            order = torch.randperm(count, generator=generator)
+        indices, order = order[:size], order[size:]
+        schedule = cosine_with_warmup(step, steps, warmup_steps, peak=1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = config.lr * group["factor"] * schedule
+        optimizer.zero_grad(set_to_none=True)
+        loss = backward(indices, step)
+        optimizer.step()
+        if step >= min(0.9 * steps, steps - 1):
+            late.append(loss)
+        if (step + 1) % max(steps // 10, 1) == 0:
+            log(f"step {step + 1} of {steps}: loss {float(loss):.4f}")
+    mean = float(torch.stack(late).mean())
+    if not math.isfinite(mean):
+        raise NonFiniteError(
+            explain(f"mean loss {mean}", "training has diverged", "Lower --lr, or raise --warmup.")
+        )
+    return mean
+
+
+# --- training on images with captions
+
+
+def step_seed(config: PairsConfig, step: int, chunk: int = 0) -> int:
+    """Key of all random choices of a step, or of one chunk of its batch."""
+    return key_of(config.seed, "pairs", str(step), str(chunk))
+
+
+def sample_captions(data: CaptionDataset, indices: Tensor, seed: int) -> list[str]:
+    """One caption of each image, chosen with the seed."""
+    generator = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(len(indices), generator=generator).tolist()
+    options = [data.captions[index] for index in indices.tolist()]
+    return [texts[int(u * len(texts))] for u, texts in zip(uniform, options, strict=True)]
+
+
+def patch_tokens(
+    encoder: ImageEncoder, data: CaptionDataset, cache_mb: int
+) -> Callable[[Tensor, int], Tensor]:
+    """indices int64 [n], seed -> patch tokens [n, P, h]; those of a frozen encoder from memory if they fit."""
+
+    def tokens(indices: Tensor, seed: int) -> Tensor:
+        return encoder.encode(data.fetch(indices.tolist()).to(encoder.device), seed)
+
+    if encoder.module is not None:
+        return tokens
+    frozen = torch.no_grad()(tokens)
+    size = frozen(torch.zeros(1, dtype=torch.int64), 0).numel()
+    features = cached(lambda indices: frozen(indices, 0), len(data), size, cache_mb, FORWARD_BATCH)
+    return lambda indices, seed: features(indices)
+
+
+@dataclass(frozen=True)
+class PackedTexts:
+    """Sequences of token ids end to end.
+
+    Attributes:
+        tokens, positions: int64 [t] on the CPU.
+        lengths: of each sequence.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    lengths: tuple[int, ...]
+
+    @property
+    def last(self) -> Tensor:
+        """Where the last token of each sequence is, int64 [sequences]."""
+        return torch.tensor(self.lengths).cumsum(0) - 1
+
+
+def pack(sequences: Sequence[Sequence[int]]) -> PackedTexts:
+    """Sequences of ids, end to end."""
+    return PackedTexts(
+        torch.tensor([token for ids in sequences for token in ids]),
+        torch.cat([torch.arange(len(ids)) for ids in sequences]),
+        tuple(len(ids) for ids in sequences),
+    )
+
+
+def pack_texts(tokenizer: Tokenizer, texts: Sequence[str], max_tokens: int, last: int) -> PackedTexts:
+    """Sequences `begin text last` of at most `max_tokens` tokens; longer texts are truncated."""
+    encoded = tokenizer.encode_batch(list(texts))
+    return pack([[tokenizer.bos, *ids[: max_tokens - 2], last] for ids in encoded])
+
+
+class TransferHead(nn.Module):
+    """New modules named as in an `LclModel`: an LM of the run's shape, in fp32, without dropout."""
+
+    def __init__(self, shape: ModelConfig, context: Context) -> None:
+        super().__init__()
+        self.shape = replace(shape, language=replace(shape.language, dropout=0.0))
+        self.config, self.device = single_process(self.shape), context.device.device
+        self.groups = context.groups.megatron
+        language, (backend, _) = self.shape.language, choose_layers(torch.float32)
+        config = language_transformer_config(self.config, self.device)
+        stage = stage_of((language.layers,), 0)
+        self.language = LanguageModel(config, language, backend, self.groups, stage)
+
+    def canonical_name(self, name: str) -> str:
+        """What `initialize` asks of a model."""
+        return name
+
+    def initialize_weights(self, seed: int) -> None:
+        """Random weights by the rules of an `LclModel`, for every module that has its name in one."""
+        initialize(self, self.shape, seed, 0, 1)  # type: ignore[arg-type]  # asks for names and parameters only
+        self.to(self.device)
+
+    def forward_language(self, texts: PackedTexts, latents: Tensor, image_starts: Tensor) -> Tensor:
+        """Run the LM over packed sequences.
+
+        Args:
+            latents: [n, P, D], for the image placeholders from `image_starts` int64 [n] on.
+
+        Returns:
+            Hidden states [t, D].
+        """
+        device, count = self.device, len(texts.lengths)
+        segments = make_segments(texts.lengths, device, sequence_keys=tuple(range(count)))
+        tokens, positions = texts.tokens.to(device), texts.positions.to(device)
+        return self.language(EmbeddingInput(tokens, positions, latents, image_starts.to(device)), segments)
+
+
+# --- one task on the run's encoder and on baselines
+
+
 def compare(
-    opened: LoadedModel,
+    loaded: LoadedModel,
     train: CaptionDataset,
     test: CaptionDataset,
     config: PairsConfig,
     task: str,
-    arm: Arm,
+    run: Callable[[ImageEncoder], dict[str, Any]],
     baselines: bool,
 ) -> dict[str, Any]:
-    """One transfer on the run's encoder, with random weights and, if it is frozen, on raw patches.
+    """Transfer on the run's encoder, on random weights and, if the encoder is frozen, on raw patches.
 
-    The baselines leave `opened.model` with random weights.
+    The baselines leave `loaded.model` with random weights.
+
+    Args:
+        run: trains and tests on one encoder; returns the scores.
     """
-    started, model, full = time.perf_counter(), opened.model.float(), config.transfer == "full"
+    started, model, full = time.perf_counter(), loaded.model.float(), config.transfer == "full"
     model.eval()
 
-    def measured(name: str, encoder: Encoder) -> dict[str, Any]:
-        opened.context.log(f"{name}:")
-        with weights_kept(model.vision):
-            return arm(encoder)
+    def scores(name: str, encoder: ImageEncoder) -> dict[str, Any]:
+        loaded.context.log(f"{name}:")
+        with restored_weights(model.vision):
+            return run(encoder)
 
     result: dict[str, Any] = {
-        **opened.facts(),
+        **loaded.facts(),
         "task": f"{task}, {config.transfer} transfer",
         "transfer": config.transfer,
         "train_data": train.name,
@@ -207,18 +344,18 @@ def compare(
         "data": test.name,
         "images": len(test),
         "training": to_dict(config),
-        "trained": measured("trained", vit(model, full)),
+        "trained": scores("trained", vit(model, full)),
     }
     if baselines:
-        reset_weights(opened)
-        result["random_init"] = measured("random_init", vit(model, full))
+        reset_weights(loaded)
+        result["random_init"] = scores("random_init", vit(model, full))
         if not full:
-            result["pixels"] = measured("pixels", raw_patches(model))
+            result["pixels"] = scores("pixels", raw_patches(model))
     result["seconds"] = round(time.perf_counter() - started, 1)
     return result
 
 
-def check_apart(train: CaptionDataset, test: CaptionDataset, same_file: bool) -> None:
+def require_disjoint(train: CaptionDataset, test: CaptionDataset, same_file: bool) -> None:
     """Refuse to test on what was trained on.
 
     Raises:

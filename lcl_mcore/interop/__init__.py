@@ -1,1 +1,1 @@
-"""Weights of other packages, read and written."""
+"""Weights in the formats of other packages and of the released code, read and written."""

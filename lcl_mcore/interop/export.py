@@ -1,9 +1,7 @@
-"""Export of one model: every wanted format written, reloaded, compared, and described in a model card."""
+"""Export of one model: every wanted format written, loaded again, compared, and described in a model card."""
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,15 +14,19 @@ from torch import Tensor
 
 from lcl_mcore.config.files import write_config
 from lcl_mcore.errors import CheckpointError, ConfigError, explain
-from lcl_mcore.evaluation.loading import LoadedModel, full_state, open_model
+from lcl_mcore.evaluation.load import LoadedModel, open_model
 from lcl_mcore.interop.export_formats import FORMATS
+from lcl_mcore.interop.export_reload import ReloadRequest, reload_features
 from lcl_mcore.interop.model_card import write_card
-from lcl_mcore.interop.released import to_released, write_full_state
-from lcl_mcore.interop.reload import Request, reload_features
+from lcl_mcore.interop.released import to_released
+from lcl_mcore.interop.weights_file import consolidated_state, write_consolidated
 from lcl_mcore.models.lcl import LclModel
+from lcl_mcore.optional_packages import export_packages
 
 OWN = ("full", "released")
+"""Formats of our own: all weights for `--init-from`, and the keys of the released code."""
 TOLERANCE = 1e-5
+"""Largest difference of features, relative to our largest (or 1)."""
 
 
 def random_images(side: int) -> Tensor:
@@ -44,7 +46,7 @@ def own_features(model: LclModel, images: Tensor) -> Tensor:
 
 
 def normalised(model: LclModel, images: Tensor) -> Tensor:
-    """What the packages' own image transforms would hand to their models: fp32 [n, 3, S, S]."""
+    """Normalised pixels, what the packages' own image transforms give: uint8 -> fp32 [n, 3, S, S]."""
     return (images.float() / 255.0 - model.vision.pixel_mean) / model.vision.pixel_std
 
 
@@ -65,36 +67,31 @@ def deviation(ours: Tensor, theirs: Tensor, name: str) -> float:
     return difference
 
 
-def choose_formats(opened: LoadedModel, wanted: Sequence[str]) -> tuple[list[str], dict[str, str]]:
-    """Formats to write, and why others are left out. An empty `wanted` takes every format that can hold the model.
+def choose_formats(loaded: LoadedModel, wanted: Sequence[str]) -> tuple[list[str], dict[str, str]]:
+    """Formats to write, and why others are skipped. An empty `wanted` takes every format that can hold the model.
 
     Raises:
         ConfigError: a format that was asked for cannot hold this encoder, or its package is missing.
     """
-    left_out: dict[str, str] = {}
+    packages = {package.name: package for package in export_packages()}
+    skipped: dict[str, str] = {}
     for name in wanted or FORMATS:
         if name in OWN:
             continue
-        reason = FORMATS[name].refuses(opened.config.model.vision)
-        if reason is None and (missing := _missing(FORMATS[name].package)):
-            reason = missing
+        reason = FORMATS[name].refuses(loaded.config.model.vision)
+        if reason is None and not packages[name].usable:
+            reason = f"{name} is not installed: pip install 'lcl-mcore[export]'"
         if reason is not None:
-            left_out[name] = reason
-    if wanted and left_out:
-        text = "; ".join(f"{name}: {reason}" for name, reason in left_out.items())
-        raise ConfigError(explain(f"--formats {' '.join(wanted)}", text, "Leave these formats out."))
-    return [name for name in wanted or (*FORMATS, "full") if name not in left_out], left_out
-
-
-def _missing(package: str) -> str | None:
-    if importlib.util.find_spec(package) is None:
-        return f"{package} is not installed: pip install 'lcl-mcore[export]'"
-    return None
+            skipped[name] = reason
+    if wanted and skipped:
+        text = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
+        raise ConfigError(explain(f"--formats {' '.join(wanted)}", text, "Do not ask for these formats."))
+    return [name for name in wanted or (*FORMATS, "full") if name not in skipped], skipped
 
 
 @contextmanager
-def _whole(folder: Path) -> Iterator[Path]:
-    """A folder that appears with its name only when everything in it is written and checked."""
+def _complete_folder(folder: Path) -> Iterator[Path]:
+    """A partial folder that gets its name when everything in it is written and checked; removed after an error."""
     partial = folder.with_name(folder.name + ".partial")
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
@@ -107,11 +104,11 @@ def _whole(folder: Path) -> Iterator[Path]:
     partial.rename(folder)
 
 
-def _write(name: str, state: Mapping[str, Tensor], opened: LoadedModel, folder: Path) -> None:
-    model = opened.config.model
+def _write(name: str, state: Mapping[str, Tensor], loaded: LoadedModel, folder: Path) -> None:
+    model = loaded.config.model
     if name == "full":
-        write_full_state(state, model, folder)
-        write_config(opened.config, folder)
+        write_consolidated(state, model, folder)
+        write_config(loaded.config, folder)
     elif name == "released":
         content = {"name": "lcl_mcore", "epoch": 0, "state_dict": to_released(state, model)}
         torch.save(content, folder / "model.pt")
@@ -119,48 +116,47 @@ def _write(name: str, state: Mapping[str, Tensor], opened: LoadedModel, folder: 
         FORMATS[name].write(state, model.vision, folder)
 
 
-def _check(opened: LoadedModel, folders: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
+def _check(loaded: LoadedModel, folders: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
     """Per package: deviation of the reloaded features, and the version that loaded them."""
-    shape = opened.config.model.vision
+    shape = loaded.config.model.vision
     images = random_images(shape.image_size)
-    ours = own_features(opened.model, images)
-    requests = [Request(name, folder, shape) for name, folder in folders.items()]
-    answers = reload_features(requests, normalised(opened.model, images)) if requests else []
+    ours = own_features(loaded.model, images)
+    packages = {package.name: package for package in export_packages()}
+    requests = [ReloadRequest(name, folder, shape) for name, folder in folders.items()]
+    answers = reload_features(requests, normalised(loaded.model, images)) if requests else []
     return {
-        name: {"deviation": deviation(ours, theirs, name), "checked_with": _version(name)}
+        name: {"deviation": deviation(ours, theirs, name), "checked_with": packages[name].version}
         for name, theirs in zip(folders, answers, strict=True)
     }
 
 
-def _version(name: str) -> str:
-    return importlib.metadata.version({"open_clip": "open_clip_torch"}.get(name, name))
-
-
 def export(source: Path, out: Path, wanted: Sequence[str] = ()) -> dict[str, Any]:
-    """Write the encoder of a run, checkpoint or full-state folder to `out/FORMAT`, with `out/README.md`.
+    """Write the encoder of a run, a checkpoint or a folder with `model.safetensors` to `out/FORMAT`.
+
+    The model card is `out/README.md`.
 
     Returns:
-        The content of `out/export.json`: per format the measured deviation, package version, or why it was left out.
+        The content of `out/export.json`: per format the measured deviation and package version, or why it was skipped.
 
     Raises:
         CheckpointError: nothing to export, or a reloaded export does not give our features.
         ConfigError: see `choose_formats`.
     """
-    opened = open_model(source)
-    opened.model.float().to("cpu")
-    names, left_out = choose_formats(opened, wanted)
-    state = full_state(opened.model)
+    loaded = open_model(source)
+    loaded.model.float().to("cpu")
+    names, skipped = choose_formats(loaded, wanted)
+    state = consolidated_state(loaded.model)
     with ExitStack() as stack:
-        folders = {name: stack.enter_context(_whole(out / name)) for name in names}
+        folders = {name: stack.enter_context(_complete_folder(out / name)) for name in names}
         for name, folder in folders.items():
-            _write(name, state, opened, folder)
-        written = _check(opened, {name: folder for name, folder in folders.items() if name in FORMATS})
+            _write(name, state, loaded, folder)
+        written = _check(loaded, {name: folder for name, folder in folders.items() if name in FORMATS})
     summary = {
-        **opened.facts(),
+        **loaded.facts(),
         "tolerance": TOLERANCE,
         "written": {name: written.get(name, {}) for name in names},
-        "left_out": left_out,
+        "skipped": skipped,
     }
     (out / "export.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
-    write_card(opened, summary, out)
+    write_card(loaded, summary, out)
     return summary

@@ -1,7 +1,7 @@
 """Writes an encoder for each package, and reads it back through that package alone.
 
 Every `write_*` fills a folder; every `features_*` loads that folder as its users would, without a network, and
-returns the encoder's output for normalised pixels: patch tokens after the last norm, class token left out.
+returns the encoder's output for normalised pixels: patch tokens after the last norm, without class token.
 
 Shape legend
     n  images;  S  side in pixels;  P  patches;  h  width
@@ -29,16 +29,16 @@ TIMM_EPS = 1e-5
 
 
 @dataclass(frozen=True)
-class Format:
+class ExportFormat:
     """How one package gets the encoder.
 
-    refuses   why it cannot hold a shape exactly; None if it can
-    write     encoder state, shape, folder
-    features  shape, folder, pixels fp32 [n, 3, S, S] -> fp32 [n, P, h]
-    usage     lines of Python for the model card; FOLDER stands for the folder
+    Attributes:
+        refuses: why it cannot hold a shape exactly; None if it can.
+        write: encoder state dict, shape, folder.
+        features: shape, folder, pixels fp32 [n, 3, S, S] -> fp32 [n, P, h].
+        usage: lines of Python for the model card; FOLDER stands for the folder.
     """
 
-    package: str
     refuses: Callable[[VisionConfig], str | None]
     write: Callable[[Mapping[str, Tensor], VisionConfig, Path], None]
     features: Callable[[VisionConfig, Path, Tensor], Tensor]
@@ -286,11 +286,9 @@ def _use_transformers(shape: VisionConfig) -> str:
 
 
 FORMATS = {
-    "timm": Format("timm", _timm_refuses, _write_timm, _features_timm, _use_timm),
-    "open_clip": Format(
-        "open_clip", _open_clip_refuses, _write_open_clip, _features_open_clip, _use_open_clip
-    ),
-    "transformers": Format(
-        "transformers", _transformers_refuses, _write_transformers, _features_transformers, _use_transformers
+    "timm": ExportFormat(_timm_refuses, _write_timm, _features_timm, _use_timm),
+    "open_clip": ExportFormat(_open_clip_refuses, _write_open_clip, _features_open_clip, _use_open_clip),
+    "transformers": ExportFormat(
+        _transformers_refuses, _write_transformers, _features_transformers, _use_transformers
     ),
 }

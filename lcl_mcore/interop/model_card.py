@@ -9,15 +9,64 @@ from typing import Any
 import yaml
 
 from lcl_mcore.config.base import to_dict
-from lcl_mcore.evaluation.loading import LoadedModel, data_fingerprints
+from lcl_mcore.config.run import RunConfig
+from lcl_mcore.evaluation.load import LoadedModel
 from lcl_mcore.interop.export_formats import FORMATS
 from lcl_mcore.models.vision import PIXEL_MEAN, PIXEL_STD
+from lcl_mcore.templates import render
 
 RESULTS = "results"  # folder of a run in which tools/evaluate.py leaves its JSON files
 
 
-def measured(folder: Path) -> dict[str, Any]:
-    """Results that lie beside the run: `report.json` and `results/*.json`, by name."""
+def write_card(loaded: LoadedModel, summary: dict[str, Any], out: Path) -> None:
+    """Write `out/README.md`.
+
+    Args:
+        summary: the content of `export.json`, see `interop.export.export`.
+    """
+    vision = loaded.config.model.vision
+    text = render(
+        "model_card.md.j2",
+        recipe=loaded.config.recipe,
+        vision=vision,
+        weights=loaded.weights,
+        state=loaded.state,
+        pixel_mean=list(PIXEL_MEAN),
+        pixel_std=list(PIXEL_STD),
+        formats=[
+            {
+                "name": name,
+                "version": checked["checked_with"],
+                "deviation": f"{checked['deviation']:.1e}",
+                "usage": FORMATS[name].usage(vision).replace("FOLDER", name),
+            }
+            for name, checked in summary["written"].items()
+            if name in FORMATS
+        ],
+        skipped=summary["skipped"],
+        fingerprints=data_fingerprints(loaded.config),
+        results=[
+            {"name": name, "numbers": numbers(content)} for name, content in results(loaded.folder).items()
+        ],
+        config=yaml.safe_dump(to_dict(loaded.config), sort_keys=False).rstrip(),
+    )
+    (out / "README.md").write_text(text, encoding="utf-8")
+
+
+def data_fingerprints(config: RunConfig) -> dict[str, str]:
+    """Fingerprint of every prepared data set of a run that is still where it was; the others are named, too."""
+    found = {}
+    for source in config.data.sources:
+        manifest = Path(source.path) / "dataset.json"
+        if manifest.is_file():
+            found[source.label] = str(json.loads(manifest.read_text("utf-8")).get("fingerprint", "?"))
+        else:
+            found[source.label] = "not on this machine"
+    return found
+
+
+def results(folder: Path) -> dict[str, Any]:
+    """Results that lie beside a run: `report.json` and `results/*.json`, by name."""
     found = {}
     for path in [folder / "report.json", *sorted((folder / RESULTS).glob("*.json"))]:
         if path.is_file():
@@ -26,69 +75,14 @@ def measured(folder: Path) -> dict[str, Any]:
     return found
 
 
-def _numbers(content: Any, prefix: str = "") -> list[tuple[str, str]]:
+def numbers(content: Any, path: str = "") -> list[tuple[str, str]]:
     """Every number of a nested result with its path."""
     if isinstance(content, dict):
         return [
-            row
+            number
             for key, value in content.items()
-            for row in _numbers(value, f"{prefix} / {key}" if prefix else key)
+            for number in numbers(value, f"{path} / {key}" if path else key)
         ]
     if isinstance(content, bool) or not isinstance(content, int | float):
         return []
-    return [(prefix, f"{content:.4g}" if isinstance(content, float) else str(content))]
-
-
-def write_card(opened: LoadedModel, summary: dict[str, Any], out: Path) -> None:
-    """Write `out/README.md`."""
-    vision, state = opened.config.model.vision, opened.state
-    lines = [
-        "---",
-        "library_name: timm",
-        "tags: [image-feature-extraction, lcl]",
-        "---",
-        "",
-        f"# Vision encoder of `{opened.config.recipe}`",
-        "",
-        "Pre-trained by Latent Compression Learning (arXiv:2406.07543) with lcl_mcore.",
-        "",
-        f"ViT of {vision.layers} layers, width {vision.width}, {vision.heads} heads, patch {vision.patch_size}, "
-        f"{vision.image_size} pixels. Weights: `{opened.weights}`, {state.step} steps, {state.images_seen} images, "
-        f"{state.tokens_seen} tokens.",
-        "",
-        f"Pixels are RGB / 255, minus {list(PIXEL_MEAN)}, divided by {list(PIXEL_STD)}; resize the shorter side "
-        "(bicubic), crop the centre. The features are the patch tokens after the last norm. The attention pool and "
-        "the language model are in `full/` only: no other format here holds the pool exactly.",
-        "",
-        "## Load",
-        "",
-    ]
-    for name, facts in summary["written"].items():
-        if name not in FORMATS:
-            continue
-        usage = FORMATS[name].usage(vision).replace("FOLDER", name)
-        lines += [
-            f"`{name}/` (checked with {name} {facts['checked_with']}: features equal ours within "
-            f"{facts['deviation']:.1e})",
-            "",
-            "```python",
-            usage,
-            "```",
-            "",
-        ]
-    lines += [f"`{name}` was not written: {reason}." for name, reason in summary["left_out"].items()]
-    lines += ["", "## Data", ""]
-    fingerprints = data_fingerprints(opened.config)
-    lines += [f"- {label}: fingerprint `{print_}`" for label, print_ in fingerprints.items()]
-    lines += [] if fingerprints else ["- not recorded: imported weights"]
-    if state.order_hash:
-        lines.append(f"- hash of the order of all batches: `{state.order_hash}`")
-    lines += ["", "## Measured", ""]
-    results = measured(opened.folder)
-    for name, content in results.items():
-        rows = "\n".join(f"| {path} | {value} |" for path, value in _numbers(content))
-        lines += [f"### {name}", "", "| | |", "|---|---|", rows, ""]
-    lines += [] if results else ["Nothing: run tools/evaluate.py before exporting.", ""]
-    text = yaml.safe_dump(to_dict(opened.config), sort_keys=False)
-    lines += ["## Configuration", "", "```yaml", text.rstrip(), "```", ""]
-    (out / "README.md").write_text("\n".join(lines), encoding="utf-8")
+    return [(path, f"{content:.4g}" if isinstance(content, float) else str(content))]

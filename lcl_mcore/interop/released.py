@@ -1,32 +1,25 @@
 """Checkpoints of the released LCL code (OpenGVLab/LCL, a fork of OpenCLIP), to and from our names.
 
-A "full state" maps every parameter name of `LclModel` to its whole tensor, as one tensor-parallel rank
-holds it, with the vocabulary unpadded. It is what `load_full_state` slices for any layout and what the
-file `model.safetensors` holds. megatron keeps a layer's query, key and value rows together head by head;
-the released code stacks all queries, then all keys, then all values.
+Our side is a consolidated state dict (`interop.weights_file`). megatron keeps a layer's query, key and value rows
+together head by head; the released code stacks all queries, then all keys, then all values.
 """
 
 from __future__ import annotations
 
-import json
 import math
 import pickle
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from lcl_mcore.config.base import require, to_dict
+from lcl_mcore.config.base import require
 from lcl_mcore.config.model import LanguageConfig, ModelConfig, VisionConfig
 from lcl_mcore.errors import CheckpointError, explain
-from lcl_mcore.models.lcl import LclModel
+from lcl_mcore.interop.weights_file import misfit, without_vocabulary_padding
 
-FILE = "model.safetensors"
-_FORMAT = "lcl_mcore full state 1"
 _HEAD_WIDTH = 64  # channels per head in every tower of the released configurations
-_VOCABULARY = ("language.token_embedding.weight", "language.head")
 
 _LAYER = (
     ("input_layernorm", "ln_1"),
@@ -76,8 +69,8 @@ def _pairs(shape: ModelConfig) -> Iterator[tuple[str, str, str]]:
                 yield from both(f"{block}.{name}", f"{resblock}.{released}")
 
 
-def full_shapes(shape: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Shape of every tensor in a full state of the released architecture."""
+def consolidated_shapes(shape: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Shape of every tensor in a consolidated state dict of the released architecture."""
     vision, language = shape.vision, shape.language
     h, d, v = vision.width, language.width, language.vocab_size
     sizes: dict[str, tuple[int, ...]] = {
@@ -138,20 +131,14 @@ def _heads(shape: ModelConfig, tower: str) -> int:
     return shape.vision.heads if tower == "vision" else shape.language.heads
 
 
-def _misfit(what: str, problems: list[str], remedy: str) -> CheckpointError:
-    more = [f"and {len(problems) - 20} more"] if len(problems) > 20 else []
-    shown = "\n  ".join(problems[:20] + more)
-    return CheckpointError(explain(what, f"does not fit this model:\n  {shown}\n", remedy))
-
-
 def from_released(state: Mapping[str, Tensor], shape: ModelConfig) -> dict[str, Tensor]:
-    """Full state of a released state dict.
+    """Consolidated state dict of a released state dict.
 
     Raises:
-        CheckpointError: keys are missing or left over, or a tensor has another shape.
+        CheckpointError: keys are missing or unexpected, or a tensor has another shape.
     """
     _require_released(shape)
-    pairs, sizes = list(_pairs(shape)), full_shapes(shape)
+    pairs, sizes = list(_pairs(shape)), consolidated_shapes(shape)
     problems = [f"missing: {theirs}" for _, theirs, _ in pairs if theirs not in state]
     problems += [f"unexpected: {key}" for key in sorted(set(state) - {theirs for _, theirs, _ in pairs})]
     result = {}
@@ -169,18 +156,17 @@ def from_released(state: Mapping[str, Tensor], shape: ModelConfig) -> dict[str, 
         else:
             result[ours] = tensor.reshape(size)
     if problems:
-        raise _misfit("released checkpoint", problems, "Give the configuration it was trained with.")
+        raise misfit("released weights", problems, "Give the configuration it was trained with.")
     return result
 
 
 def to_released(state: Mapping[str, Tensor], shape: ModelConfig) -> dict[str, Tensor]:
     """The inverse of `from_released`; padding rows of the vocabulary are cut off."""
     _require_released(shape)
+    state = without_vocabulary_padding(state, shape.language.vocab_size)
     result = {}
     for ours, theirs, kind in _pairs(shape):
         tensor = state[ours]
-        if ours in _VOCABULARY:
-            tensor = tensor[: shape.language.vocab_size]
         if kind == "patches":
             side = shape.vision.patch_size
             tensor = tensor.reshape(-1, 3, side, side)
@@ -262,85 +248,3 @@ def shape_of_released(state: Mapping[str, Tensor]) -> ModelConfig:
         init="clip_text",
     )
     return ModelConfig(vision=vision, language=language, pool_heads=max(d // _HEAD_WIDTH, 1))
-
-
-@torch.no_grad()
-def load_full_state(model: LclModel, state: Mapping[str, Tensor], tp_rank: int, tp_size: int) -> None:
-    """Copy this rank's share of a full state into an `LclModel`, whole or one stage of a pipeline.
-
-    Padding rows of the vocabulary become zero. Call it before the optimizer copies its master weights.
-
-    Raises:
-        CheckpointError: names or shapes differ; the model is then unchanged.
-    """
-    parameters = {model.canonical_name(name): p for name, p in model.named_parameters()}
-    problems = [f"missing: {name}" for name in parameters if name not in state]
-    if model.stage.count == 1:  # a stage of a pipeline leaves the rest to the others
-        problems += [f"unexpected: {name}" for name in sorted(set(state) - set(parameters))]
-    shares = {}
-    for name, parameter in parameters.items():
-        if name not in state:
-            continue
-        full, size = state[name], list(parameter.shape)
-        axis = getattr(parameter, "partition_dim", 0)
-        split = bool(getattr(parameter, "tensor_model_parallel", False)) and tp_size > 1
-        if split:
-            size[axis] *= tp_size
-        if name in _VOCABULARY and full.shape[0] < size[0]:
-            full = torch.cat((full, full.new_zeros(size[0] - full.shape[0], *full.shape[1:])))
-        if list(full.shape) != size:
-            problems.append(f"shape: {name} is {tuple(full.shape)}, the model has {tuple(size)}")
-            continue
-        shares[name] = full.chunk(tp_size, axis)[tp_rank] if split else full
-    if problems:
-        raise _misfit("weights file", problems, "Use the config.yaml beside it.")
-    for name, share in shares.items():
-        parameters[name].copy_(share)
-
-
-def write_full_state(state: Mapping[str, Tensor], shape: ModelConfig, folder: Path) -> Path:
-    """Write FOLDER/model.safetensors, whole or not at all.
-
-    Raises:
-        CheckpointError: the file cannot be written.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    path, partial = folder / FILE, folder / (FILE + ".partial")
-    metadata = {"format": _FORMAT, "model": json.dumps(to_dict(shape))}
-    try:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial, metadata)
-        partial.rename(path)
-    except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
-        raise CheckpointError(
-            explain(path, f"cannot be written ({error})", "Free or enlarge the disk.")
-        ) from None
-    return path
-
-
-def read_full_state(path: Path) -> dict[str, Tensor]:
-    """Full state from `model.safetensors`, or from the folder that holds it.
-
-    Raises:
-        CheckpointError: missing, damaged, or another kind of file.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    file = path / FILE if path.is_dir() else path
-    try:
-        with safe_open(file, "pt") as opened:
-            metadata: dict[str, Any] = opened.metadata() or {}
-            if metadata.get("format") != _FORMAT:
-                raise CheckpointError(
-                    explain(
-                        file, f"was not written as `{_FORMAT}`", "Use tools/import_released.py to make one."
-                    )
-                )
-            return {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118  # not a dict
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            explain(file, f"cannot be read ({error})", "Check the path, or make it again.")
-        ) from None

@@ -1,7 +1,7 @@
 """The vision encoder under the names of timm, open_clip and transformers, to and from ours.
 
-An "encoder state" is the `vision.*` part of a full state (`models.released`): whole tensors, fp32. Nothing here
-needs those packages. What a format lacks is folded into what it has, exactly: layer-scale into the branch's last
+An encoder state dict is the `vision.*` part of a consolidated one (`interop.weights_file`), in fp32. Nothing here
+needs those packages. What a format lacks is folded into what it has, exactly: layer scale into the branch's last
 matrix, a patch bias into the positions.
 
 Shape legend
@@ -10,36 +10,37 @@ Shape legend
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lcl_mcore.config.model import VisionConfig
-from lcl_mcore.errors import CheckpointError, explain
-from lcl_mcore.interop.released import FILE as STATE_FILE
-from lcl_mcore.interop.released import load_full_state, read_full_state
-from lcl_mcore.models.lcl import LclModel
+from lcl_mcore.interop.weights_file import misfit
 
-FIX = "Choose a model of the same shape, or set model.vision.* to fit it."
+OTHER_SHAPE = "Choose a model of the same shape, or set model.vision.* to fit it."
 
 
 @dataclass(frozen=True)
 class Naming:
     """Where a format keeps the tensors of a ViT.
 
-    Block names hold `{i}`; the name of stacked query, key and value rows holds `{leaf}` (weight, bias). An empty
-    name says that the format has no such tensor.
+    Names of a block's tensors hold `{i}`; an empty name says that the format has no such tensor.
+
+    Attributes:
+        format: for messages.
+        marker: a key that only this format has.
+        prefixes: what may stand before every name in a file; the first one is written.
+        qkv: stacked query, key and value, or each of them; holds `{leaf}` (weight, bias).
+        layer_scales: of the attention and of the MLP branch.
+        leading: axes of size one in front of class token [h] and positions [T, h].
     """
 
     format: str
-    marker: str  # a key that only this format has
-    prefixes: tuple[str, ...]  # that may stand before every name in a file; the first is written
+    marker: str
+    prefixes: tuple[str, ...]
     class_token: str
     positions: str
     patches: str
@@ -49,8 +50,8 @@ class Naming:
     out: str
     norms: tuple[str, str]
     mlp: tuple[str, str]
-    gains: tuple[str, str] = ("", "")
-    leading: int = 0  # axes of size one in front of class token [h] and positions [T, h]
+    layer_scales: tuple[str, str] = ("", "")
+    leading: int = 0
 
 
 TIMM = Naming(
@@ -133,8 +134,8 @@ VIT = Naming(
 NAMINGS = (TIMM, OPEN_CLIP, CLIP_VISION, SIGLIP_VISION, VIT)
 
 
-def _parts(naming: Naming, i: int) -> Iterator[tuple[str, str]]:
-    """(our module, their module) pairs of a block, query, key and value left out."""
+def _modules(naming: Naming, i: int) -> Iterator[tuple[str, str]]:
+    """(our module, their module) of a block, except query, key and value."""
     block = f"vision.blocks.layers.{i}"
     yield f"{block}.input_layernorm", naming.norms[0].format(i=i)
     yield f"{block}.pre_mlp_layernorm", naming.norms[1].format(i=i)
@@ -144,9 +145,9 @@ def _parts(naming: Naming, i: int) -> Iterator[tuple[str, str]]:
 
 
 def _branches(naming: Naming, i: int) -> tuple[tuple[str, str, str], ...]:
-    """(our gamma, their gamma, our last module of the branch) of a block's two branches."""
+    """(our layer scale, theirs, our last module of the branch) of a block's two branches."""
     block = f"vision.blocks.layers.{i}"
-    attention, mlp = (name.format(i=i) for name in naming.gains)
+    attention, mlp = (name.format(i=i) for name in naming.layer_scales)
     return (
         (f"{block}.self_attn_bda.gamma", attention, f"{block}.self_attention.linear_proj"),
         (f"{block}.mlp_bda.gamma", mlp, f"{block}.mlp.linear_fc2"),
@@ -154,7 +155,7 @@ def _branches(naming: Naming, i: int) -> tuple[tuple[str, str, str], ...]:
 
 
 def to_format(state: Mapping[str, Tensor], shape: VisionConfig, naming: Naming) -> dict[str, Tensor]:
-    """An encoder state under the names of a format; the format must be able to hold the shape."""
+    """Encoder state dict under the names of a format, which must be able to hold the shape."""
     h, p = shape.width, shape.patch_size
     source = {name: tensor.detach().float() for name, tensor in state.items()}
     lead = (1,) * naming.leading
@@ -178,14 +179,12 @@ def to_format(state: Mapping[str, Tensor], shape: VisionConfig, naming: Naming) 
                 source[f"{last}.bias"] = source[f"{last}.bias"] * source[ours]
         for leaf in ("weight", "bias"):
             ours = f"vision.blocks.layers.{i}.self_attention.linear_qkv.{leaf}"
-            split = (
-                source[ours].unflatten(0, (shape.heads, 3, -1)).transpose(0, 1)
-            )  # q, k, v, each head by head
-            thirds = split.flatten(1, 2)
+            # [heads, (q, k, v), h / heads, ...] -> [(q, k, v), h, ...]
+            stacked = source[ours].unflatten(0, (shape.heads, 3, -1)).transpose(0, 1).flatten(1, 2)
             names = [name.format(i=i, leaf=leaf) for name in naming.qkv]
-            parts = thirds.unbind(0) if len(names) == 3 else (thirds.flatten(0, 1),)
-            result |= dict(zip(names, parts, strict=True))
-        modules += _parts(naming, i)
+            tensors = stacked.unbind(0) if len(names) == 3 else (stacked.flatten(0, 1),)
+            result |= dict(zip(names, tensors, strict=True))
+        modules += _modules(naming, i)
     for ours, theirs in modules:
         for leaf in ("weight", "bias"):
             result[f"{theirs}.{leaf}"] = source[f"{ours}.{leaf}"]
@@ -193,7 +192,7 @@ def to_format(state: Mapping[str, Tensor], shape: VisionConfig, naming: Naming) 
 
 
 def recognise(state: Mapping[str, Tensor]) -> tuple[Naming, str] | None:
-    """The format of a file's tensors and the prefix before their names; None if none of them."""
+    """The format of a file's tensors and the prefix before their names; None for an unknown format."""
     for naming in NAMINGS:
         for prefix in sorted(naming.prefixes, key=len, reverse=True):
             if prefix + naming.marker in state:
@@ -204,7 +203,7 @@ def recognise(state: Mapping[str, Tensor]) -> tuple[Naming, str] | None:
 def from_format(
     state: Mapping[str, Tensor], shape: VisionConfig, naming: Naming, prefix: str
 ) -> dict[str, Tensor]:
-    """Encoder state of a file's tensors; heads, projections and text towers in it are left alone.
+    """Encoder state dict of a file's tensors; heads, projections and text towers in the file are ignored.
 
     Raises:
         CheckpointError: tensors are missing or have another shape, or the file has parts this model lacks.
@@ -246,7 +245,7 @@ def from_format(
     elif naming.norm_pre and f"{prefix}{naming.norm_pre}.weight" in state:
         problems.append(f"unexpected: {prefix}{naming.norm_pre}.weight")
     for i in range(layers):
-        modules += _parts(naming, i)
+        modules += _modules(naming, i)
         for leaf, columns in (("weight", (h,)), ("bias", ())):
             names = [name.format(i=i, leaf=leaf) for name in naming.qkv]
             rows = torch.cat([take(name, 3 * h // len(names), *columns) for name in names])
@@ -269,96 +268,5 @@ def from_format(
     if len(found) > layers:
         problems.append(f"unexpected: {len(found)} blocks, the model has {layers}")
     if problems:
-        shown = "\n  ".join(problems[:20])
-        raise CheckpointError(
-            explain(f"{naming.format} weights", f"do not fit this encoder:\n  {shown}\n", FIX)
-        )
+        raise misfit(f"{naming.format} weights", problems, OTHER_SHAPE)
     return result
-
-
-def check_stated(folder: Path, shape: VisionConfig) -> None:
-    """Refuse what a `config.json` or `open_clip_config.json` beside the weights says differently from us.
-
-    Raises:
-        CheckpointError: another activation or another epsilon of the norms.
-    """
-    for name in ("config.json", "open_clip_config.json"):
-        path = folder / name
-        stated: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        vision = stated.get("vision_config", stated)
-        quick = "quickgelu" in str(stated.get("architecture", "")) or stated.get("model_cfg", {}).get(
-            "quick_gelu"
-        )
-        activation = "quick_gelu" if quick else vision.get("hidden_act", "gelu")
-        eps = vision.get("layer_norm_eps", shape.norm_eps)
-        for value, ours, what in (
-            (activation, "gelu", "activation"),
-            (eps, shape.norm_eps, "epsilon of the norms"),
-        ):
-            if value != ours:
-                raise CheckpointError(explain(f"{path}: {what} {value}", f"this encoder has {ours}", FIX))
-
-
-def read_encoder(path: Path, shape: VisionConfig) -> tuple[dict[str, Tensor], str]:
-    """Encoder state from a folder or `.safetensors` file of timm, open_clip or transformers, and its format.
-
-    Raises:
-        CheckpointError: unreadable, of no known format, or it does not fit `shape`.
-    """
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
-    if len(files) != 1:
-        rule = f"holds {len(files)} safetensors files where one is needed"
-        raise CheckpointError(explain(path, rule, "Give the file itself."))
-    try:
-        state = load_file(files[0])
-    except (OSError, SafetensorError) as error:
-        raise CheckpointError(explain(files[0], f"cannot be read ({error})", "Check the path.")) from None
-    found = recognise(state)
-    if found is None:
-        rule = "is neither a full state of ours nor a ViT of timm, open_clip or transformers"
-        raise CheckpointError(explain(files[0], rule, "See docs/export.md for what can be read."))
-    check_stated(files[0].parent, shape)
-    return from_format(state, shape, *found), found[0].format
-
-
-@torch.no_grad()
-def load_encoder(model: nn.Module, state: Mapping[str, Tensor], tp_rank: int, tp_size: int) -> None:
-    """Copy this tensor-parallel rank's share of an encoder state into the `vision.*` parameters of a model."""
-    for name, parameter in model.named_parameters():
-        if not name.startswith("vision."):
-            continue
-        whole, axis = state[name], getattr(parameter, "partition_dim", 0)
-        split = bool(getattr(parameter, "tensor_model_parallel", False)) and tp_size > 1
-        parameter.copy_(whole.chunk(tp_size, axis)[tp_rank] if split else whole)
-
-
-def start_from(model: LclModel, path: Path, tp_rank: int, tp_size: int) -> str:
-    """Replace initial weights by those of a file: all of them by a full state, the encoder's by another package's.
-
-    Returns:
-        One line saying what was loaded.
-
-    Raises:
-        CheckpointError: unreadable, unknown, or it does not fit the model.
-    """
-    if is_full_state(path):
-        load_full_state(model, read_full_state(path), tp_rank, tp_size)
-        return str(path)
-    state, kind = read_encoder(path, model.shape.vision)
-    load_encoder(model, state, tp_rank, tp_size)
-    return f"{path} (vision encoder only, {kind})"
-
-
-def is_full_state(path: Path) -> bool:
-    """Whether this is a `model.safetensors` of ours, or a folder with one."""
-    from safetensors import SafetensorError, safe_open
-
-    file = path / STATE_FILE if path.is_dir() else path
-    try:
-        with safe_open(file, "pt") as opened:
-            return (opened.metadata() or {}).get("format", "").startswith("lcl_mcore")
-    except (OSError, SafetensorError):
-        return False

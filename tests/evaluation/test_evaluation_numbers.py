@@ -14,12 +14,13 @@ from PIL import Image
 
 from lcl_mcore.config.evaluation import EvaluationConfig, ProbeConfig
 from lcl_mcore.errors import DataError
-from lcl_mcore.evaluation.caption import scores, words
-from lcl_mcore.evaluation.captioned import open_caption_dataset, recalls
+from lcl_mcore.evaluation.captioning import scores, words
+from lcl_mcore.evaluation.classification import AttentionProbe, accuracy, fit_classifier
 from lcl_mcore.evaluation.commands import parse
-from lcl_mcore.evaluation.labelled import open_classification_dataset
-from lcl_mcore.evaluation.overview import _mean_cosine, effective_rank
-from lcl_mcore.evaluation.probe import AttentionProbe, accuracy, fit, learning_rate
+from lcl_mcore.evaluation.datasets import open_caption_dataset, open_classification_dataset
+from lcl_mcore.evaluation.embedding_metrics import effective_rank, mean_cosine
+from lcl_mcore.evaluation.retrieval import retrieval_scores
+from lcl_mcore.lr_schedule import cosine_with_warmup
 
 
 def jpeg(level: int) -> bytes:
@@ -36,19 +37,19 @@ def test_effective_rank() -> None:
     assert effective_rank(cloud[:, :3] @ torch.eye(16)[:3]) == pytest.approx(3, rel=0.01)
     assert effective_rank(torch.ones(10, 4)) == 0.0
     unit = torch.nn.functional.normalize(cloud, dim=1)
-    assert _mean_cosine(unit) == pytest.approx(
+    assert mean_cosine(unit) == pytest.approx(
         float((unit @ unit.T).fill_diagonal_(0).sum() / (5000 * 4999)), abs=1e-6
     )
-    assert _mean_cosine(torch.ones(7, 4) / 2) == pytest.approx(1.0)
+    assert mean_cosine(torch.ones(7, 4) / 2) == pytest.approx(1.0)
 
 
 def test_recall_with_several_captions() -> None:
-    """Captions 0 to 2 are right; 3 to 5 belong to a image and look like another one: ties count against."""
+    """Captions 0 to 2 are right; 3 to 5 belong to an image and look like another one: ties count against."""
     text = torch.cat((torch.eye(3), torch.eye(3)[[1, 2, 0]]))
     owner = torch.tensor([0, 1, 2, 0, 1, 2])
-    found = recalls(torch.eye(3), text, owner, (1, 2, 3))
+    found = retrieval_scores(torch.eye(3), text, owner, (1, 2, 3))
     assert found == {"TR@1": 0.0, "TR@2": 1.0, "TR@3": 1.0, "IR@1": 0.5, "IR@2": 0.5, "IR@3": 1.0}
-    assert recalls(torch.eye(3), torch.eye(3), torch.arange(3), (1,)) == {"TR@1": 1.0, "IR@1": 1.0}
+    assert retrieval_scores(torch.eye(3), torch.eye(3), torch.arange(3), (1,)) == {"TR@1": 1.0, "IR@1": 1.0}
 
 
 def test_caption_scores() -> None:
@@ -148,12 +149,14 @@ def test_probe_learns_where_to_look() -> None:
     tokens[:, 2, 8] = 6
     config = ProbeConfig(epochs=40, batch_size=100, lr=1e-2)
     probe = AttentionProbe(16, 2, 4, seed=0)
-    loss = fit(probe, [(list(probe.parameters()), 1.0)], lambda i: (tokens[i], labels[i]), 300, config)
+    loss = fit_classifier(
+        probe, [(list(probe.parameters()), 1.0)], lambda i: (tokens[i], labels[i]), 300, config
+    )
     held = accuracy(probe, lambda i: (tokens[300 + i], labels[300 + i]), 100)
     assert loss < 0.2
     assert held["top1"] > 0.95
     assert held["top5"] == 1.0
-    factors = [learning_rate(step, 100, 0.1) for step in range(100)]
+    factors = [cosine_with_warmup(step, 100, 10, peak=1.0) for step in range(100)]
     assert factors[9] == 1.0
     assert factors[0] == pytest.approx(0.1)
     assert factors[99] < 0.001

@@ -12,12 +12,11 @@ import torch
 
 from lcl_mcore.config.model import VisionConfig
 from lcl_mcore.errors import CheckpointError
-from lcl_mcore.evaluation.loading import full_state
 from lcl_mcore.interop.export import deviation, normalised, own_features, random_images
 from lcl_mcore.interop.export_formats import FORMATS
-from lcl_mcore.interop.released import write_full_state
-from lcl_mcore.interop.reload import Request, reload_features
-from lcl_mcore.interop.vit_formats import load_encoder, read_encoder, start_from
+from lcl_mcore.interop.export_reload import ReloadRequest, reload_features
+from lcl_mcore.interop.init_from import load_encoder, read_encoder, start_from
+from lcl_mcore.interop.weights_file import consolidated_state, write_consolidated
 from lcl_mcore.models.lcl import LclModel
 
 Make = Callable[..., LclModel]
@@ -46,8 +45,8 @@ def test_features_are_equal_and_weights_come_back(make_model: Make, tmp_path: Pa
             assert form.refuses(shape) is None
             folder = tmp_path / f"{name} {kind}"
             folder.mkdir()
-            form.write(full_state(model), shape, folder)
-            requests.append(Request(name, folder, shape))
+            form.write(consolidated_state(model), shape, folder)
+            requests.append(ReloadRequest(name, folder, shape))
             expected.append(ours)
     assert len(requests) == 10
     for request, ours, theirs in zip(
@@ -77,7 +76,7 @@ def test_what_a_format_has_and_we_lack_is_folded_or_refused(make_model: Make, tm
     shape = SHAPES["class token"]
     model, images = make_model(shape), random_images(48)
     ours = own_features(model, images)
-    FORMATS["timm"].write(full_state(model), shape, tmp_path)
+    FORMATS["timm"].write(consolidated_state(model), shape, tmp_path)
     file = tmp_path / "model.safetensors"
     tensors = load_file(file)
     # A patch bias, moved out of the positions; a head; no position for the class token.
@@ -90,7 +89,7 @@ def test_what_a_format_has_and_we_lack_is_folded_or_refused(make_model: Make, tm
     save_file(tensors, file)
     assert "vision encoder only, timm" in start_from(model, tmp_path, 0, 1)
     torch.testing.assert_close(own_features(model, images), ours, rtol=0, atol=1e-5)
-    # Gains, where the model has none.
+    # Layer scale in the file, where the model has none.
     plain = make_model(dataclasses.replace(shape, layer_scale=None), seed=7)
     start_from(plain, tmp_path, 0, 1)
     torch.testing.assert_close(own_features(plain, images), ours, rtol=0, atol=1e-5)
@@ -108,14 +107,14 @@ def test_what_a_format_has_and_we_lack_is_folded_or_refused(make_model: Make, tm
     with pytest.raises(CheckpointError, match="epsilon of the norms 1e-06"):
         read_encoder(tmp_path, shape)
     save_file({"weight": torch.zeros(1)}, file)
-    with pytest.raises(CheckpointError, match="neither a full state of ours nor"):
+    with pytest.raises(CheckpointError, match="neither a consolidated state dict of lcl_mcore nor"):
         start_from(model, file, 0, 1)
 
 
-def test_a_full_state_starts_the_whole_model(make_model: Make, tmp_path: Path) -> None:
+def test_a_consolidated_state_dict_starts_the_whole_model(make_model: Make, tmp_path: Path) -> None:
     shape = SHAPES["neither"]
     model, other = make_model(shape), make_model(shape, seed=3)
-    write_full_state(full_state(model), model.shape, tmp_path)
+    write_consolidated(consolidated_state(model), model.shape, tmp_path)
     assert start_from(other, tmp_path, 0, 1) == str(tmp_path)
     for (name, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
         rows = slice(0, 300) if one.shape[0] == 384 else slice(None)

@@ -19,7 +19,7 @@ from lcl_kernels import infonce_reference
 from lcl_mcore.config.run import ParallelConfig, single_process
 from lcl_mcore.distributed.device import init_process_group, pick_device
 from lcl_mcore.distributed.groups import make_groups
-from lcl_mcore.interop.released import load_full_state, read_full_state
+from lcl_mcore.interop.weights_file import load_consolidated, read_consolidated
 from lcl_mcore.losses.generation import generation_loss_sum
 from lcl_mcore.models.backends import choose_backends
 from lcl_mcore.models.lcl import LclModel
@@ -37,7 +37,7 @@ def main() -> None:
     parallel = ParallelConfig(tensor_parallel_size=tp, vision_parallel="tensor")
     config = replace(single_process(SHAPE), parallel=parallel)
     model = LclModel(config, groups, device.device, choose_backends(config, device.device))
-    load_full_state(model, read_full_state(Path(sys.argv[1])), groups.tp.rank(), tp)
+    load_consolidated(model, read_consolidated(Path(sys.argv[1])), groups.tp.rank(), tp)
     batch = released_batch(0)
     with torch.no_grad():
         features, hidden = model(batch)

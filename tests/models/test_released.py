@@ -27,15 +27,8 @@ from lcl_mcore.config.files import read_config
 from lcl_mcore.config.model import LanguageConfig, ModelConfig, VisionConfig
 from lcl_mcore.config.recipes import load_recipe
 from lcl_mcore.errors import CheckpointError, ConfigError
-from lcl_mcore.interop.released import (
-    from_released,
-    load_full_state,
-    read_full_state,
-    read_released,
-    shape_of_released,
-    to_released,
-    write_full_state,
-)
+from lcl_mcore.interop.released import from_released, read_released, shape_of_released, to_released
+from lcl_mcore.interop.weights_file import load_consolidated, read_consolidated, write_consolidated
 from lcl_mcore.models.lcl import LclModel
 from lcl_mcore.models.stages import stage_of
 from reference_model import ReferenceLcl
@@ -161,7 +154,7 @@ def test_the_reference_model_gives_the_released_losses(ranks: int) -> None:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_imported_weights_give_the_released_losses_and_gradients(build: Build, ranks: int) -> None:
     model = build(SHAPE, initialize=False)
-    load_full_state(model, from_released(released_state(), SHAPE), 0, 1)
+    load_consolidated(model, from_released(released_state(), SHAPE), 0, 1)
     images, contexts, weights = [], [], []
     generation = torch.zeros(())
     for rank in range(ranks):
@@ -197,7 +190,7 @@ def test_both_directions_are_exact(build: Build) -> None:
     model = build(SHAPE, seed=4)
     own = {name: p.detach() for name, p in model.named_parameters()}
     again = build(SHAPE, seed=5)
-    load_full_state(again, from_released(to_released(own, SHAPE), SHAPE), 0, 1)
+    load_consolidated(again, from_released(to_released(own, SHAPE), SHAPE), 0, 1)
     for name, parameter in again.named_parameters():
         real = (
             slice(0, VOCABULARY)
@@ -237,10 +230,10 @@ class Share(nn.Module):
 def test_every_rank_gets_whole_heads(build: Build) -> None:
     whole = build(SHAPE, initialize=False)
     state = from_released(released_state(), SHAPE)
-    load_full_state(whole, state, 0, 1)
+    load_consolidated(whole, state, 0, 1)
     ranks = [Share(whole, 2) for _ in range(2)]
     for rank, share in enumerate(ranks):
-        load_full_state(share, state, rank, 2)
+        load_consolidated(share, state, rank, 2)
     split = 0
     for name, parameter in whole.named_parameters():
         parts: list[Tensor] = [share.shares[name] for share in ranks]
@@ -294,7 +287,7 @@ def test_a_model_is_left_alone_when_weights_do_not_fit(build: Build) -> None:
     state = from_released(released_state(), SHAPE)
     state["pool.query"] = state["pool.query"][:, :, :-1]
     with pytest.raises(CheckpointError, match=r"pool\.query is \(1, 1, 63\), the model has \(1, 1, 64\)"):
-        load_full_state(model, state, 0, 1)
+        load_consolidated(model, state, 0, 1)
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
@@ -323,18 +316,18 @@ def test_files_that_are_not_plain_tensors_are_refused(
     assert read_released(file)["a"].tolist() == [1.0, 1.0]
 
 
-def test_full_state_files_are_checked(tmp_path: Path) -> None:
+def test_weights_files_are_checked(tmp_path: Path) -> None:
     state = from_released(released_state(), SHAPE)
-    path = write_full_state(state, SHAPE, tmp_path / "weights")
-    again = read_full_state(tmp_path / "weights")
+    path = write_consolidated(state, SHAPE, tmp_path / "weights")
+    again = read_consolidated(tmp_path / "weights")
     assert again.keys() == state.keys()
     assert all(torch.equal(again[name], state[name]) for name in state)
     with path.open("r+b") as file:
         file.truncate(1000)
     with pytest.raises(CheckpointError, match="cannot be read"):
-        read_full_state(path)
+        read_consolidated(path)
     with pytest.raises(CheckpointError, match="cannot be read"):
-        read_full_state(tmp_path / "nowhere.safetensors")
+        read_consolidated(tmp_path / "nowhere.safetensors")
 
 
 def test_the_tool_writes_weights_and_a_configuration(tmp_path: Path) -> None:
@@ -380,13 +373,13 @@ def test_the_tool_writes_weights_and_a_configuration(tmp_path: Path) -> None:
         "rank",
         "index0",
     )
-    full = read_full_state(tmp_path / "out")
+    full = read_consolidated(tmp_path / "out")
     assert all(torch.equal(value, state[name]) for name, value in to_released(full, shape).items())
 
 
 @pytest.mark.distributed
 def test_imported_weights_give_the_released_losses_at_tp_2(tmp_path: Path) -> None:
-    write_full_state(from_released(released_state(), SHAPE), SHAPE, tmp_path)
+    write_consolidated(from_released(released_state(), SHAPE), SHAPE, tmp_path)
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     worker = Path(__file__).parent / "released_worker.py"
     done = subprocess.run(

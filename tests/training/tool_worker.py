@@ -44,7 +44,7 @@ def run(script: str, *arguments: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     import lcl_mcore.distributed.context
-    import lcl_mcore.evaluation.periodic
+    import lcl_mcore.evaluation.heldout
     import lcl_mcore.trainer  # noqa: F401  # for the children
 
     results = [run(*case) for case in json.loads(Path(sys.argv[1]).read_text())]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lcl_mcore.config.base import from_dict, to_dict
@@ -27,29 +28,27 @@ SECONDS = 1800.0
 
 
 @dataclass(frozen=True)
-class Request:
-    """One folder to load: its format's name and the encoder's shape."""
+class ReloadRequest:
+    """One folder to load: its format (a key of `FORMATS`) and the encoder's shape."""
 
     format: str
     folder: Path
     shape: VisionConfig
 
 
-def reload_features(requests: Sequence[Request], pixels: Tensor) -> list[Tensor]:
+def reload_features(requests: Sequence[ReloadRequest], pixels: Tensor) -> list[Tensor]:
     """Features of every request for the same normalised pixels: fp32 [n, 3, S, S] -> fp32 [n, P, h] each.
 
     Raises:
         CheckpointError: a package failed to load what was written for it.
     """
-    from safetensors.torch import load_file, save_file
-
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         save_file({"pixels": pixels.contiguous()}, folder / "pixels.safetensors")
         items = [[r.format, str(r.folder.resolve()), to_dict(r.shape)] for r in requests]
         (folder / "requests.json").write_text(json.dumps(items), encoding="utf-8")
         done = subprocess.run(
-            [sys.executable, "-m", "lcl_mcore.interop.reload", str(folder)],
+            [sys.executable, "-m", "lcl_mcore.interop.export_reload", str(folder)],
             env=os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
             capture_output=True,
             text=True,
@@ -57,11 +56,11 @@ def reload_features(requests: Sequence[Request], pixels: Tensor) -> list[Tensor]
             check=False,
         )
         if done.returncode:
-            last = "\n".join(done.stderr.strip().splitlines()[-5:])
+            last = (done.stderr.strip() or f"exit code {done.returncode}").splitlines()[-1]
             raise CheckpointError(
                 explain(
                     "the exported files",
-                    f"could not be loaded again:\n{last}\n",
+                    f"could not be loaded again ({last})",
                     "Report this with the versions of the packages.",
                 )
             )
@@ -72,8 +71,6 @@ def reload_features(requests: Sequence[Request], pixels: Tensor) -> list[Tensor]
 @torch.no_grad()
 def main(folder: Path) -> None:
     """Answer the requests that lie in `folder`."""
-    from safetensors.torch import load_file, save_file
-
     from lcl_mcore.distributed.cpu import make_torchvision_importable
 
     held = make_torchvision_importable()

@@ -1,0 +1,107 @@
+"""A trained model in one process, from a run, a checkpoint of any layout, or a folder with `model.safetensors`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from lcl_mcore.build import build_model
+from lcl_mcore.checkpoint.manager import TrainState, complete_checkpoints, load_weights
+from lcl_mcore.config.files import FILE as CONFIG_FILE
+from lcl_mcore.config.files import read_config
+from lcl_mcore.config.run import ParallelConfig, RunConfig
+from lcl_mcore.data.tokenizer import Tokenizer, build_tokenizer
+from lcl_mcore.distributed.context import Context, start
+from lcl_mcore.errors import CheckpointError, explain
+from lcl_mcore.interop.weights_file import FILE as WEIGHTS_FILE
+from lcl_mcore.interop.weights_file import load_consolidated, read_consolidated
+from lcl_mcore.models.init import initialize
+from lcl_mcore.models.lcl import LclModel
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model with its weights, and where they came from.
+
+    Attributes:
+        config: the run's, for one process.
+        folder: holds `config.yaml`.
+        weights: the checkpoint or file that was read.
+        state: steps, images and data position; zeros for `model.safetensors`.
+    """
+
+    config: RunConfig
+    model: LclModel
+    context: Context
+    folder: Path
+    weights: Path
+    state: TrainState
+
+    def tokenizer(self) -> Tokenizer:
+        """The vocabulary that the model was trained with."""
+        return build_tokenizer(self.config.data.tokenizer)
+
+    def facts(self) -> dict[str, Any]:
+        """What every result says about the model that it belongs to."""
+        return {
+            "weights": str(self.weights),
+            "recipe": self.config.recipe,
+            "steps": self.state.step,
+            "images_seen": self.state.images_seen,
+            "hardware": self.context.device.name,
+        }
+
+
+def open_model(path: Path, context: Context | None = None) -> LoadedModel:
+    """Build the model in this process and load its weights, in the run's precision; in evaluation mode.
+
+    Args:
+        path: see `locate`.
+        context: of a process group that was joined before; None joins one of a single process.
+
+    Raises:
+        CheckpointError: nothing to load, or it is damaged.
+        ConfigError: the configuration beside it is missing or invalid.
+    """
+    folder, weights = locate(path)
+    config = single_process_config(folder)
+    context = context or start(config, folder)
+    model = build_model(config, context)
+    if weights.name == WEIGHTS_FILE:
+        load_consolidated(model, read_consolidated(weights), 0, 1)
+        state = TrainState(0, None, "", "")
+    else:
+        state = load_weights(weights, model)
+    model.eval()
+    return LoadedModel(config, model, context, folder, weights, state)
+
+
+def locate(path: Path) -> tuple[Path, Path]:
+    """Folder with the configuration, and weights, of a run, one of its checkpoints, or an imported model.
+
+    Raises:
+        CheckpointError: there is no complete checkpoint and no `model.safetensors`.
+    """
+    if (path / "state.json").is_file():
+        return path.resolve().parent.parent, path
+    if (path / WEIGHTS_FILE).is_file():
+        return path, path / WEIGHTS_FILE
+    checkpoints = complete_checkpoints(path / "checkpoints")
+    if not checkpoints:
+        remedy = "Train first, or give another folder."
+        raise CheckpointError(explain(path, "has no complete checkpoint", remedy))
+    return path, checkpoints[-1]
+
+
+def single_process_config(run: Path) -> RunConfig:
+    """The run's configuration for one process; FP8 becomes BF16."""
+    config = read_config(run / CONFIG_FILE)
+    precision = "bf16" if config.train.precision == "fp8" else config.train.precision
+    train = replace(config.train, precision=precision, global_batch_size=config.train.micro_batch_size)
+    return replace(config, parallel=ParallelConfig(), train=train)
+
+
+def reset_weights(loaded: LoadedModel) -> None:
+    """Give the model the random weights that the run started from: the baseline of every evaluation."""
+    initialize(loaded.model, loaded.config.model, loaded.config.train.seed, 0, 1)

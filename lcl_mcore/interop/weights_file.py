@@ -1,0 +1,135 @@
+"""`model.safetensors`: the consolidated state dict of a model, written, read, and loaded into any layout.
+
+A consolidated state dict maps every parameter name of an `LclModel` on one pipeline stage to its whole tensor, as one
+tensor-parallel rank holds it, with the vocabulary unpadded.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from lcl_mcore.config.base import to_dict
+from lcl_mcore.config.model import ModelConfig
+from lcl_mcore.errors import CheckpointError, explain
+from lcl_mcore.models.lcl import LclModel
+
+FILE = "model.safetensors"
+VOCABULARY = ("language.token_embedding.weight", "language.head")
+"""Parameters whose rows are the vocabulary; layouts pad them differently."""
+_FORMAT = "lcl_mcore full state 1"  # written in every such file since the first
+
+
+_SHOWN = 6
+
+
+def misfit(what: str, problems: Sequence[str], remedy: str) -> CheckpointError:
+    """The error for tensors that do not fit a model; the first problems are named."""
+    more = [f"and {len(problems) - _SHOWN} more"] if len(problems) > _SHOWN else []
+    shown = "; ".join([*problems[:_SHOWN], *more])
+    return CheckpointError(explain(what, f"do not fit this model ({shown})", remedy))
+
+
+def without_vocabulary_padding(state: Mapping[str, Tensor], vocab_size: int) -> dict[str, Tensor]:
+    """The same state dict with the rows from `vocab_size` on cut off: they belong to a layout, not to the model."""
+    return {name: x[:vocab_size] if name in VOCABULARY else x for name, x in state.items()}
+
+
+def consolidated_state(model: LclModel) -> dict[str, Tensor]:
+    """Every parameter of a model in one process, whole, fp32, on the CPU, without vocabulary padding."""
+    state = {name: p.detach().float().cpu() for name, p in model.named_parameters()}
+    return without_vocabulary_padding(state, model.shape.language.vocab_size)
+
+
+@torch.no_grad()
+def load_consolidated(model: LclModel, state: Mapping[str, Tensor], tp_rank: int, tp_size: int) -> None:
+    """Copy this rank's share of a consolidated state dict into an `LclModel`, whole or one stage of a pipeline.
+
+    Padding rows of the vocabulary become zero. Call it before the optimizer copies its master weights.
+
+    Raises:
+        CheckpointError: names or shapes differ; the model is then unchanged.
+    """
+    parameters = {model.canonical_name(name): p for name, p in model.named_parameters()}
+    problems = [f"missing: {name}" for name in parameters if name not in state]
+    if model.stage.count == 1:  # the other stages of a pipeline take the rest
+        problems += [f"unexpected: {name}" for name in sorted(set(state) - set(parameters))]
+    shares = {}
+    for name, parameter in parameters.items():
+        if name not in state:
+            continue
+        whole, size = state[name], list(parameter.shape)
+        axis = getattr(parameter, "partition_dim", 0)
+        split = bool(getattr(parameter, "tensor_model_parallel", False)) and tp_size > 1
+        if split:
+            size[axis] *= tp_size
+        if name in VOCABULARY and whole.shape[0] < size[0]:
+            whole = torch.cat((whole, whole.new_zeros(size[0] - whole.shape[0], *whole.shape[1:])))
+        if list(whole.shape) != size:
+            problems.append(f"shape: {name} is {tuple(whole.shape)}, the model has {tuple(size)}")
+            continue
+        shares[name] = whole.chunk(tp_size, axis)[tp_rank] if split else whole
+    if problems:
+        raise misfit("weights", problems, "Use the config.yaml beside it.")
+    for name, share in shares.items():
+        parameters[name].copy_(share)
+
+
+def write_consolidated(state: Mapping[str, Tensor], shape: ModelConfig, folder: Path) -> Path:
+    """Write FOLDER/model.safetensors, whole or not at all.
+
+    Raises:
+        CheckpointError: the file cannot be written.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    path, partial = folder / FILE, folder / (FILE + ".partial")
+    metadata = {"format": _FORMAT, "model": json.dumps(to_dict(shape))}
+    try:
+        save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial, metadata)
+        partial.rename(path)
+    except (OSError, SafetensorError) as error:
+        partial.unlink(missing_ok=True)
+        raise CheckpointError(
+            explain(path, f"cannot be written ({error})", "Free or enlarge the disk.")
+        ) from None
+    return path
+
+
+def read_consolidated(path: Path) -> dict[str, Tensor]:
+    """Consolidated state dict from `model.safetensors`, or from the folder that holds it.
+
+    Raises:
+        CheckpointError: missing, damaged, or another kind of file.
+    """
+    file = _file(path)
+    try:
+        with safe_open(file, "pt") as stored:
+            metadata: dict[str, Any] = stored.metadata() or {}
+            if metadata.get("format") != _FORMAT:
+                rule = f"was not written as `{_FORMAT}`"
+                raise CheckpointError(explain(file, rule, "Use tools/import_released.py to make one."))
+            return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  # not a dict
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(
+            explain(file, f"cannot be read ({error})", "Check the path, or make it again.")
+        ) from None
+
+
+def is_consolidated(path: Path) -> bool:
+    """Whether this is a `model.safetensors` of ours, or a folder with one."""
+    try:
+        with safe_open(_file(path), "pt") as stored:
+            return (stored.metadata() or {}).get("format", "").startswith("lcl_mcore")
+    except (OSError, SafetensorError):
+        return False
+
+
+def _file(path: Path) -> Path:
+    return path / FILE if path.is_dir() else path
