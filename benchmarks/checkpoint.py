@@ -24,7 +24,7 @@ from typing import Any
 
 from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config.recipes import load_recipe
-from lcl_mcore.config.run import RunConfig
+from lcl_mcore.config.schema import RunConfig
 
 
 def config_for(world: int) -> RunConfig:

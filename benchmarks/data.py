@@ -74,7 +74,7 @@ def plain(work: Path) -> Iterator[tuple[int, int, int]]:
     import webdataset
     from PIL import Image
 
-    from lcl_mcore.config.data import TokenizerConfig
+    from lcl_mcore.config.schema import TokenizerConfig
     from lcl_mcore.data.crop import random_window
     from lcl_mcore.data.tokenizer import build_tokenizer
     from lcl_mcore.rng import KeyedRandom
@@ -106,7 +106,7 @@ def plain(work: Path) -> Iterator[tuple[int, int, int]]:
 
 def ours(work: Path, backend: str, *, packed: bool) -> Iterator[tuple[int, int, int]]:
     """This loader: images, sequences and used tokens of each step."""
-    from lcl_mcore.config.data import DataConfig, SourceConfig, TokenizerConfig
+    from lcl_mcore.config.schema import DataConfig, SourceConfig, TokenizerConfig
     from lcl_mcore.data.loader import build_loader
     from lcl_mcore.data.tokenizer import build_tokenizer
 

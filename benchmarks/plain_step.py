@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lcl_mcore.batch import MicroBatch
-from lcl_mcore.config.run import RunConfig
+from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.distributed.cpu import make_torchvision_importable
 from lcl_mcore.models.lcl import INITIAL_LOG_SCALE
 from lcl_mcore.models.vision import PIXEL_MEAN, PIXEL_STD

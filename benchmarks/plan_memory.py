@@ -20,7 +20,7 @@ import torch
 from step import StepSettings, TimedStep
 
 from lcl_mcore.commands.entry import run_main
-from lcl_mcore.config.run import RunConfig
+from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.data.synthetic import synthetic_step
 from lcl_mcore.distributed.device import init_process_group, pick_device
 from lcl_mcore.distributed.groups import make_groups

@@ -34,7 +34,7 @@ from lcl_mcore.batch import StepBatch
 from lcl_mcore.build import build_training
 from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config.recipes import RECIPES, load_recipe
-from lcl_mcore.config.run import RunConfig
+from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.data.synthetic import synthetic_step
 from lcl_mcore.distributed.context import detached
 from lcl_mcore.distributed.device import Device, init_process_group, pick_device

@@ -27,9 +27,15 @@ from step import TimedStep, narrow_towers
 
 from lcl_mcore.batch import StepBatch
 from lcl_mcore.commands.entry import run_main
-from lcl_mcore.config.model import LanguageConfig, ModelConfig, VisionConfig
 from lcl_mcore.config.recipes import load_recipe
-from lcl_mcore.config.run import LossConfig, OptimConfig, RunConfig
+from lcl_mcore.config.schema import (
+    LanguageConfig,
+    LossConfig,
+    ModelConfig,
+    OptimConfig,
+    RunConfig,
+    VisionConfig,
+)
 from lcl_mcore.data.synthetic import synthetic_step
 from lcl_mcore.distributed.device import Device, init_process_group, pick_device
 from lcl_mcore.distributed.groups import Groups, make_groups

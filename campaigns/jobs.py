@@ -20,7 +20,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "training"), str(ROOT / "tests" / "data")]
 
-from lcl_mcore.config.cli import parse_flags, resolve  # noqa: E402
+from lcl_mcore.commands.pretrain import parse_options  # noqa: E402
 from lcl_mcore.diagnostics.environment import source_commit  # noqa: E402
 from lcl_mcore.distributed.device import cpu_name  # noqa: E402
 from lcl_mcore.errors import ConfigError  # noqa: E402
@@ -83,7 +83,7 @@ def accepted(corpus: Path, out: Path, ranks: int) -> list[str]:
     found = []
     for name, (count, _) in LAYOUTS.items():
         try:
-            resolve(parse_flags(arguments_of(corpus, out, name))).check_processes(count)
+            parse_options(arguments_of(corpus, out, name)).run.check_processes(count)
         except ConfigError as error:
             print(f"layout {name} skipped: {error}")
             continue

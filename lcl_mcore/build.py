@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
-from lcl_mcore.config.run import RunConfig
+from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.data.loader import StepLoader, build_loader
 from lcl_mcore.data.tokenizer import Tokenizer, build_tokenizer
 from lcl_mcore.distributed.context import Context

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from lcl_mcore import optional_packages as probe
-from lcl_mcore.config.run import OptimConfig
+from lcl_mcore.config.schema import OptimConfig
 from lcl_mcore.errors import ConfigError, explain
 from lcl_mcore.models.backends import Choice
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lcl_mcore.batch import StepBatch
 from lcl_mcore.checkpoint.manifest import TrainState
-from lcl_mcore.config.run import LossConfig, RunConfig
+from lcl_mcore.config.schema import LossConfig, RunConfig
 from lcl_mcore.distributed.context import Context
 from lcl_mcore.distributed.device import Device, HostCopy
 

@@ -17,7 +17,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from lcl_mcore.config.run import OptimConfig, ParallelConfig
+from lcl_mcore.config.schema import OptimConfig, ParallelConfig
 from lcl_mcore.distributed.groups import Groups
 from lcl_mcore.fused_adam import build_adam
 from lcl_mcore.models.lcl import LclModel

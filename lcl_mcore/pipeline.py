@@ -23,7 +23,7 @@ from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.pipeline_parallel.schedules import forward_backward_pipelining_without_interleaving
 from torch import Tensor
 
-from lcl_mcore.config.run import RunConfig
+from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.distributed.context import Context
 from lcl_mcore.losses.gradcache import cache_gradients
 from lcl_mcore.models.lcl import ImageFeatures, LclModel

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from lcl_kernels.infonce import select_engine
 
-from lcl_mcore.config.run import RunConfig
+from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.distributed.context import Context
 from lcl_mcore.models.backends import Choice
 from lcl_mcore.models.lcl import LclModel

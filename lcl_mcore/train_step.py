@@ -17,7 +17,7 @@ from megatron.core.distributed import DistributedDataParallel, finalize_model_gr
 from torch import Tensor
 
 from lcl_mcore.batch import MicroBatch, StepBatch
-from lcl_mcore.config.run import RunConfig
+from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.distributed.context import Context
 from lcl_mcore.losses.contrastive import PendingLoss, make_contrastive
 from lcl_mcore.losses.generation import generation_loss_sum, generation_weight

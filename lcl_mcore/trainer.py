@@ -11,7 +11,7 @@ from lcl_mcore.build import build_data, build_training
 from lcl_mcore.checkpoint.manager import Checkpointer, Outcome, TrainingTensors, TrainState
 from lcl_mcore.checkpoint.policy import SavePolicy, make_checkpointer
 from lcl_mcore.config.files import config_digest
-from lcl_mcore.config.run import RunConfig
+from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.distributed.context import Context
 from lcl_mcore.errors import CheckpointError, ConfigError, LclError, explain
 from lcl_mcore.evaluation.heldout import periodic_evaluation

@@ -33,7 +33,7 @@ def groups() -> Groups:
 @pytest.fixture(scope="session")
 def build(groups: Any) -> Callable[..., LclModel]:
     """Build and initialise an `LclModel` of a `ModelConfig` on the CPU."""
-    from lcl_mcore.config.run import ParallelConfig, single_process
+    from lcl_mcore.config.schema import ParallelConfig, single_process
     from lcl_mcore.models.backends import choose_backends
     from lcl_mcore.models.init import initialize as draw
     from lcl_mcore.models.lcl import LclModel

@@ -14,12 +14,10 @@ from pathlib import Path
 
 from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config.base import from_dict, to_dict
-from lcl_mcore.config.data import DataConfig, TokenizerConfig
 from lcl_mcore.config.files import FILE as CONFIG_FILE
 from lcl_mcore.config.files import write_config
-from lcl_mcore.config.model import ModelConfig
 from lcl_mcore.config.recipes import RECIPES, load_recipe
-from lcl_mcore.config.run import LossConfig, RunConfig
+from lcl_mcore.config.schema import DataConfig, LossConfig, ModelConfig, RunConfig, TokenizerConfig
 
 
 def config_for(shape: ModelConfig) -> RunConfig:
@@ -60,7 +58,7 @@ def main() -> int:
     shape = shape_of_released(released)
     tree = to_dict(config_for(shape))
     tree["parallel"]["tensor_parallel_size"] = args.tp
-    config = from_dict(RunConfig, tree, f"--tp {args.tp}")
+    config = from_dict(RunConfig, tree)
     state = from_released(released, shape)
     path = write_consolidated(state, shape, args.out)
     write_config(config, args.out)

@@ -11,7 +11,7 @@ import json
 import sys
 from pathlib import Path
 
-from lcl_mcore.config.data import DataConfig, SourceConfig, TokenizerConfig
+from lcl_mcore.config.schema import DataConfig, SourceConfig, TokenizerConfig
 from lcl_mcore.data.inspection import Inspector
 from lcl_mcore.data.tokenizer import build_tokenizer
 from lcl_mcore.errors import LclError

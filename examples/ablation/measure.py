@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 def measure(loaded: LoadedModel, heldout: str, labelled: Path, probe: ProbeConfig) -> dict[str, Any]:
     """Accuracy of a frozen probe on `labelled`, and what the model makes of held-out documents."""
-    from lcl_mcore.config.data import SourceConfig
+    from lcl_mcore.config.schema import SourceConfig
     from lcl_mcore.evaluation.classification import frozen_transfer
     from lcl_mcore.evaluation.datasets import open_classification_dataset
     from lcl_mcore.evaluation.embedding_metrics import chance, effective_rank, mean_cosine, recall_at

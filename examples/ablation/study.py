@@ -12,10 +12,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lcl_mcore.config.data import DataConfig, SourceConfig, TokenizerConfig
 from lcl_mcore.config.files import write_config
 from lcl_mcore.config.recipes import load_recipe
-from lcl_mcore.config.run import CheckpointConfig, LogConfig, LossConfig, OptimConfig, RunConfig, TrainConfig
+from lcl_mcore.config.schema import (
+    CheckpointConfig,
+    DataConfig,
+    LogConfig,
+    LossConfig,
+    OptimConfig,
+    RunConfig,
+    SourceConfig,
+    TokenizerConfig,
+    TrainConfig,
+)
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 2000

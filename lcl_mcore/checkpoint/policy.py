@@ -11,7 +11,7 @@ import yaml
 from lcl_mcore.checkpoint.manager import Checkpointer, Outcome, Tensors
 from lcl_mcore.checkpoint.store import open_store
 from lcl_mcore.config.base import to_dict
-from lcl_mcore.config.run import CheckpointConfig, RunConfig
+from lcl_mcore.config.schema import CheckpointConfig, RunConfig
 from lcl_mcore.distributed.context import Context
 from lcl_mcore.errors import CheckpointError, explain
 

@@ -5,11 +5,14 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from typing import Any
 
 import yaml
 
-from lcl_mcore.config.base import from_dict, to_dict
-from lcl_mcore.config.run import RunConfig
+from lcl_mcore.config.base import fields_of, from_dict, to_dict
+from lcl_mcore.config.recipes import RECIPES, load_recipe
+from lcl_mcore.config.renamed import with_current_names
+from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.errors import ConfigError, explain
 
 FILE = "config.yaml"
@@ -23,6 +26,9 @@ def config_digest(config: RunConfig) -> str:
 def read_config(path: Path) -> RunConfig:
     """Load a configuration file.
 
+    The file of a run holds every setting. A file by hand may hold only some: with `recipe: NAME` they are merged over
+    that recipe, else over the defaults. Names of earlier versions are understood.
+
     Raises:
         ConfigError: unreadable, not YAML, or not a valid configuration.
     """
@@ -32,11 +38,35 @@ def read_config(path: Path) -> RunConfig:
         raise ConfigError(
             explain(path, f"cannot be read ({error.strerror})", "Give the path of a config.yaml.")
         ) from None
-    except yaml.YAMLError as error:
-        raise ConfigError(explain(path, f"is not YAML: {error}", "Correct the file.")) from None
-    if not isinstance(data, dict):
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        mark = getattr(error, "problem_mark", None)
+        where = f"{path}, line {mark.line + 1}" if mark else path
+        raise ConfigError(explain(where, "is not YAML", "Correct the file.")) from None
+    if not isinstance(data, dict) or not all(isinstance(name, str) for name in data):
         raise ConfigError(explain(path, "does not hold a configuration", "Start from a run's config.yaml."))
+    try:
+        data = _completed(with_current_names(data))
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
     return from_dict(RunConfig, data, str(path))
+
+
+def _completed(data: dict[str, Any]) -> dict[str, Any]:
+    """The file's values over its recipe, if it names one; a file that holds every section may name any."""
+    recipe = data.get("recipe", "custom")
+    whole = fields_of(RunConfig).keys() <= data.keys()
+    if recipe not in RECIPES and (whole or recipe == "custom"):
+        return data
+    return merged(to_dict(load_recipe(str(recipe))), data)
+
+
+def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+    """`base` with `changes` over it, section by section; lists are replaced whole."""
+    result = dict(base)
+    for name, value in changes.items():
+        old = result.get(name)
+        result[name] = merged(old, value) if isinstance(old, dict) and isinstance(value, dict) else value
+    return result
 
 
 def write_config(config: RunConfig, folder: Path) -> None:

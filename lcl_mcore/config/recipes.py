@@ -7,16 +7,19 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-from lcl_mcore.config.data import DataConfig, TokenizerConfig
-from lcl_mcore.config.model import LanguageConfig, ModelConfig, VisionConfig
-from lcl_mcore.config.run import (
+from lcl_mcore.config.schema import (
     CheckpointConfig,
+    DataConfig,
+    LanguageConfig,
     LogConfig,
     LossConfig,
+    ModelConfig,
     OptimConfig,
     ParallelConfig,
     RunConfig,
+    TokenizerConfig,
     TrainConfig,
+    VisionConfig,
 )
 from lcl_mcore.errors import ConfigError, explain
 

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lcl_mcore.batch import MicroBatch
-from lcl_mcore.config.data import DataConfig
+from lcl_mcore.config.schema import DataConfig
 from lcl_mcore.data.crop import Window, centre_window, random_window
 from lcl_mcore.data.packing import Chunk
 from lcl_mcore.data.tokenized import TokenizedDocument

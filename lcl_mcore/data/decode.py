@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
-from lcl_mcore.config.data import DataConfig
+from lcl_mcore.config.schema import DataConfig
 from lcl_mcore.data.crop import Window
 from lcl_mcore.data.dataset import ImageDamagedError
 from lcl_mcore.data.images import ORIENTATION, BadImageError, open_image, upright_rgb

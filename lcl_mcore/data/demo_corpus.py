@@ -15,7 +15,7 @@ from typing import Any
 
 from PIL import Image
 
-from lcl_mcore.config.data import TokenizerConfig
+from lcl_mcore.config.schema import TokenizerConfig
 from lcl_mcore.data.emoji_names import Emoji, named_images
 from lcl_mcore.data.prepare.engine import Dropped, Job, Options, RawDocument, RawImage, prepare
 from lcl_mcore.data.prepare.normalise import ImageLimits

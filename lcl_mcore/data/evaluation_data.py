@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 
 from lcl_mcore.batch import MicroBatch
-from lcl_mcore.config.data import DataConfig, SourceConfig
+from lcl_mcore.config.schema import DataConfig, SourceConfig
 from lcl_mcore.data.collate import Assembler, micro_batch
 from lcl_mcore.data.decode import build_decoder
 from lcl_mcore.data.image_reader import ImageReader

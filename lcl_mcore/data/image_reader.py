@@ -8,7 +8,7 @@ from functools import partial
 
 from torch import Tensor
 
-from lcl_mcore.config.data import DataConfig
+from lcl_mcore.config.schema import DataConfig
 from lcl_mcore.data.collate import ImagePlan
 from lcl_mcore.data.decode import Decoder, Job
 from lcl_mcore.data.mixture import Mixture

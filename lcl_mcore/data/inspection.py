@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from lcl_mcore.config.data import DataConfig, SourceConfig
+from lcl_mcore.config.schema import DataConfig, SourceConfig
 from lcl_mcore.data.mixture import Mixture
 from lcl_mcore.data.order import SampleIndex
 from lcl_mcore.data.packing import Packer, chunk_from

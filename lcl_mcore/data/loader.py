@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from lcl_mcore.batch import GlobalCounts, MicroBatch, StepBatch
-from lcl_mcore.config.data import DataConfig
+from lcl_mcore.config.schema import DataConfig
 from lcl_mcore.data.broadcast import RankReport, gather_reports, receive_step, send_step
 from lcl_mcore.data.collate import Assembler, micro_batch
 from lcl_mcore.data.decode import Decoder, build_decoder

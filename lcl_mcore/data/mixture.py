@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lcl_mcore.config.data import DataConfig
+from lcl_mcore.config.schema import DataConfig
 from lcl_mcore.data.dataset import NativeDataset
 from lcl_mcore.data.order import DocumentOrder, SampleIndex
 from lcl_mcore.data.tokenized import Layout, TokenizedDocument

@@ -7,7 +7,7 @@ import json
 import logging
 from typing import Any
 
-from lcl_mcore.config.data import DataConfig
+from lcl_mcore.config.schema import DataConfig
 from lcl_mcore.data.mixture import Mixture
 from lcl_mcore.data.sample_stream import StreamState
 from lcl_mcore.data.tokenizer import Tokenizer

@@ -13,7 +13,7 @@ import torch
 
 from lcl_mcore.batch import GlobalCounts, MicroBatch, StepBatch
 from lcl_mcore.config.recipes import source_options
-from lcl_mcore.config.run import RunConfig
+from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.data.collate import Assembler, RowPlan, micro_batch
 from lcl_mcore.data.dataset import Members
 from lcl_mcore.data.document import Document, ImageEntry, Kind

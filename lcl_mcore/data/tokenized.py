@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from lcl_mcore.config.data import SourceConfig
+from lcl_mcore.config.schema import SourceConfig
 from lcl_mcore.data.dataset import Members
 from lcl_mcore.data.document import Document
 from lcl_mcore.data.order import SampleIndex

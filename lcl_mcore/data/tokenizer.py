@@ -15,7 +15,7 @@ import tokenizers
 from tokenizers import decoders as hf_decoders
 from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
-from lcl_mcore.config.data import TokenizerConfig
+from lcl_mcore.config.schema import TokenizerConfig
 from lcl_mcore.data.clip_vocabulary import clip_tokenizer_from_merges
 from lcl_mcore.errors import DataError, explain
 

@@ -178,7 +178,7 @@ def choose_parts(precision: str) -> list[Line]:
     from lcl_kernels.infonce import select_engine
 
     from lcl_mcore import optional_packages
-    from lcl_mcore.config.data import DataConfig
+    from lcl_mcore.config.schema import DataConfig
     from lcl_mcore.data.decode import build_decoder
     from lcl_mcore.fused_adam import choose_adam
     from lcl_mcore.models.backends import choose_gradient_fusion, choose_layers

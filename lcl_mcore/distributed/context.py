@@ -12,7 +12,7 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from lcl_mcore.config.run import RunConfig
+from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.distributed.device import Device, init_process_group, pick_device
 from lcl_mcore.fault_tolerance.flight_recorder import record_collectives
 from lcl_mcore.fault_tolerance.restart import job_id

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lcl_mcore.config.evaluation import CaptionConfig
-from lcl_mcore.config.model import ModelConfig
+from lcl_mcore.config.schema import ModelConfig
 from lcl_mcore.data.tokenizer import Tokenizer
 from lcl_mcore.distributed.context import Context
 from lcl_mcore.distributed.cpu import make_torchvision_importable

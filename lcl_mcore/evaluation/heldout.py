@@ -19,8 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lcl_mcore.batch import MicroBatch
-from lcl_mcore.config.data import SourceConfig
-from lcl_mcore.config.run import RunConfig
+from lcl_mcore.config.schema import RunConfig, SourceConfig
 from lcl_mcore.data.evaluation_data import eval_documents, with_blank_images, with_shuffled_images
 from lcl_mcore.data.tokenizer import Tokenizer, build_tokenizer
 from lcl_mcore.distributed.context import Context

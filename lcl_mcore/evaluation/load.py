@@ -10,7 +10,7 @@ from lcl_mcore.build import build_model
 from lcl_mcore.checkpoint.manager import TrainState, complete_checkpoints, load_weights
 from lcl_mcore.config.files import FILE as CONFIG_FILE
 from lcl_mcore.config.files import read_config
-from lcl_mcore.config.run import ParallelConfig, RunConfig
+from lcl_mcore.config.schema import ParallelConfig, RunConfig
 from lcl_mcore.data.tokenizer import Tokenizer, build_tokenizer
 from lcl_mcore.distributed.context import Context, start
 from lcl_mcore.errors import CheckpointError, explain

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from lcl_mcore.batch import MicroBatch
 from lcl_mcore.config.evaluation import RetrievalConfig
-from lcl_mcore.config.model import ModelConfig
+from lcl_mcore.config.schema import ModelConfig
 from lcl_mcore.data.tokenizer import Tokenizer
 from lcl_mcore.distributed.context import Context
 from lcl_mcore.evaluation.datasets import CaptionDataset, ClassificationDataset

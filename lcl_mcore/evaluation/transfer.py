@@ -18,8 +18,7 @@ from torch import Tensor, nn
 
 from lcl_mcore.config.base import to_dict
 from lcl_mcore.config.evaluation import FitConfig, PairsConfig
-from lcl_mcore.config.model import ModelConfig
-from lcl_mcore.config.run import single_process
+from lcl_mcore.config.schema import ModelConfig, single_process
 from lcl_mcore.data.tokenizer import Tokenizer
 from lcl_mcore.distributed.context import Context
 from lcl_mcore.errors import ConfigError, NonFiniteError, explain

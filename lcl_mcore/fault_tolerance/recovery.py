@@ -15,7 +15,7 @@ from torch import Tensor
 
 from lcl_mcore.batch import StepBatch
 from lcl_mcore.checkpoint.manifest import TrainState
-from lcl_mcore.config.faults import FaultConfig
+from lcl_mcore.config.schema import FaultConfig
 from lcl_mcore.distributed.context import Context
 from lcl_mcore.errors import NonFiniteError, explain
 from lcl_mcore.fault_tolerance.goodput import read_events

@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from lcl_mcore.config.model import VisionConfig
+from lcl_mcore.config.schema import VisionConfig
 from lcl_mcore.errors import CheckpointError, explain
 from lcl_mcore.interop.vit_formats import CLIP_VISION, OPEN_CLIP, SIGLIP_VISION, TIMM, VIT, Naming, to_format
 from lcl_mcore.models.vision import PIXEL_MEAN, PIXEL_STD

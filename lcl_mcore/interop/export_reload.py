@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from lcl_mcore.config.base import from_dict, to_dict
-from lcl_mcore.config.model import VisionConfig
+from lcl_mcore.config.schema import VisionConfig
 from lcl_mcore.errors import CheckpointError, explain
 from lcl_mcore.interop.export_formats import FORMATS
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from lcl_mcore.config.base import require
-from lcl_mcore.config.model import LanguageConfig, ModelConfig, VisionConfig
+from lcl_mcore.config.schema import LanguageConfig, ModelConfig, VisionConfig
 from lcl_mcore.errors import CheckpointError, explain
 from lcl_mcore.interop.weights_file import misfit, without_vocabulary_padding
 

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from lcl_mcore.config.model import VisionConfig
+from lcl_mcore.config.schema import VisionConfig
 from lcl_mcore.interop.weights_file import misfit
 
 OTHER_SHAPE = "Choose a model of the same shape, or set model.vision.* to fit it."

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lcl_mcore.config.base import to_dict
-from lcl_mcore.config.model import ModelConfig
+from lcl_mcore.config.schema import ModelConfig
 from lcl_mcore.errors import CheckpointError, explain
 from lcl_mcore.models.lcl import LclModel
 

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from lcl_kernels import DistributedInfoNCE
 from torch import Tensor
 
-from lcl_mcore.config.run import LossConfig
+from lcl_mcore.config.schema import LossConfig
 from lcl_mcore.distributed.groups import Groups
 
 

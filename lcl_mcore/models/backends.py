@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from lcl_mcore import optional_packages as probe
-from lcl_mcore.config.run import RunConfig
+from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.errors import ConfigError, explain
 from lcl_mcore.models.layers import LayerBackend, torch_backend
 from lcl_mcore.models.transformer_config import DTYPES

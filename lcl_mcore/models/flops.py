@@ -13,14 +13,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lcl_mcore.config.model import LanguageConfig, ModelConfig, VisionConfig
+from lcl_mcore.config.schema import LanguageConfig, ModelConfig, VisionConfig
 from lcl_mcore.hardware import measured_peak, peak_flops
 
 if TYPE_CHECKING:
     import torch
 
     from lcl_mcore.batch import MicroBatch, StepBatch
-    from lcl_mcore.config.run import RunConfig
+    from lcl_mcore.config.schema import RunConfig
 
 
 def _block_parameters(width: int, mlp_width: int) -> int:

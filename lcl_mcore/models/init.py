@@ -12,7 +12,7 @@ import math
 import torch
 from torch import Tensor
 
-from lcl_mcore.config.model import ModelConfig
+from lcl_mcore.config.schema import ModelConfig
 from lcl_mcore.models.lcl import LclModel
 from lcl_mcore.rng import key_of
 

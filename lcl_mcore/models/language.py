@@ -26,7 +26,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from lcl_mcore.config.model import LanguageConfig
+from lcl_mcore.config.schema import LanguageConfig
 from lcl_mcore.models.attention import Segments
 from lcl_mcore.models.layers import LayerBackend, LayerNorm, layer_spec, parameter_device, sequence_dropout
 from lcl_mcore.models.stages import Stage

@@ -17,7 +17,7 @@ from megatron.core.transformer.module import MegatronModule
 from torch import Tensor, nn
 
 from lcl_mcore.batch import MicroBatch
-from lcl_mcore.config.run import RunConfig
+from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.distributed.groups import Groups
 from lcl_mcore.models.attention import make_segments
 from lcl_mcore.models.backends import Backends

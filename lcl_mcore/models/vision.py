@@ -18,7 +18,7 @@ from megatron.core.transformer.transformer_block import TransformerBlock, Transf
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from lcl_mcore.config.model import ModelConfig, VisionConfig
+from lcl_mcore.config.schema import ModelConfig, VisionConfig
 from lcl_mcore.models.attention import make_segments
 from lcl_mcore.models.layers import (
     LayerBackend,

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from lcl_mcore.batch import StepBatch
 from lcl_mcore.build import build_training
-from lcl_mcore.config.run import RunConfig
+from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.distributed.context import detached
 from lcl_mcore.distributed.device import Device
 from lcl_mcore.distributed.groups import Groups

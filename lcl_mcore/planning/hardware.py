@@ -7,30 +7,7 @@ from dataclasses import dataclass
 
 from lcl_mcore.hardware import NodeGpu
 from lcl_mcore.planning.counter import Event, Work
-
-
-@dataclass(frozen=True)
-class Assumptions:
-    """What data sheets do not say. None of it was measured on the GPU in question unless you did.
-
-    products, attention   share of the dense matrix rate that matrix products and attention kernels reach
-    memory                share of the memory's bandwidth that all other operators reach
-    links                 share of the links' bandwidth that large collectives reach
-    launch                seconds of host time per operator
-    node_latency, network_latency   seconds per doubling of a group
-    headroom              share of the memory that tensors may fill: kernels' workspaces, NCCL's buffers, fragments
-    gpus_per_node         8 in every machine of the table
-    """
-
-    products: float = 0.6
-    attention: float = 0.4
-    memory: float = 0.75
-    links: float = 0.8
-    launch: float = 6e-6
-    node_latency: float = 5e-6
-    network_latency: float = 15e-6
-    headroom: float = 0.92
-    gpus_per_node: int = 8
+from lcl_mcore.planning.request import Assumptions
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from lcl_mcore.config.run import RunConfig
+from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.data.synthetic import synthetic_step
 from lcl_mcore.planning.hardware import Machine
 from lcl_mcore.planning.predict import Prediction, predict

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 from lcl_mcore.batch import StepBatch
-from lcl_mcore.config.run import RunConfig
+from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.data.synthetic import synthetic_step
 from lcl_mcore.hardware import find_gpu
 from lcl_mcore.planning.counting import RankCount
@@ -18,7 +18,7 @@ from lcl_mcore.planning.layouts import Estimate, ranked, variants
 from lcl_mcore.planning.lint import Mesh, lint
 from lcl_mcore.planning.predict import Prediction, predict, purpose
 from lcl_mcore.planning.reliability import uptime
-from lcl_mcore.planning.request import Request, assumptions, run_config
+from lcl_mcore.planning.request import PlanRequest
 from lcl_mcore.planning.simulate import places, simulate_rank
 
 PREDICTED = "predicted, not measured"
@@ -26,15 +26,15 @@ MOST_MICRO_BATCHES = 8
 """More than these are counted in proportion (a pipeline needs more to fill)."""
 
 
-def make_plan(request: Request, note: Callable[[str], None]) -> dict[str, Any]:
+def make_plan(request: PlanRequest, note: Callable[[str], None]) -> dict[str, Any]:
     """Count the requested layout on every tensor and pipeline index, predict, lint, compare with other layouts.
 
     Raises:
         ConfigError: the request is not a job that can start.
     """
-    config = run_config(request)
+    config = request.run
     machine = make_machine(
-        find_gpu(request.gpu), assumptions(request), request.node_busbw, request.network_busbw
+        find_gpu(request.gpu), request.assumptions, request.node_busbw, request.network_busbw
     )
     dp = config.check_processes(request.gpus)
     parallel, train = config.parallel, config.train
@@ -172,7 +172,7 @@ def _step(prediction: Prediction) -> dict[str, Any]:
 
 
 def _run(
-    request: Request, config: RunConfig, batch: StepBatch, prediction: Prediction, repeat: float
+    request: PlanRequest, config: RunConfig, batch: StepBatch, prediction: Prediction, repeat: float
 ) -> dict[str, Any]:
     """Input, length, cost, checkpoints and failures of the run."""
     images = sum(batch.counts.images) * repeat
@@ -220,7 +220,7 @@ def _layout(item: Estimate) -> dict[str, Any]:
     }
 
 
-def _assumptions(request: Request, machine: Machine) -> list[str]:
+def _assumptions(request: PlanRequest, machine: Machine) -> list[str]:
     a, gpu = machine.assumed, machine.gpu
     return [
         f"{gpu.name}: {gpu.memory / 2**30:.0f} GiB, {gpu.bandwidth / 1e12:.2f} TB/s, matrix rate of "

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lcl_mcore.batch import StepBatch
-from lcl_mcore.config.run import RunConfig
+from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.models.flops import step_flops
 from lcl_mcore.planning.counter import Event
 from lcl_mcore.planning.counting import RankCount

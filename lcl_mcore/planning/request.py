@@ -1,111 +1,90 @@
-"""The command line of the planner."""
+"""What a plan is made for, and what it assumes. Imports nothing heavy: the command line is read from it."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import Literal
+from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import tyro
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt
 
-from lcl_mcore.config.base import require
-from lcl_mcore.config.cli import Flags, resolve
-from lcl_mcore.config.run import RunConfig
-from lcl_mcore.planning.hardware import Assumptions
+from lcl_mcore.config.base import config_dataclass, require
+from lcl_mcore.config.schema import RunConfig
+
+Efficiency = Annotated[float, Field(gt=0, le=1)]
 
 
 @dataclass(frozen=True)
-class Request:
-    """Predict memory, speed, communication and cost of a job without a GPU."""
+class Assumptions:
+    """What data sheets do not say. None of it was measured on the GPU in question unless you did.
 
-    gpus: int
+    products, attention   share of the dense matrix rate that matrix products and attention kernels reach
+    memory                share of the memory's bandwidth that all other operators reach
+    links                 share of the links' bandwidth that large collectives reach
+    launch                seconds of host time per operator
+    node_latency, network_latency   seconds per doubling of a group
+    headroom              share of the memory that tensors may fill: kernels' workspaces, NCCL's buffers, fragments
+    gpus_per_node         8 in every machine of the table
+    """
+
+    products: float = 0.6
+    attention: float = 0.4
+    memory: float = 0.75
+    links: float = 0.8
+    launch: float = 6e-6
+    node_latency: float = 5e-6
+    network_latency: float = 15e-6
+    headroom: float = 0.92
+    gpus_per_node: int = 8
+
+
+@config_dataclass
+class PlanRequest:
+    """A job and the machine that it would run on."""
+
+    gpus: PositiveInt
     """Processes of the job, one per GPU."""
     gpu: str = "h100"
     """a100, a800, h100, h800, h20, h200 or b200 (SXM, 8 a node)."""
-    recipe: str | None = None
-    """Named recipe. Exactly one of --recipe and --config is needed."""
-    config: Path | None = None
-    """Configuration file, for example of an earlier run."""
-
-    tp: int | None = None
-    """Tensor-parallel size; this and the next ones as for training."""
-    pp: int | None = None
-    """Pipeline stages."""
-    sequence_parallel: bool = False
-    """Split norms and residuals over the tensor-parallel ranks."""
-    vision_parallel: Literal["auto", "tensor", "data"] | None = None
-    """The ViT over tensor-parallel ranks."""
-    recompute_vision: str | None = None
-    """none, selective, full or block:N."""
-    recompute_language: str | None = None
-    """The same for the LM."""
-    micro_batch_size: int | None = None
-    """Rows per forward pass."""
-    global_batch_size: int | None = None
-    """Rows per step."""
-    steps: int | None = None
-    """Optimizer steps of the whole run."""
-    precision: Literal["fp32", "bf16"] | None = None
-    """Arithmetic of the towers."""
-    set: tuple[str, ...] = ()
-    """Any other knob: model.vision.layers=6."""
-
-    node_busbw: float | None = None
-    """Bus bandwidth within a node as nccl-tests reports it, GB/s (default: 80 % of the data sheet's)."""
-    network_busbw: float | None = None
-    """Bus bandwidth between nodes per GPU, GB/s (default: 80 % of the GPU's share of the adapters)."""
-    product_efficiency: float = Assumptions.products
-    """Share of the matrix rate that matrix products reach."""
-    memory_efficiency: float = Assumptions.memory
-    """Share of the memory bandwidth that other operators reach."""
-    launch_us: float = Assumptions.launch * 1e6
-    """Microseconds of host time per operator."""
-    storage_gbs: float = 5.0
-    """GB/s at which the whole job writes a checkpoint."""
-    image_kb: float = 60.0
-    """Average size of a stored image, in kB."""
-    decodes_per_second: float = 250.0
-    """Images that one CPU core reads, decodes and crops in a second (benchmarks/README.md: 249 here)."""
-    mtbf_hours: float | None = None
-    """Mean time between failures of the whole job (default: Llama 3's rate per GPU)."""
-    restart_minutes: float = 5.0
-    """From a failure to training again."""
-    price_per_gpu_hour: float | None = None
-    """In any currency."""
     search: Literal["none", "quick", "wide"] = "quick"
     """Other layouts to compare: a few, or every mesh within a node with all recompute choices."""
-    json: bool = False
-    """Machine-readable, on the standard output."""
-    out: Path | None = None
-    """Also write PATH.txt and PATH.json, with command, commit and date."""
-
-
-def parse(arguments: list[str] | None = None) -> Request:
-    """Read the command line; exits with a message on a mistake."""
-    return tyro.cli(Request, args=arguments)
-
-
-def run_config(request: Request) -> RunConfig:
-    """The training configuration that the same flags give.
-
-    Raises:
-        ConfigError: a value or combination is refused.
-    """
-    training = {field.name for field in fields(Flags)} & {field.name for field in fields(Request)}
-    config = resolve(Flags(**{name: getattr(request, name) for name in training}))
-    require(
-        config.train.precision != "fp8",
-        "train.precision = fp8",
-        "Transformer Engine's layers cannot be counted without a GPU",
-        "Plan with --precision bf16: memory is about the same, matrix products take longer.",
+    node_busbw: PositiveFloat | None = None
+    """Bus bandwidth within a node as nccl-tests reports it, GB/s; by default 80 % of the data sheet's."""
+    network_busbw: PositiveFloat | None = None
+    """Bus bandwidth between nodes per GPU, GB/s; by default 80 % of the GPU's share of the adapters."""
+    matmul_efficiency: Annotated[Efficiency, tyro.conf.arg(aliases=("--product-efficiency",))] = (
+        Assumptions.products
     )
-    return config
+    """Share of the matrix rate that matmuls reach."""
+    memory_efficiency: Efficiency = Assumptions.memory
+    """Share of the memory bandwidth that other operators reach."""
+    launch_us: NonNegativeFloat = Assumptions.launch * 1e6
+    """Microseconds of host time per operator."""
+    storage_gbs: PositiveFloat = 5.0
+    """GB/s at which the whole job writes a checkpoint."""
+    image_kb: PositiveFloat = 60.0
+    """Average size of a stored image, in kB."""
+    decodes_per_second: PositiveFloat = 250.0
+    """Images that one CPU core reads, decodes and crops in a second (benchmarks/README.md: 249 here)."""
+    mtbf_hours: PositiveFloat | None = None
+    """Mean time between failures of the whole job; by default Llama 3's rate per GPU."""
+    restart_minutes: NonNegativeFloat = 5.0
+    """From a failure to training again."""
+    price_per_gpu_hour: NonNegativeFloat | None = None
+    """In any currency; without it no cost is given."""
+    run: Annotated[RunConfig, tyro.conf.arg(name="")] = RunConfig()
 
+    def __post_init__(self) -> None:
+        require(
+            self.run.train.precision != "fp8",
+            "train.precision = fp8",
+            "Transformer Engine's layers cannot be counted without a GPU",
+            "Plan with --precision bf16: memory is about the same, matmuls take longer.",
+        )
 
-def assumptions(request: Request) -> Assumptions:
-    """What the request says about efficiencies."""
-    return Assumptions(
-        products=request.product_efficiency,
-        memory=request.memory_efficiency,
-        launch=request.launch_us * 1e-6,
-    )
+    @property
+    def assumptions(self) -> Assumptions:
+        """What the request says about efficiencies."""
+        return Assumptions(
+            products=self.matmul_efficiency, memory=self.memory_efficiency, launch=self.launch_us * 1e-6
+        )

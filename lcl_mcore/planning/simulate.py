@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lcl_mcore.batch import StepBatch
-from lcl_mcore.config.run import RunConfig
+from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.distributed import cpu as cpu_shim
 from lcl_mcore.distributed.device import Device
 from lcl_mcore.distributed.groups import make_groups

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lcl_mcore.config.data import DataConfig, SourceConfig
+from lcl_mcore.config.schema import DataConfig, SourceConfig
 from lcl_mcore.data.document import Document
 from lcl_mcore.data.prepare.normalise import entry_for
 from lcl_mcore.data.shards import ShardWriter, write_manifest

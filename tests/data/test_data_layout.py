@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from corpora import small_tokenizer
-from lcl_mcore.config.data import SourceConfig
+from lcl_mcore.config.schema import SourceConfig
 from lcl_mcore.data.dataset import Members
 from lcl_mcore.data.document import Document, ImageEntry
 from lcl_mcore.data.order import SampleIndex

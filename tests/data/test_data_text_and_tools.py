@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from corpora import WORDS, config, make_dataset, small_tokenizer
-from lcl_mcore.config.data import TokenizerConfig
+from lcl_mcore.config.schema import TokenizerConfig
 from lcl_mcore.data.clip_vocabulary import MERGES
 from lcl_mcore.data.corpora import fetch
 from lcl_mcore.data.dataset import NativeDataset

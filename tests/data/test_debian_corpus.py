@@ -10,7 +10,7 @@ import pytest
 import webdataset
 from PIL import Image
 
-from lcl_mcore.config.data import DataConfig, SourceConfig
+from lcl_mcore.config.schema import DataConfig, SourceConfig
 from lcl_mcore.data.corpora import fetch
 from lcl_mcore.data.dataset import NativeDataset
 from lcl_mcore.data.inspection import Inspector

@@ -24,9 +24,14 @@ from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 from batches import SHAPES, Document, micro_batch, with_rates
 from lcl_mcore.batch import GlobalCounts, MicroBatch, StepBatch
 from lcl_mcore.build import build_training
-from lcl_mcore.config.data import DataConfig
-from lcl_mcore.config.model import ModelConfig
-from lcl_mcore.config.run import LossConfig, ParallelConfig, RunConfig, TrainConfig
+from lcl_mcore.config.schema import (
+    DataConfig,
+    LossConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+)
 from lcl_mcore.distributed.context import detached
 from lcl_mcore.distributed.device import init_process_group, pick_device
 from lcl_mcore.distributed.groups import Groups, make_groups

@@ -15,7 +15,6 @@ import tomllib
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import redirect_stdout
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -177,13 +176,12 @@ def assert_installable(wanted: Requirement) -> None:
 
 def flags_of_tools() -> set[str]:
     """Options of everything that the documents start: from its dataclass, its parser, or its source."""
-    from lcl_mcore.config.cli import Flags
+    from lcl_mcore.commands.plan import PlanOptions
+    from lcl_mcore.commands.pretrain import PretrainOptions
+    from lcl_mcore.config.arguments import flags_of
     from lcl_mcore.evaluation.commands import parse
-    from lcl_mcore.planning.request import Request
 
-    found = {"--help"}
-    for one in (*fields(Flags), *fields(Request)):
-        found |= {f"--{one.name.replace('_', '-')}", f"--no-{one.name.replace('_', '-')}"}
+    found = {"--help", "--no-overlap", *flags_of(PretrainOptions), *flags_of(PlanOptions)}
     original = argparse.ArgumentParser.add_argument
 
     def note(parser: argparse.ArgumentParser, *names: str, **more: Any) -> argparse.Action:

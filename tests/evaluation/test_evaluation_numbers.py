@@ -12,7 +12,8 @@ import pytest
 import torch
 from PIL import Image
 
-from lcl_mcore.config.evaluation import EvaluationConfig, ProbeConfig
+from lcl_mcore.config.evaluation import ProbeConfig
+from lcl_mcore.config.schema import EvaluationConfig
 from lcl_mcore.errors import DataError
 from lcl_mcore.evaluation.captioning import scores, words
 from lcl_mcore.evaluation.classification import AttentionProbe, accuracy, fit_classifier

@@ -16,10 +16,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lcl_mcore.config.data import TokenizerConfig
 from lcl_mcore.config.evaluation import CaptionConfig, PairsConfig, RetrievalConfig
-from lcl_mcore.config.model import LanguageConfig, ModelConfig, VisionConfig
 from lcl_mcore.config.recipes import load_recipe
+from lcl_mcore.config.schema import LanguageConfig, ModelConfig, TokenizerConfig, VisionConfig
 from lcl_mcore.errors import ConfigError, NonFiniteError
 from lcl_mcore.evaluation import captioning, retrieval
 from lcl_mcore.evaluation.commands import _both_pairs, parse, transfer_settings

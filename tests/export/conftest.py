@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from lcl_mcore.config.model import LanguageConfig, ModelConfig, VisionConfig
+from lcl_mcore.config.schema import LanguageConfig, ModelConfig, VisionConfig
 
 if TYPE_CHECKING:
     from lcl_mcore.models.lcl import LclModel

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from lcl_mcore.config.model import VisionConfig
+from lcl_mcore.config.schema import VisionConfig
 from lcl_mcore.errors import CheckpointError
 from lcl_mcore.interop.export import deviation, normalised, own_features, random_images
 from lcl_mcore.interop.export_formats import FORMATS

@@ -21,9 +21,16 @@ from megatron.core.distributed import finalize_model_grads
 
 from lcl_mcore.batch import StepBatch
 from lcl_mcore.build import build_training
-from lcl_mcore.config.data import DataConfig
-from lcl_mcore.config.model import LanguageConfig, ModelConfig, VisionConfig
-from lcl_mcore.config.run import OptimConfig, ParallelConfig, RunConfig, TrainConfig
+from lcl_mcore.config.schema import (
+    DataConfig,
+    LanguageConfig,
+    ModelConfig,
+    OptimConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+    VisionConfig,
+)
 from lcl_mcore.data.synthetic import synthetic_step
 from lcl_mcore.distributed.context import detached
 from lcl_mcore.distributed.device import init_process_group, pick_device

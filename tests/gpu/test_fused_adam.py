@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from lcl_mcore import optional_packages as probe
-from lcl_mcore.config.run import OptimConfig
+from lcl_mcore.config.schema import OptimConfig
 from lcl_mcore.fused_adam import Adam, FusedAdam, TorchAdam
 
 pytestmark = [

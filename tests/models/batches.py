@@ -7,7 +7,7 @@ import dataclasses
 import torch
 
 from lcl_mcore.batch import MicroBatch
-from lcl_mcore.config.model import LanguageConfig, ModelConfig, VisionConfig
+from lcl_mcore.config.schema import LanguageConfig, ModelConfig, VisionConfig
 
 Document = tuple[int | str, ...]
 """A document: a number is that many text tokens, "i" an image."""

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from lcl_kernels import infonce_reference
 
-from lcl_mcore.config.run import ParallelConfig, single_process
+from lcl_mcore.config.schema import ParallelConfig, single_process
 from lcl_mcore.distributed.device import init_process_group, pick_device
 from lcl_mcore.distributed.groups import make_groups
 from lcl_mcore.interop.weights_file import load_consolidated, read_consolidated

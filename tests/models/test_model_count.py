@@ -16,10 +16,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from batches import CLIP, OPT, SHAPES, Document, micro_batch
 from lcl_mcore.batch import GlobalCounts, MicroBatch, StepBatch
-from lcl_mcore.config.data import DataConfig
-from lcl_mcore.config.model import ModelConfig, VisionConfig
 from lcl_mcore.config.recipes import RECIPES, load_recipe
-from lcl_mcore.config.run import RunConfig
+from lcl_mcore.config.schema import DataConfig, ModelConfig, RunConfig, VisionConfig
 from lcl_mcore.hardware import measured_peak, peak_flops
 from lcl_mcore.models import attention as segments
 from lcl_mcore.models.flops import (

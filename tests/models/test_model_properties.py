@@ -13,7 +13,7 @@ from torch import Tensor
 
 from batches import CLIP, OPT, SHAPES, Document, micro_batch, with_rates
 from lcl_mcore.batch import MicroBatch
-from lcl_mcore.config.model import ModelConfig
+from lcl_mcore.config.schema import ModelConfig
 from lcl_mcore.models.attention import make_segments
 from lcl_mcore.models.lcl import INITIAL_LOG_SCALE, LclModel
 from lcl_mcore.rng import uniform

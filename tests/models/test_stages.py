@@ -6,9 +6,8 @@ from dataclasses import replace
 
 import pytest
 
-from lcl_mcore.config.model import LanguageConfig, ModelConfig, VisionConfig
 from lcl_mcore.config.recipes import load_recipe
-from lcl_mcore.config.run import ParallelConfig, RunConfig
+from lcl_mcore.config.schema import LanguageConfig, ModelConfig, ParallelConfig, RunConfig, VisionConfig
 from lcl_mcore.models.stages import split_stages, stage_of
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from lcl_mcore.config.run import ParallelConfig, RunConfig, TrainConfig
+from lcl_mcore.config.schema import ParallelConfig, RunConfig, TrainConfig
 from lcl_mcore.models.transformer_config import language_transformer_config, vision_transformer_config
 
 CPU = torch.device("cpu")

@@ -16,9 +16,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lcl_mcore.config.data import DataConfig
-from lcl_mcore.config.model import LanguageConfig, ModelConfig, VisionConfig
-from lcl_mcore.config.run import ParallelConfig, RunConfig, TrainConfig
+from lcl_mcore.config.schema import (
+    DataConfig,
+    LanguageConfig,
+    ModelConfig,
+    ParallelConfig,
+    RunConfig,
+    TrainConfig,
+    VisionConfig,
+)
 from lcl_mcore.data.synthetic import synthetic_step
 from lcl_mcore.planning.counting import RankCount
 from lcl_mcore.planning.simulate import simulate_rank

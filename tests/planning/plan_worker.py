@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 
 from lcl_mcore.config.recipes import load_recipe
-from lcl_mcore.config.run import ParallelConfig, RunConfig
+from lcl_mcore.config.schema import ParallelConfig, RunConfig
 from lcl_mcore.data.synthetic import synthetic_step
 from lcl_mcore.distributed.device import init_process_group, pick_device
 from lcl_mcore.distributed.groups import make_groups

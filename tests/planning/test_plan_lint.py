@@ -7,15 +7,16 @@ import math
 
 import pytest
 
+from lcl_mcore.commands.plan import parse_options
 from lcl_mcore.config.recipes import load_recipe
 from lcl_mcore.errors import ConfigError
 from lcl_mcore.hardware import find_gpu
 from lcl_mcore.models.flops import parameter_counts
 from lcl_mcore.planning.counter import Event
-from lcl_mcore.planning.hardware import Assumptions, make_machine
+from lcl_mcore.planning.hardware import make_machine
 from lcl_mcore.planning.lint import Mesh, lint
 from lcl_mcore.planning.reliability import checkpoint_bytes, uptime
-from lcl_mcore.planning.request import Request, run_config
+from lcl_mcore.planning.request import Assumptions
 
 MESH = Mesh(tp=2, pp=2, dp=2)  # ranks: stage 0 is 0..3, stage 1 is 4..7; tensor-parallel neighbours
 TENSOR = {0: (0, 1), 1: (0, 1), 4: (4, 5), 5: (4, 5)}
@@ -120,7 +121,7 @@ def test_an_unknown_gpu_is_answered_with_the_known_ones() -> None:
 
 def test_fp8_is_refused() -> None:
     with pytest.raises(ConfigError, match="Plan with --precision bf16"):
-        run_config(Request(gpus=8, recipe="paper-l14", set=("train.precision=fp8",)))
+        parse_options(["--gpus", "8", "--recipe", "paper-l14", "--set", "train.precision=fp8"])
 
 
 def test_uptime() -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from lcl_mcore.config.cli import parse_flags, resolve
+from lcl_mcore.commands.pretrain import parse_options
 
 ROOT = Path(__file__).resolve().parents[2]
 SLURM = ROOT / "examples" / "slurm"
@@ -84,7 +84,7 @@ def test_the_guide_names_what_there_is() -> None:
     assert len(commands) == 2
     for file, flags in commands:
         processes = 8 * HEADERS[Path(file).name]
-        assert resolve(parse_flags(flags.split())).check_processes(processes) == processes
+        assert parse_options(flags.split()).run.check_processes(processes) == processes
     script = (SLURM / "train.sh").read_text(encoding="utf-8")
     internal = {"LCL_ENDPOINT", "LCL_LOGS", "LCL_STOPPED"}
     assert set(re.findall(r"LCL_[A-Z_]+", text)) == set(re.findall(r"LCL_[A-Z_]+", script)) - internal

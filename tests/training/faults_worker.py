@@ -27,7 +27,7 @@ import torch.distributed as dist
 
 from lcl_mcore.checkpoint import manager as checkpoint
 from lcl_mcore.commands.entry import run_main
-from lcl_mcore.config.cli import parse_flags, resolve
+from lcl_mcore.commands.pretrain import parse_options
 from lcl_mcore.config.files import check_folder, write_config
 from lcl_mcore.data.loader import StepReader
 from lcl_mcore.fault_tolerance.restart import is_restart
@@ -116,17 +116,17 @@ def spoil(trainer: Trainer, faults: list[dict[str, Any]]) -> None:
 
 def main() -> int:
     plan, *arguments = sys.argv[1:]
-    flags = parse_flags(arguments)
-    config = resolve(flags)
-    assert flags.out is not None
-    resume = flags.resume or is_restart(flags.out)
-    check_folder(flags.out, resume)
+    options = parse_options(arguments)
+    config = options.run
+    assert options.out is not None
+    resume = options.resume or is_restart(options.out)
+    check_folder(options.out, resume)
 
     from lcl_mcore.distributed.context import start
 
-    context = start(config, flags.out)
+    context = start(config, options.out)
     if context.rank == 0:
-        write_config(config, flags.out)
+        write_config(config, options.out)
     faults = plan_for(Path(plan), context.rank)
     strike_by_signal(faults)
     slow_reading(faults)

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from lcl_mcore.config.cli import parse_flags, resolve
+from lcl_mcore.commands.pretrain import parse_options
 from lcl_mcore.distributed.context import Context
 from lcl_mcore.distributed.device import init_process_group, pick_device
 from lcl_mcore.distributed.groups import make_groups
@@ -42,8 +42,8 @@ def main() -> None:
     store = init_process_group(device, 60)
     rank, world = dist.get_rank(), dist.get_world_size()
     for folder, words in json.loads(Path(sys.argv[1]).read_text()):
-        flags = parse_flags(words)
-        config = resolve(flags)
+        options = parse_options(words)
+        config = options.run
         config.check_processes(world)
         groups = make_groups(
             config.parallel.tensor_parallel_size,
@@ -57,7 +57,7 @@ def main() -> None:
         dist.barrier(group=groups.host_control)
         note = print if rank == 0 else lambda text: None
         context = Context(device, groups, rank, world, out, note, dist.PrefixStore(out.name, store))
-        trainer = Trainer(config, context, resume=flags.init_from is None, init_from=flags.init_from)
+        trainer = Trainer(config, context, resume=options.init_from is None, init_from=options.init_from)
         assert trainer.train() == 0
         leave_parameters(trainer, out / f"rank{rank}.pt")
         parallel_state.destroy_model_parallel()

@@ -21,8 +21,8 @@ from adam_stand_in import ApexLike
 from faults_worker import spoil
 from lcl_mcore import optimizer
 from lcl_mcore.commands.entry import run_main
-from lcl_mcore.config.cli import parse_flags, resolve
-from lcl_mcore.config.faults import FaultConfig
+from lcl_mcore.commands.pretrain import parse_options
+from lcl_mcore.config.schema import FaultConfig
 from lcl_mcore.errors import NonFiniteError
 from lcl_mcore.fault_tolerance.goodput import read_events
 from lcl_mcore.fused_adam import FusedAdam, build_adam
@@ -85,7 +85,7 @@ def watch_bad_steps(trainer: Trainer, unchanged: list[bool]) -> list[torch.Tenso
 
 def main() -> int:
     folder, *arguments = sys.argv[1:]
-    base = resolve(parse_flags(arguments))
+    base = parse_options(arguments).run
 
     from lcl_mcore.distributed.context import start
 

@@ -20,7 +20,7 @@ from faults_worker import slow_reading, strike_by_signal
 from lcl_mcore import trainer as loop
 from lcl_mcore.checkpoint.manager import Checkpointer, Outcome, TrainState
 from lcl_mcore.commands.entry import run_main
-from lcl_mcore.config.cli import parse_flags, resolve
+from lcl_mcore.commands.pretrain import parse_options
 from lcl_mcore.distributed.groups import gather_bytes
 from lcl_mcore.fault_tolerance.signals import StopRequest
 from lcl_mcore.trainer import Trainer
@@ -42,14 +42,14 @@ def full_disk(faults: list[dict[str, Any]]) -> None:
 
 def main() -> int:
     rounds, *arguments = sys.argv[1:]
-    flags = parse_flags(arguments)
-    config = resolve(flags)
-    assert flags.out is not None
+    options = parse_options(arguments)
+    config = options.run
+    assert options.out is not None
 
     from lcl_mcore.distributed.context import start
 
-    context = start(config, flags.out)
-    flags.out.mkdir(parents=True, exist_ok=True)
+    context = start(config, options.out)
+    options.out.mkdir(parents=True, exist_ok=True)
     stop = StopRequest()  # one for the process: an earlier run's would take the next one's signals
     loop.StopRequest = lambda: stop  # type: ignore[assignment, misc]
     plan = [

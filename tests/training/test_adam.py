@@ -10,7 +10,7 @@ import torch
 from adam_stand_in import ApexLike, TeLike
 from lcl_mcore import fused_adam as adam
 from lcl_mcore import optional_packages as probe
-from lcl_mcore.config.run import OptimConfig, RunConfig
+from lcl_mcore.config.schema import OptimConfig, RunConfig
 from lcl_mcore.errors import ConfigError
 from lcl_mcore.fused_adam import Adam, FusedAdam, TorchAdam, choose_adam
 from lcl_mcore.models.backends import choose_gradient_fusion

@@ -19,7 +19,7 @@ from lcl_mcore.checkpoint.manifest import manifest_bytes, outdated, parse_manife
 from lcl_mcore.checkpoint.policy import SavePolicy
 from lcl_mcore.checkpoint.safe_load import METADATA, SafeReader
 from lcl_mcore.checkpoint.shards import Shard, Snapshot, boxes
-from lcl_mcore.config.run import CheckpointConfig
+from lcl_mcore.config.schema import CheckpointConfig
 from lcl_mcore.errors import CheckpointError
 
 

@@ -11,7 +11,7 @@ import pytest
 
 from launch import torchrun
 from lcl_mcore.batch import GlobalCounts, StepBatch
-from lcl_mcore.config.faults import FaultConfig
+from lcl_mcore.config.schema import FaultConfig
 from lcl_mcore.errors import NonFiniteError
 from lcl_mcore.fault_tolerance.goodput import read_events
 from lcl_mcore.fault_tolerance.recovery import Recovery, SpikeDetector

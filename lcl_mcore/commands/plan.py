@@ -1,0 +1,62 @@
+"""Predict memory, speed, communication, cost and goodput of a job (`tools/plan.py`)."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+
+import tyro
+
+from lcl_mcore.config.base import config_dataclass
+from lcl_mcore.config.cli import RunOptions, parse_run
+from lcl_mcore.planning.request import PlanRequest
+
+
+@config_dataclass
+class PlanOptions(PlanRequest, RunOptions):
+    """Predict memory, speed, communication and cost of a job without a GPU. Training flags are those of training."""
+
+    json: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Machine-readable, on the standard output."""
+    out: Path | None = None
+    """Also write PATH.txt and PATH.json, with command, commit and date."""
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> PlanOptions:
+    """Read the command line."""
+    return parse_run(PlanOptions, arguments)
+
+
+def main() -> int:
+    """Count, predict, print; 1 if the layout does not fit or could deadlock."""
+    options = parse_options()
+    options.run.check_processes(options.gpus)  # mistakes are answered before the slow imports
+    os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # fake groups have no device to warn about
+
+    from lcl_mcore.diagnostics.environment import source_commit
+    from lcl_mcore.planning.plan import make_plan
+    from lcl_mcore.planning.report import text
+
+    started = time.perf_counter()
+
+    def log(line: str) -> None:
+        print(f"[{time.perf_counter() - started:5.1f} s] {line}", file=sys.stderr, flush=True)
+
+    command = " ".join(["python", "tools/plan.py", *sys.argv[1:]])
+    origin = {"command": command, **source_commit(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
+    plan = make_plan(options, log)
+    report = text(plan)
+    print(json.dumps(origin | plan, indent=1) if options.json else report)
+    if options.out is not None:
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        head = "".join(f"{name}: {value}\n" for name, value in origin.items())
+        options.out.with_suffix(".txt").write_text(f"{head}\n{report}\n", encoding="utf-8")
+        options.out.with_suffix(".json").write_text(
+            json.dumps(origin | plan, indent=1) + "\n", encoding="utf-8"
+        )
+    return 0 if plan["memory"]["fits"] and not plan["lint"]["problems"] else 1

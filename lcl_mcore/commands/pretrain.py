@@ -1,0 +1,57 @@
+"""Pre-train by latent compression learning (`tools/pretrain_lcl.py`)."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from lcl_mcore.config.base import config_dataclass
+from lcl_mcore.config.cli import RunOptions, parse_run
+from lcl_mcore.config.files import check_folder, write_config
+from lcl_mcore.fault_tolerance.restart import is_restart
+
+
+@config_dataclass
+class PretrainOptions(RunOptions):
+    """Pre-train a vision encoder by latent compression learning.
+
+    Every rank runs this command; one process needs no torchrun.
+    """
+
+    data: Annotated[tuple[str, ...], tyro.conf.arg(metavar="PATH[:WEIGHT] ...")] = ()
+    """Prepared data sets, and their shares of the mixture."""
+    out: Path | None = None
+    """Folder of the run; by default runs/RECIPE."""
+    resume: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Continue from the newest complete checkpoint in the folder, or start if there is none."""
+    init_from: Path | None = None
+    """Start from the weights of this file or folder (tools/import_released.py)."""
+
+
+def parse_options(arguments: Sequence[str] | None = None) -> PretrainOptions:
+    """Read the command line."""
+    return parse_run(PretrainOptions, arguments)
+
+
+def main() -> int:
+    """Parse the command line, start the processes, train."""
+    options = parse_options()
+    config = options.run
+    config.check_processes(int(os.environ.get("WORLD_SIZE", "1")))
+    folder = options.out or Path("runs") / config.recipe
+    resume = options.resume or is_restart(folder)  # torchrun repeats the same command after a failure
+    check_folder(folder, resume)
+
+    # Imported only now, so that a mistake above is answered at once.
+    from lcl_mcore.distributed.context import start
+
+    context = start(config, folder)
+    if context.rank == 0:
+        write_config(config, folder)
+    from lcl_mcore.trainer import Trainer  # after `start`: see `lcl_mcore.distributed.cpu`
+
+    return Trainer(config, context, resume=resume, init_from=options.init_from).train()

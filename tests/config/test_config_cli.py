@@ -1,0 +1,183 @@
+"""Flags reach their settings; a repeated flag appends; help shows what is true."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lcl_mcore.commands.pretrain import PretrainOptions, parse_options
+from lcl_mcore.config.arguments import flags_of
+from lcl_mcore.config.base import to_dict
+from lcl_mcore.config.files import read_config, write_config
+from lcl_mcore.config.recipes import RECIPES, load_recipe
+from lcl_mcore.config.schema import RunConfig
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def run_of(line: str) -> RunConfig:
+    return parse_options(line.split()).run
+
+
+def test_flags_reach_their_settings() -> None:
+    line = "--recipe demo --data a:2 b --tp 2 --sequence-parallel --lr 0.5 --steps 7 --precision bf16"
+    config = run_of(f"{line} --no-overlap --set model.vision.layers=3 --model.language.layers 1")
+    assert [(s.path, s.weight) for s in config.data.sources] == [("a", 2.0), ("b", 1.0)]
+    assert (config.parallel.tensor_parallel_size, config.parallel.sequence_parallel) == (2, True)
+    assert (config.parallel.overlap_grad_reduce, config.parallel.overlap_param_gather) == (False, False)
+    assert (config.optim.lr, config.train.steps, config.train.precision) == (0.5, 7, "bf16")
+    assert (config.model.vision.layers, config.model.language.layers) == (3, 1)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_a_resolved_configuration_starts_the_same_run_again(name: str, tmp_path: Path) -> None:
+    config = load_recipe(name)
+    write_config(config, tmp_path)
+    assert read_config(tmp_path / "config.yaml") == config
+    assert run_of(f"--config {tmp_path / 'config.yaml'}") == config
+    assert run_of(f"--recipe {name}") == config
+
+
+SECTIONS_WITHOUT_PREFIX = ("parallel", "train", "optim", "loss")
+
+
+def values(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= values(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+def test_every_setting_has_a_flag_named_like_it() -> None:
+    """Given as its own value, each flag changes nothing; `--set` and the flag are two spellings of one thing."""
+    config = load_recipe("large-h14")
+    flags = flags_of(PretrainOptions)
+    words, assignments = [], []
+    for path, value in values(to_dict(config)).items():
+        if path in ("recipe", "data.sources"):
+            continue
+        section, _, name = path.partition(".")
+        flag = "--" + (name if section in SECTIONS_WITHOUT_PREFIX else path).replace("_", "-")
+        assert flags[flag].path == f"run.{path}"
+        if isinstance(value, bool):
+            head, dot, leaf = flag[2:].rpartition(".")
+            words.append(flag if value else f"--{head}{dot}no-{leaf}")
+        elif value not in (None, "", []):
+            words += [flag, *(map(str, value) if isinstance(value, list) else [str(value)])]
+        assignments.append(f"{path}={'null' if value is None else str(value)}")
+    assert len(words) > 100
+    assert parse_options(["--recipe", "demo", *words]).run == dataclasses.replace(config, recipe="demo")
+    again = parse_options(["--recipe", "demo", "--set", *assignments]).run
+    assert again == dataclasses.replace(config, recipe="demo")
+
+
+def test_short_spellings() -> None:
+    """What people type: each is another name of the same setting."""
+    short = {
+        "--tp": "parallel.tensor_parallel_size",
+        "--pp": "parallel.pipeline_parallel_size",
+        "--timeout": "parallel.timeout_seconds",
+        "--drop-path": "model.vision.drop_path",
+        "--dropout": "model.language.dropout",
+        "--tokenizer": "data.tokenizer.path",
+        "--checkpoint-every": "checkpoint.every",
+        "--checkpoint-minutes": "checkpoint.minutes",
+        "--checkpoint-folder": "checkpoint.folder",
+        "--keep": "checkpoint.keep",
+        "--max-hours": "checkpoint.max_hours",
+        "--log-every": "log.every",
+    }
+    flags = flags_of(PretrainOptions)
+    assert {flag: flags[flag].path for flag in short} == {f: f"run.{path}" for f, path in short.items()}
+    config = run_of(
+        "--recipe demo --tp 2 --pp 3 --timeout 5 --drop-path 0.1 --dropout 0.2 --tokenizer t --checkpoint-every 7 "
+        "--checkpoint-minutes 8 --checkpoint-folder s3://b/r --keep 9 --max-hours 10 --log-every 11"
+    )
+    found = values(to_dict(config))
+    given = [2, 3, 5.0, 0.1, 0.2, "t", 7, 8.0, "s3://b/r", 9, 10.0, 11]
+    assert [found[path] for path in short.values()] == given
+
+
+def test_one_tensor_parallel_rank_switches_sequence_parallelism_off() -> None:
+    assert load_recipe("large-h14").parallel.sequence_parallel
+    assert not run_of("--recipe large-h14 --tp 1").parallel.sequence_parallel
+    assert run_of("--recipe large-h14 --tp 4").parallel.sequence_parallel
+    assert not run_of("--recipe large-h14 --no-sequence-parallel").parallel.sequence_parallel
+
+
+def test_set_is_applied_last_and_appends() -> None:
+    config = run_of(
+        "--recipe demo --set train.steps=5 log.every=6 --steps 4 --set=train.seed=7 --set train.steps=8"
+    )
+    assert (config.train.steps, config.log.every, config.train.seed) == (8, 6, 7)
+    words = [
+        "data.sources=[{path: a, name: b}]",
+        "checkpoint.folder=x",
+        "faults.spike=off",
+        "log.tensorboard=no",
+    ]
+    config = parse_options(["--recipe", "demo", "--set", *words]).run
+    assert [(s.path, s.label) for s in config.data.sources] == [("a", "b")]
+    assert (config.checkpoint.folder, config.faults.spike, config.log.tensorboard) == ("x", "off", False)
+
+
+def test_values_of_a_repeated_flag_append() -> None:
+    config = run_of("--recipe demo --data a --steps 3 --data b:2 c --data=d")
+    assert [s.label for s in config.data.sources] == ["a", "b", "c", "d"]
+    config = run_of("--recipe demo --pp 3 --stage-layers 0 --stage-layers 1 1")
+    assert config.parallel.stage_layers == (0, 1, 1)
+
+
+def help_of(tool: str, *words: str) -> str:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "tools" / tool), *words, "--help"],
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=True,
+    )
+    return " ".join(re.sub(r"[│╭╮╰╯─]", " ", done.stdout).split())
+
+
+def test_help_shows_recipes_sections_and_real_values() -> None:
+    text = help_of("pretrain_lcl.py", "--recipe", "paper-l14")
+    for part in (
+        "Pre-train a vision encoder by latent compression learning.",
+        "Defaults are those of recipe paper-l14.",
+        f"Start from a named recipe (docs/recipes.md): {', '.join(RECIPES)}.",
+        "parallel options How the job's processes share the work.",
+        "--tp INT, --tensor-parallel-size INT Ranks that share each layer; 1 switches tensor parallelism off.",
+        "--global-batch-size INT Packed sequences per optimizer step over all data-parallel ranks. (default: 12288)",
+        "--lr FLOAT Peak learning rate. (default: 0.0003)",
+        "--drop-path FLOAT, --model.vision.drop-path FLOAT",
+        "--model.vision.layers INT Transformer layers. (default: 24)",
+        "--data.crop-scale FLOAT FLOAT",
+        "(default: 0.9 1.0)",
+        "--precision {fp32,bf16,fp8}",
+        "(default: bf16)",
+        "--out PATH Folder of the run; by default runs/RECIPE. --resume",
+    ):
+        assert part in text, part
+    assert "None" not in text
+    assert "Defaults are those of no recipe; with --recipe NAME its own are shown." in help_of(
+        "pretrain_lcl.py"
+    )
+
+
+def test_help_imports_nothing_heavy() -> None:
+    code = (
+        "import runpy, sys\nsys.argv = ['pretrain_lcl.py', '--help']\n"
+        f"try:\n    runpy.run_path({str(ROOT / 'tools' / 'pretrain_lcl.py')!r}, run_name='__main__')\n"
+        "except SystemExit:\n    pass\n"
+        "print([m for m in ('torch', 'megatron', 'numpy', 'fsspec', 'PIL') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
