@@ -17,6 +17,7 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Mapping
@@ -44,6 +45,7 @@ class Server:
         other.close()
         self.codes: dict[int, int] = {}
         self.cpu_seconds = 0.0
+        self.lock = threading.Lock()
         atexit.register(self.close)
 
     def close(self) -> None:
@@ -53,17 +55,19 @@ class Server:
 
     def start(self, streams: list[int], **job: Any) -> int:
         """Fork a process that writes to these file descriptors; its id."""
-        socket.send_fds(self.channel, [json.dumps(job).encode()], streams)
-        while "started" not in (answer := self._receive()):
-            pass
+        with self.lock:
+            socket.send_fds(self.channel, [json.dumps(job).encode()], streams)
+            while "started" not in (answer := self._receive()):
+                pass
         pid = int(answer["started"])
         self.codes.pop(pid, None)  # of an earlier process of this number
         return pid
 
     def poll(self, seconds: float = 0.0) -> None:
         """Note which processes have ended, waiting at most so long for one."""
-        if select.select([self.channel], [], [], seconds)[0]:
-            self._receive()
+        with self.lock:
+            if select.select([self.channel], [], [], seconds)[0]:
+                self._receive()
 
     def _receive(self) -> dict[str, Any]:
         packet = self.channel.recv(1 << 16)
@@ -222,6 +226,19 @@ def torchrun(
         raise AssertionError(
             f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr[-6000:]}"
         )
+    return done
+
+
+_subprocess_run = subprocess.run
+
+
+def forked_run(command: list[str], **options: Any) -> Any:
+    """Stands in for `subprocess.run` where a script starts others of this repository with its own interpreter."""
+    if command[0] != sys.executable:
+        return _subprocess_run(command, **options)
+    assert not options["check"]
+    done = run_script(*map(str, command[1:]), timeout=600, **options["env"])
+    options["stdout"].write(done.stdout + done.stderr)
     return done
 
 

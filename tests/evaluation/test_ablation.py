@@ -4,12 +4,17 @@ from __future__ import annotations
 
 import io
 import json
+import runpy
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
+
+from launch import ROOT, forked_run
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 
@@ -30,8 +35,23 @@ def make_pages(folder: Path) -> None:
         (folder / f"page{page}.html").write_text(f"<html><body>{''.join(parts)}</body></html>")
 
 
+@pytest.fixture
+def ablation(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """Run the example here; the processes that it starts are forked."""
+    monkeypatch.syspath_prepend(ROOT / "examples" / "ablation")
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(subprocess, "run", forked_run)
+
+    def call(*words: str) -> str:
+        monkeypatch.setattr(sys, "argv", list(words))
+        runpy.run_path(words[0], run_name="__main__")
+        return capsys.readouterr().out
+
+    return call
+
+
 @pytest.mark.timeout(900)
-def test_two_settings_end_in_a_table(tmp_path: Path, labelled: Path, tool: Callable[..., str]) -> None:
+def test_two_settings_end_in_a_table(tmp_path: Path, labelled: Path, ablation: Callable[..., str]) -> None:
     make_pages(tmp_path / "pages")
     words = [
         "examples/ablation/run.py",
@@ -55,7 +75,7 @@ def test_two_settings_end_in_a_table(tmp_path: Path, labelled: Path, tool: Calla
         "generation only",
         "both, 0.1",
     ]
-    first = tool(*words, timeout=800)
+    first = ablation(*words)
     report = json.loads((tmp_path / "report" / "ablation.json").read_text())
     assert [run["setting"] for run in report["runs"]] == ["generation only", "both, 0.1"]
     assert set(report["summary"]) == {"generation only", "both, 0.1", "untrained"}
@@ -75,7 +95,7 @@ def test_two_settings_end_in_a_table(tmp_path: Path, labelled: Path, tool: Calla
 
     logs = {path: path.stat().st_mtime_ns for path in (tmp_path / "runs").rglob("*.log")}
     assert len(logs) == 4
-    again = tool(*words, timeout=800)
+    again = ablation(*words)
     assert sorted(again.splitlines()) == sorted(first.splitlines())  # two runs at a time end in any order
     assert {path: path.stat().st_mtime_ns for path in logs} == logs
     assert (tmp_path / "data" / "corpus" / "tokenizer.json").stat().st_mtime_ns == texts.st_mtime_ns

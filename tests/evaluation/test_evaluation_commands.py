@@ -6,8 +6,6 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from evaluation_runs import ROOT, command, records
+from evaluation_runs import command, records
+from launch import Job
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 Tool = Callable[..., str]
@@ -44,21 +43,14 @@ def test_a_stop_signal_during_evaluation_is_noticed(pairs: Path, tmp_path: Path)
     """The evaluation would go on for long: it reads every document once per step."""
     out = tmp_path / "stopped"
     settings = ("evaluation.every=1", "evaluation.limit=60", "train.micro_batch_size=1", "train.steps=500")
-    process = subprocess.Popen(
-        [sys.executable, *command(pairs, out, *settings)],
-        cwd=ROOT,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    end = time.monotonic() + 300
-    while not (out / "evaluation.jsonl").is_file() and time.monotonic() < end:
-        assert process.poll() is None, process.stdout.read() if process.stdout else ""
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=200)
-    assert process.returncode == 0, output
+    with Job(None, *command(pairs, out, *settings)) as job:
+        end = time.monotonic() + 300
+        while not (out / "evaluation.jsonl").is_file() and time.monotonic() < end:
+            assert job.poll() is None, job.stdout + job.stderr
+            time.sleep(0.02)
+        os.kill(job.pids[0], signal.SIGTERM)
+        assert job.wait(200) == 0, job.stdout + job.stderr
+        output = job.stdout
     assert "stopped by request" in output
     done = len(records(out / "metrics.jsonl"))
     assert done < 100
