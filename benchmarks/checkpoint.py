@@ -48,8 +48,8 @@ def measure(rounds: int, steps: int, folder: Path) -> dict[str, Any]:
     import torch.distributed as dist
     from step import TimedStep
 
-    from lcl_mcore.checkpoint.manager import Checkpointer, TrainingTensors, TrainState
-    from lcl_mcore.checkpoint.store import open_store
+    from lcl_mcore.checkpoint.manager import Checkpointer, TrainingTensors
+    from lcl_mcore.checkpoint.store import TrainState, open_store
     from lcl_mcore.distributed.device import init_process_group, pick_device
     from lcl_mcore.distributed.groups import make_groups
 
@@ -119,9 +119,9 @@ def measure(rounds: int, steps: int, folder: Path) -> dict[str, Any]:
 
 
 def _first_says(done: bool, group: Any) -> bool:
-    from lcl_mcore.distributed.groups import gather_bytes
+    from lcl_mcore.distributed.groups import gather_objects
 
-    return gather_bytes(b"1" if done else b"", group)[0] == b"1"
+    return bool(gather_objects(done, group)[0])
 
 
 def main() -> int:

@@ -12,10 +12,11 @@ from typing import Any, TextIO
 from torch import Tensor
 
 from lcl_mcore.batch import StepBatch
-from lcl_mcore.checkpoint.manifest import TrainState
+from lcl_mcore.checkpoint.store import TrainState
 from lcl_mcore.config.schema import LossConfig, RunConfig
 from lcl_mcore.distributed.context import Context
 from lcl_mcore.distributed.device import Device, HostCopy
+from lcl_mcore.storage import atomic_write
 
 
 @dataclass(frozen=True)
@@ -174,7 +175,7 @@ def _keep_steps(path: Path, done: int) -> float:
     records = read_metrics(path)
     kept = [record for record in records if record["step"] <= done]
     if path.is_file():
-        path.write_text("".join(json.dumps(record) + "\n" for record in kept), encoding="utf-8")
+        atomic_write(path, "".join(json.dumps(record) + "\n" for record in kept))
     return float(sum(r["step_seconds"] - r.get("data_seconds", 0.0) for r in records if r["step"] > done))
 
 

@@ -1,43 +1,86 @@
-"""Bytes of a data set by range, from a local folder or an object store."""
+"""Files of one folder, local or in an object store: reads by range, and writes that are whole or not at all.
+
+`open_storage` gives the folder; `atomic_write` and `atomic_file` replace one local file. Every request to an object
+store goes through one place that repeats what may pass, with growing pauses.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import logging
 import os
 import threading
 import time
 from bisect import bisect_right, insort
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from lcl_mcore.errors import DataError, explain
 
 T = TypeVar("T")
 REMOTE_SCHEMES = ("s3", "gs", "gcs", "az", "abfs", "hf", "https", "memory")
+PARTIAL = ".partial"
+_BLOCK = 16 << 20
 
 
-class Storage(Protocol):
-    """Read access to the files of one folder. Safe to use from several threads."""
+class MissingError(DataError):
+    """A file or folder that is not there, as opposed to one that cannot be read."""
 
-    root: str
-    remote: bool
 
-    def read(self, name: str, start: int, size: int) -> bytes:
-        """Exactly `size` bytes of a file from `start` on."""
+# --- local writes ---
 
-    def read_whole(self, name: str) -> bytes:
-        """A whole small file."""
 
-    def sizes(self) -> dict[str, int]:
-        """Name and size of every file in the folder."""
+@contextmanager
+def atomic_file(path: Path) -> Iterator[Path]:
+    """A path beside `path` to write to, which takes the name `path` once it is complete and on the disk.
 
-    def close(self) -> None:
-        """Give back what is held."""
+    After an error, or a kill, `path` is what it was before. Several processes may replace the same file.
+    """
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    try:
+        yield partial
+        sync(partial)
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def atomic_write(path: Path, content: bytes | str) -> None:
+    """The file has either its old or its new content (text as UTF-8), whatever happens meanwhile.
+
+    Raises:
+        OSError: it cannot be written; the old content is still there.
+    """
+    with atomic_file(path) as partial:
+        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def sync(path: Path) -> None:
+    """Flush one file or folder to the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- folders ---
 
 
 def open_storage(path: str, *, retries: int = 5, cache_bytes: int = 256 << 20) -> Storage:
-    """A local folder, or a folder behind a URL of a known scheme. No shell, no chained URLs."""
+    """A local folder, or a folder behind a URL of a known scheme. No shell, no chained URLs.
+
+    Args:
+        retries: how often a request to an object store is repeated.
+        cache_bytes: bound of what is read ahead from an object store.
+
+    Raises:
+        DataError: a URL of another kind, or its fsspec package is not installed.
+    """
     scheme = path.split("://", 1)[0] if "://" in path else ""
     if scheme == "file":
         return LocalStorage(Path(path.removeprefix("file://")))
@@ -45,12 +88,17 @@ def open_storage(path: str, *, retries: int = 5, cache_bytes: int = 256 << 20) -
         return LocalStorage(Path(path))
     if scheme not in REMOTE_SCHEMES or "::" in path:
         rule = f"only local folders and URLs of {', '.join(REMOTE_SCHEMES)} are read"
-        raise DataError(explain(f"data path {path}", rule, "Copy the data set to one of these."))
+        raise DataError(explain(f"path {path}", rule, "Copy the files to one of these."))
     return RemoteStorage(path.rstrip("/"), retries=retries, cache_bytes=cache_bytes)
 
 
 class LocalStorage:
-    """Files of a folder, through a bounded number of open descriptors."""
+    """Files of a folder, through a bounded number of open descriptors. Safe to use from several threads.
+
+    Raises:
+        MissingError: by every method, when the file or folder does not exist.
+        DataError: by every method, when it cannot be read, or a file ends too early.
+    """
 
     remote = False
     MAX_OPEN = 128
@@ -75,7 +123,7 @@ class LocalStorage:
             finally:
                 os.close(descriptor)
         except OSError as error:
-            raise _unreadable(self.root, name, str(error.strerror)) from error
+            raise self._unreadable(name, error) from error
         if len(data) != size:
             raise _too_short(self.root, name, start, size, len(data))
         return data
@@ -85,7 +133,11 @@ class LocalStorage:
         try:
             return (self._folder / name).read_bytes()
         except OSError as error:
-            raise _unreadable(self.root, name, str(error.strerror)) from error
+            raise self._unreadable(name, error) from error
+
+    def sha256(self, name: str, size: int) -> str:
+        """Hash of the first `size` bytes."""
+        return _hash_blocks(self, name, size, lambda block: None)
 
     def sizes(self) -> dict[str, int]:
         """Name and size of every file in the folder."""
@@ -93,7 +145,14 @@ class LocalStorage:
             with os.scandir(self._folder) as entries:
                 return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
         except OSError as error:
-            raise _unreadable(self.root, "", str(error.strerror)) from error
+            raise self._unreadable("", error) from error
+
+    def names(self) -> list[str]:
+        """Names of the files and folders in it."""
+        try:
+            return os.listdir(self._folder)
+        except OSError as error:
+            raise self._unreadable("", error) from error
 
     def close(self) -> None:
         """Close all descriptors."""
@@ -110,9 +169,18 @@ class LocalStorage:
         self._files[name] = os.open(self._folder / name, os.O_RDONLY)
         return self._files[name]
 
+    def _unreadable(self, name: str, error: OSError) -> DataError:
+        missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
+        return _unreadable(self.root, name, str(error.strerror), missing)
+
 
 class RemoteStorage:
-    """Files behind an fsspec URL: range requests, retries with growing pauses, a bounded cache."""
+    """Files behind an fsspec URL: range requests, retries with growing pauses, a bounded read-ahead cache.
+
+    Reads, and fails, as `LocalStorage` does; names may hold slashes. fsspec's own caches belong to one open file
+    each and fetch fixed blocks; the documents that are read ahead here lie anywhere in thousands of files, under
+    one bound for all of them.
+    """
 
     remote = True
     FIRST_PAUSE, LONGEST_PAUSE = 0.2, 20.0
@@ -120,6 +188,7 @@ class RemoteStorage:
     def __init__(self, url: str, *, retries: int, cache_bytes: int) -> None:
         import fsspec
 
+        logging.getLogger("s3fs").setLevel(logging.ERROR)  # it reports each failed try; we say the last
         self.root = url
         self._retries = retries
         self._cache = ByteCache(cache_bytes)
@@ -128,7 +197,9 @@ class RemoteStorage:
             self._system, self._folder = fsspec.core.url_to_fs(url, skip_instance_cache=True)
         except (ImportError, ValueError) as error:
             remedy = "Install the fsspec package for this kind of URL (s3fs for s3://)."
-            raise DataError(explain(f"data path {url}", str(error), remedy)) from error
+            raise DataError(explain(f"path {url}", str(error), remedy)) from error
+
+    # reading
 
     def read(self, name: str, start: int, size: int) -> bytes:
         """Exactly `size` bytes, from the cache when an earlier request covered them."""
@@ -153,12 +224,47 @@ class RemoteStorage:
         data: bytes = self._retried(name, lambda: self._system.cat_file(self._path(name)))
         return data
 
+    def sha256(self, name: str, size: int) -> str:
+        """Hash of the first `size` bytes, read by ranges of a few megabytes."""
+        return _hash_blocks(self, name, size, lambda block: None)
+
+    def download(self, name: str, size: int, path: Path) -> str:
+        """Write the first `size` bytes of a file to a local path; returns their hash."""
+        with open(path, "wb") as out:
+            return _hash_blocks(self, name, size, out.write)
+
     def sizes(self) -> dict[str, int]:
         """Name and size of every file in the folder."""
-        listing: list[dict[str, Any]] = self._retried(
-            "", lambda: self._system.ls(self._folder, detail=True, refresh=True)
-        )
-        return {item["name"].rsplit("/", 1)[-1]: int(item["size"] or 0) for item in listing}
+        return {name: size for name, size, folder in self._listing() if not folder}
+
+    def names(self) -> list[str]:
+        """Names of the files and folders in it."""
+        return [name for name, _, _ in self._listing()]
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a file or folder now."""
+        self._system.invalidate_cache()
+        return bool(self._retried(name, lambda: self._system.exists(self._path(name))))
+
+    # writing
+
+    def upload(self, path: Path, name: str, size: int) -> None:
+        """Bring a local file of `size` bytes there; the object appears at once or not at all."""
+        target = self._path(name)
+        self._retried(name, lambda: self._system.put_file(str(path), target))
+        arrived = self._retried(name, lambda: self._system.info(target, refresh=True))["size"]
+        if arrived != size:
+            rule = f"arrived with {arrived} bytes of {size}"
+            raise DataError(explain(f"{self.root}/{name}", rule, "Check the object store."))
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file; the object appears at once or not at all."""
+        self._retried(name, lambda: self._system.pipe_file(self._path(name), data))
+
+    def remove(self, name: str) -> None:
+        """Remove a file, or a folder with all that is in it, if there is one."""
+        if self.has(name):
+            self._retried(name, lambda: self._system.rm(self._path(name), recursive=True))
 
     def close(self) -> None:
         """Drop the cache."""
@@ -166,6 +272,16 @@ class RemoteStorage:
 
     def _path(self, name: str) -> str:
         return f"{self._folder}/{name}"
+
+    def _listing(self) -> list[tuple[str, int, bool]]:
+        """Name, size and whether it is a folder, of everything in the folder."""
+        found: list[dict[str, Any]] = self._retried(
+            "", lambda: self._system.ls(self._folder, detail=True, refresh=True)
+        )
+        return [
+            (item["name"].rstrip("/").rsplit("/", 1)[-1], int(item["size"] or 0), item["type"] == "directory")
+            for item in found
+        ]
 
     def _retried(self, name: str, request: Callable[[], T], *, listed: bool = False) -> T:
         """The request's answer; failures that may pass are tried again.
@@ -178,15 +294,17 @@ class RemoteStorage:
             try:
                 return request()
             except Exception as error:  # every back end has its own network exceptions
-                final = isinstance(error, PermissionError) or (
-                    isinstance(error, FileNotFoundError) and not listed
-                )
+                missing = isinstance(error, FileNotFoundError)
+                final = isinstance(error, PermissionError) or (missing and not listed)
                 if final or attempt == self._retries:
                     detail = f"{attempt + 1} attempts failed, last: {type(error).__name__} {error}"
-                    raise _unreadable(self.root, name, detail) from error
+                    raise _unreadable(self.root, name, detail, missing) from error
                 time.sleep(pause)
                 pause = min(2 * pause, self.LONGEST_PAUSE)
         raise AssertionError("unreachable")
+
+
+Storage = LocalStorage | RemoteStorage
 
 
 class ByteCache:
@@ -231,13 +349,22 @@ class ByteCache:
             self._held = 0
 
 
-def _unreadable(root: str, name: str, detail: str) -> DataError:
+def _hash_blocks(storage: Storage, name: str, size: int, take: Callable[[bytes], object]) -> str:
+    """SHA-256 of a file's first `size` bytes, each block of which is given to `take` on the way."""
+    total = hashlib.sha256()
+    for start in range(0, size, _BLOCK):
+        block = storage.read(name, start, min(_BLOCK, size - start))
+        total.update(block)
+        take(block)
+    return total.hexdigest()
+
+
+def _unreadable(root: str, name: str, detail: str, missing: bool) -> DataError:
     where = f"{root}/{name}" if name else root
-    return DataError(
-        explain(where, f"cannot be read: {detail}", "Check that the data set is there and complete.")
-    )
+    kind = MissingError if missing else DataError
+    return kind(explain(where, f"cannot be read: {detail}", "Check that it is there and complete."))
 
 
 def _too_short(root: str, name: str, start: int, size: int, got: int) -> DataError:
     rule = f"ends {size - got} bytes too early (wanted {size} bytes from {start}): the file is damaged"
-    return DataError(explain(f"{root}/{name}", rule, "Copy the shard again or prepare the data set again."))
+    return DataError(explain(f"{root}/{name}", rule, "Copy the file again or make it again."))

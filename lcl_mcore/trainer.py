@@ -8,12 +8,12 @@ from pathlib import Path
 
 from lcl_mcore.batch import StepBatch
 from lcl_mcore.build import build_data, build_training
-from lcl_mcore.checkpoint.manager import Checkpointer, Outcome, TrainingTensors, TrainState
-from lcl_mcore.checkpoint.policy import SavePolicy, make_checkpointer
+from lcl_mcore.checkpoint.manager import TrainingTensors, open_checkpoints
+from lcl_mcore.checkpoint.store import TrainState, checkpoint_name
 from lcl_mcore.config.files import config_digest
 from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.distributed.context import Context
-from lcl_mcore.errors import CheckpointError, ConfigError, LclError, explain
+from lcl_mcore.errors import ConfigError, LclError, explain
 from lcl_mcore.evaluation.heldout import periodic_evaluation
 from lcl_mcore.fault_tolerance.goodput import Goodput
 from lcl_mcore.fault_tolerance.recovery import Action, Recovery, batches_seen, skipped_ranges
@@ -26,7 +26,6 @@ from lcl_mcore.models.flops import FlopCounter
 from lcl_mcore.models.transformer_config import DTYPES
 from lcl_mcore.startup_summary import layout_name, startup_summary
 
-MAX_FAILED_SAVES = 2
 STEPS_BETWEEN_GARBAGE_COLLECTIONS = 50
 
 
@@ -56,11 +55,9 @@ class Trainer:
         self.step, self.choices = training.step, training.choices
 
         tensors = TrainingTensors(self.model, self.optimizer, context.groups.tp)
-        self.checkpointer: Checkpointer = make_checkpointer(config, context, tensors, resume)
-        self.saves = SavePolicy(config.checkpoint, context.rank)
-        self.state = TrainState(0, None, "", config_digest(config))
-        if resume:
-            self.restore()
+        self.checkpoints = open_checkpoints(config, context, tensors, resume)
+        restored = self.checkpoints.resume() if resume else None
+        self.state = restored or TrainState(0, None, "", config_digest(config))
         self.recovery = Recovery(
             config.faults,
             self.state.position,
@@ -96,8 +93,6 @@ class Trainer:
         self.straggler: Comparison | None = None
         self.stopping = self.saving = False
         """Some rank asked to end the run, or for a checkpoint, with the last step that was accounted for."""
-        self.failed_saves = 0
-        self.reported: Outcome | None = None
 
     @explained
     def train(self) -> int:
@@ -125,7 +120,7 @@ class Trainer:
             self.goodput.end()
             self.log.info(self.goodput.total().describe())
         except LclError:  # every rank is alive and leaves: a save under way is worth completing
-            self.checkpointer.wait()
+            self.checkpoints.wait()
             raise
         finally:
             gc.enable()
@@ -145,7 +140,9 @@ class Trainer:
         optim = self.config.optim
         lr = cosine_with_warmup(step, self.config.train.steps, optim.warmup_steps, optim.lr, optim.min_lr)
         self.watchdog.own.enter()
-        output = self.step.run(step, batch, lr, stop=self.stop_requested(), save=self.saves.request())
+        output = self.step.run(
+            step, batch, lr, stop=self.stop_requested(), save=self.checkpoints.time_to_save()
+        )
         self.watchdog.own.leave(self.loader.read_seconds)
         self.state = replace(
             before,
@@ -258,102 +255,41 @@ class Trainer:
         """Continue from the newest checkpoint that has not seen `batch`; False if there is none."""
         self.recovery.count_rollback(batch)
         self.watchdog.mark("restore", self.state.step)
-        self.settle(self.checkpointer.wait(), final=False)
-        path, _ = self.checkpointer.find(lambda state: batches_seen(state) <= batch)
-        if path is None:
-            return False
         if self.ddp.ddp_config.overlap_param_gather:
             self.ddp.start_param_sync(force_sync=True)
-        self.state = self.checkpointer.load(path)
-        self.checkpointer.discard_after(self.state.step)  # they have seen the batches that are skipped now
-        self.saves.saved_step = None
+        earlier = self.checkpoints.go_back(lambda state: batches_seen(state) <= batch)
+        if earlier is None:
+            return False
+        self.state = earlier
         self.loader.close()
         self.recovery.restore(self.state.position)
         self.loader, _ = build_data(
             self.config, self.context.device, self.context.groups, self.state.position
         )
         self.goodput.lost(self.log.rewind(self.state.step))
-        self.goodput.event("rollback", step=self.state.step, checkpoint=path.name)
-        self.log.info(f"went back to {path}, {self.state.step} steps done")
+        self.goodput.event("rollback", step=self.state.step, checkpoint=checkpoint_name(self.state.step))
         return True
 
     # --- checkpoints ---
 
-    def restore(self) -> None:
-        """Load the newest checkpoint that verifies, if there is one."""
-        path, problems = self.checkpointer.find()
-        for problem in problems:
-            self.context.log(problem)
-        if path is None:
-            where = self.checkpointer.store.location
-            self.context.log(f"resume: no complete checkpoint in {where}, starting at step 0")
-            return
-        self.state = self.checkpointer.load(path)
-        self.context.log(f"resume: {path}, {self.state.step} steps done")
-
     def save_is_due(self) -> bool:
         """Whether this step ends with a checkpoint."""
         last = self.state.step == self.config.train.steps
-        return last or self.stopping or self.saving or self.saves.due(self.state.step)
+        return last or self.stopping or self.saving or self.checkpoints.due(self.state.step)
 
     def stop_requested(self) -> bool:
         """Whether this rank asks all to end the run after the next step."""
-        if self.saves.out_of_time():
+        if self.checkpoints.out_of_time():
             self.stop.received = self.stop.received or "the time limit"
-        early = self.checkpointer.poll()
-        self.report(early)
-        hopeless = early is not None and early.problem != "" and self.failed_saves + 1 >= MAX_FAILED_SAVES
-        return bool(self.stop) or hopeless
+        saves_keep_failing = self.checkpoints.poll()
+        return bool(self.stop) or saves_keep_failing
 
     def save(self) -> None:
         """Begin a checkpoint of the present state; the last one of a run is also completed."""
         final, self.saving = self.stopping or self.state.step == self.config.train.steps, False
         self.watchdog.mark("save", self.state.step - 1)
-        self.settle(self.checkpointer.wait(), final=False)
-        if self.state.position is not None and self.state.step != self.saves.saved_step:
-            self.saves.started(self.state.step)
+        if self.state.position is not None:  # something was trained on
             position = self.recovery.position(self.state.position)
-            self.checkpointer.start(
-                replace(self.state, position=position, config_digest=config_digest(self.config))
-            )
-            if final or not self.config.checkpoint.asynchronous:
-                self.settle(self.checkpointer.wait(), final)
+            digest = config_digest(self.config)
+            self.checkpoints.save(replace(self.state, position=position, config_digest=digest), final=final)
         self.goodput.stall(self.watch.lap())
-
-    def settle(self, outcome: Outcome | None, final: bool) -> None:
-        """Act on how a save ended; the same on every rank.
-
-        Raises:
-            CheckpointError: it failed, and was the last one or not the first to fail in a row.
-        """
-        if outcome is None:
-            return
-        if not outcome.problem:
-            self.failed_saves = 0
-            self.saves.finished(outcome)
-        else:
-            self.failed_saves += 1
-            self.saves.failed(outcome)
-            if final or self.failed_saves >= MAX_FAILED_SAVES:
-                raise CheckpointError(_save_failed(outcome))
-        self.report(outcome)
-
-    def report(self, outcome: Outcome | None) -> None:
-        """Log once how a save ended, as soon as this rank knows."""
-        if outcome is None or outcome is self.reported:
-            return
-        self.reported = outcome
-        if outcome.problem:
-            self.log.info(
-                f"WARNING {_save_failed(outcome)} Training goes on and tries again at the next checkpoint."
-            )
-        else:
-            self.log.info(f"checkpoint {outcome.path} complete after {outcome.seconds:.1f} s")
-
-
-def _save_failed(outcome: Outcome) -> str:
-    return explain(
-        f"checkpoint {outcome.path}",
-        f"could not be written: {outcome.problem}",
-        "Free or enlarge the disk; earlier checkpoints are intact.",
-    )

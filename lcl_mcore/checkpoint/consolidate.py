@@ -1,4 +1,5 @@
-"""What `tools/checkpoint.py` does: list, verify, info, consolidate. One process, no process group, no GPU."""
+"""Checkpoints seen from one process, without a process group: weights alone, for `load_weights` into a model or as a
+consolidated state dict, and what `tools/checkpoint.py` does: list, verify, info, consolidate."""
 
 from __future__ import annotations
 
@@ -11,27 +12,29 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
+from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
-from lcl_mcore.checkpoint.dcp import read_metadata
-from lcl_mcore.checkpoint.manager import read_full_weights
-from lcl_mcore.checkpoint.manifest import (
+from lcl_mcore.checkpoint.dcp import SafeReader, read_boxes
+from lcl_mcore.checkpoint.shards import WEIGHTS, TensorBox, weight_shards
+from lcl_mcore.checkpoint.store import (
     CONFIG,
+    TrainState,
     checkpoint_names,
     child,
+    open_store,
     read_manifest,
     read_state,
     require_intact,
     step_of,
     verify,
 )
-from lcl_mcore.checkpoint.store import RemoteStore
 from lcl_mcore.config.files import read_config, write_config
 from lcl_mcore.errors import CheckpointError, DataError, explain
-from lcl_mcore.interop.weights_file import write_consolidated
+from lcl_mcore.interop.weights_file import without_vocabulary_padding, write_consolidated
+from lcl_mcore.models.lcl import LclModel
 from lcl_mcore.storage import open_storage
-
-VOCABULARY = ("language.token_embedding.weight", "language.head")
 
 
 def resolve(location: str) -> list[str]:
@@ -98,7 +101,7 @@ def intact(location: str) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory() as scratch:
         parent, name = path.rsplit("/", 1)
-        folder, problems = RemoteStore(parent, Path(scratch)).fetch(name, 0, 1)
+        folder, problems = open_store(parent, Path(scratch)).fetch(name, 0, 1)
         if problems:
             raise CheckpointError(
                 explain(path, f"is damaged: {'; '.join(problems)}", "Use another checkpoint.")
@@ -109,7 +112,7 @@ def intact(location: str) -> Iterator[Path]:
 def info(location: str) -> dict[str, Any]:
     """State, configuration and tensors of the newest checkpoint at a location."""
     with intact(location) as folder:
-        tensors = read_metadata(folder).state_dict_metadata
+        tensors = SafeReader(folder).read_metadata().state_dict_metadata
         kinds: dict[str, dict[str, int]] = {}
         for key, entry in tensors.items():
             assert isinstance(entry, TensorStorageMetadata)
@@ -130,6 +133,37 @@ def info(location: str) -> dict[str, Any]:
         }
 
 
+def load_weights(path: Path, model: LclModel, tp: tuple[int, int] = (0, 1)) -> TrainState:
+    """Take the weights alone from a local checkpoint of any layout.
+
+    Args:
+        tp: this rank's tensor-parallel (rank, size).
+
+    Raises:
+        CheckpointError: the checkpoint is damaged, or does not fit this model.
+    """
+    require_intact(path)
+    wanted = weight_shards(model, tp)
+    read_boxes(path, [box for _, shard in wanted for box in shard.boxes(shard.flat)])
+    with torch.no_grad():
+        for parameter, shard in wanted:
+            parameter.copy_(shard.flat.view_as(parameter))
+    return read_state(path)
+
+
+def consolidated_weights(path: Path) -> dict[str, Tensor]:
+    """All weights of a local checkpoint as whole fp32 tensors by full name; needs no process group.
+
+    Raises:
+        CheckpointError: damaged.
+    """
+    stored = SafeReader(path).read_metadata().state_dict_metadata
+    shapes = {key: tuple(entry.size) for key, entry in stored.items() if key.startswith(WEIGHTS)}  # type: ignore[union-attr]
+    boxes = [TensorBox(key, shape, (0,) * len(shape), torch.empty(shape)) for key, shape in shapes.items()]
+    read_boxes(path, boxes)
+    return {box.key.removeprefix(WEIGHTS): box.tensor for box in boxes}
+
+
 def consolidate(location: str, out: Path) -> Path:
     """Write a checkpoint's weights as one file for `--init-from`, with the `config.yaml` beside it.
 
@@ -138,10 +172,8 @@ def consolidate(location: str, out: Path) -> Path:
     """
     with intact(location) as folder:
         config = read_config(folder / CONFIG)
-        state = read_full_weights(folder)
-        for name in VOCABULARY:  # padding rows belong to the layout, not to the model
-            if name in state:
-                state[name] = state[name][: config.model.language.vocab_size]
+        state = consolidated_weights(folder)
+        state = without_vocabulary_padding(state, config.model.language.vocab_size)
         path = write_consolidated(state, config.model, out)
         write_config(config, out)
     return path

@@ -1,7 +1,10 @@
-"""Pieces of tensors to and from a folder, by torch's distributed checkpoint format.
+"""Boxes of tensors to and from a folder, by torch's distributed checkpoint format.
 
-torch writes, describes and reshards; added here are boxes instead of whole tensors, a SHA-256 of what each
-rank writes while it writes it, and reading without unpickling foreign classes.
+torch writes, describes and reshards. Added here are boxes instead of whole tensors, a SHA-256 of what each rank
+writes while it writes it, and reading that runs nothing of what a forged checkpoint could contain: torch unpickles
+`.metadata` without restriction, and byte entries with `weights_only=False`. `SafeReader` accepts only the classes
+that valid metadata is made of, only tensors, and only files of the checkpoint's own folder; torch itself reads each
+tensor with `weights_only=True`. Parameters that were renamed are found under their present names.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ import pickle
 import zipfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +25,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint import FileSystemReader
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -38,11 +43,11 @@ from torch.distributed.checkpoint.planner import (
 )
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
-from lcl_mcore.checkpoint.safe_load import SafeReader
-from lcl_mcore.checkpoint.shards import Piece
+from lcl_mcore.checkpoint.shards import TensorBox, current_name
+from lcl_mcore.checkpoint.store import Entries
 from lcl_mcore.errors import CheckpointError, explain
 
-Entries = dict[str, dict[str, Any]]  # file name -> {"bytes": size, "sha256": hex}
+METADATA = ".metadata"
 _DAMAGE = (
     OSError,
     ValueError,
@@ -55,16 +60,19 @@ _DAMAGE = (
 )
 
 
-def _chunk(piece: Piece) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(torch.Size(piece.offset), piece.tensor.shape)
+def _chunk(box: TensorBox) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(torch.Size(box.offset), box.tensor.shape)
+
+
+# --- writing ---
 
 
 class _SavePlanner(dcp.DefaultSavePlanner):
-    """Plans this rank's pieces; torch checks over all ranks that they tile each tensor exactly."""
+    """Plans this rank's boxes; torch checks over all ranks that they tile each tensor exactly."""
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
+    def __init__(self, boxes: Sequence[TensorBox]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.pieces = {MetadataIndex(p.key, torch.Size(p.offset)): p for p in pieces}
+        self.boxes = {MetadataIndex(b.key, torch.Size(b.offset)): b for b in boxes}
 
     def create_local_plan(self) -> SavePlan:
         self.plan = SavePlan(
@@ -73,45 +81,16 @@ class _SavePlanner(dcp.DefaultSavePlanner):
                     index,
                     WriteItemType.SHARD,
                     tensor_data=TensorWriteData(
-                        _chunk(piece), TensorProperties(dtype=piece.tensor.dtype), torch.Size(piece.shape)
+                        _chunk(box), TensorProperties(dtype=box.tensor.dtype), torch.Size(box.shape)
                     ),
                 )
-                for index, piece in self.pieces.items()
+                for index, box in self.boxes.items()
             ]
         )
         return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
-        return self.pieces[index].tensor
-
-
-class _LoadPlanner(dcp.DefaultLoadPlanner):
-    """Plans what of the checkpoint each wanted piece is made of."""
-
-    def __init__(self, pieces: Sequence[Piece]) -> None:
-        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
-        self.pieces = {MetadataIndex(p.key, torch.Size(p.offset)): p for p in pieces}
-
-    def create_local_plan(self) -> LoadPlan:
-        assert self.metadata is not None
-        items = []
-        for piece in self.pieces.values():
-            stored = self.metadata.state_dict_metadata.get(piece.key)
-            if not isinstance(stored, TensorStorageMetadata):
-                raise ValueError(f"{piece.key} is not in it")
-            if tuple(stored.size) != piece.shape:
-                raise ValueError(f"{piece.key} is {tuple(stored.size)} there and {piece.shape} here")
-            reads = create_read_items_for_chunk_list(piece.key, stored, [_chunk(piece)])
-            if sum(math.prod(read.lengths) for read in reads) != piece.tensor.numel():
-                raise ValueError(f"{piece.key} has gaps")
-            items += reads
-        return LoadPlan(items)
-
-    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
-        return self.pieces[index].tensor
-
-    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
-        raise ValueError(f"{read_item.dest_index.fqn} is not a tensor")
+        return self.boxes[index].tensor
 
 
 class _HashingFile:
@@ -157,8 +136,8 @@ class HashingFiles(FileSystem):
         self.entries[Path(new_path).name] = self.entries.pop(Path(path).name)
 
 
-def write_pieces(folder: Path, pieces: Sequence[Piece], group: dist.ProcessGroup) -> Entries:
-    """Write all ranks' pieces; collective over `group` (gloo), which nobody else may be using.
+def write_boxes(folder: Path, boxes: Sequence[TensorBox], group: dist.ProcessGroup) -> Entries:
+    """Write all ranks' boxes; collective over `group` (gloo), which nobody else may be using.
 
     Returns:
         The files this rank wrote, with the hash of what it meant to write; all flushed to the disk.
@@ -171,7 +150,7 @@ def write_pieces(folder: Path, pieces: Sequence[Piece], group: dist.ProcessGroup
     writer = dcp.FileSystemWriter(folder, sync_files=True)
     writer.fs = files
     try:
-        dcp.save({}, storage_writer=writer, planner=_SavePlanner(pieces), process_group=group)
+        dcp.save({}, storage_writer=writer, planner=_SavePlanner(boxes), process_group=group)
     except dcp.CheckpointException:
         if files.error is not None:
             raise files.error from None
@@ -179,22 +158,117 @@ def write_pieces(folder: Path, pieces: Sequence[Piece], group: dist.ProcessGroup
     return files.entries
 
 
-def read_metadata(folder: Path) -> Metadata:
-    """The tensors of a checkpoint folder.
+# --- reading ---
+
+_MODULE = "torch.distributed.checkpoint.metadata"
+_ALLOWED = {
+    *(
+        (_MODULE, name)
+        for name in (
+            "Metadata",
+            "TensorStorageMetadata",
+            "TensorProperties",
+            "ChunkStorageMetadata",
+            "MetadataIndex",
+            "StorageMeta",
+            "_MEM_FORMAT_ENCODING",
+        )
+    ),
+    ("torch.distributed.checkpoint.filesystem", "_StorageInfo"),
+    ("torch.serialization", "_get_layout"),
+    ("torch", "Size"),
+    ("pathlib", "PosixPath"),
+    ("pathlib._local", "PosixPath"),
+}
+
+
+class _MetadataUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) in _ALLOWED:
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        raise pickle.UnpicklingError(f"it refers to {module}.{name}, which valid metadata never does")
+
+
+class SafeReader(FileSystemReader):
+    """torch's reader of a checkpoint folder, with a safe `read_metadata`."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        """The description of every tensor in the checkpoint.
+
+        Raises:
+            CheckpointError: it is missing, damaged, or not made of tensors alone.
+        """
+        path = Path(self.path) / METADATA
+        try:
+            with open(path, "rb") as file:
+                return _checked(_MetadataUnpickler(file).load())
+        except Exception as error:  # a damaged or forged pickle can raise anything
+            rule = f"cannot be used: {str(error) or type(error).__name__}"
+            raise CheckpointError(explain(path, rule, "Use another checkpoint.")) from None
+
+
+def _checked(metadata: object) -> Metadata:
+    """The metadata, under today's names of the tensors.
 
     Raises:
-        CheckpointError: see `SafeReader.read_metadata`.
+        ValueError: it holds something else than tensors in files of its own folder.
     """
-    return SafeReader(folder).read_metadata()
+    if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
+        raise ValueError("it does not describe a checkpoint")
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(entry, TensorStorageMetadata):
+            raise ValueError(f"`{name}` is not a tensor")
+    for place in metadata.storage_data.values():
+        if Path(place.relative_path).name != place.relative_path:
+            raise ValueError(f"it refers to `{place.relative_path}`, outside the checkpoint")
+    tensors = {current_name(name): entry for name, entry in metadata.state_dict_metadata.items()}
+    if len(tensors) != len(metadata.state_dict_metadata):
+        raise ValueError("it holds a tensor under an old and under its present name")
+    places = {
+        MetadataIndex(current_name(index.fqn), index.offset, index.index): place
+        for index, place in metadata.storage_data.items()
+    }
+    return replace(metadata, state_dict_metadata=tensors, storage_data=places)
 
 
-def read_pieces(folder: Path, pieces: Sequence[Piece]) -> None:
-    """Fill the tensors of `pieces` from a checkpoint of any layout; needs no other process.
+class _LoadPlanner(dcp.DefaultLoadPlanner):
+    """Plans what of the checkpoint each wanted box is made of."""
+
+    def __init__(self, boxes: Sequence[TensorBox]) -> None:
+        super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
+        self.boxes = {MetadataIndex(b.key, torch.Size(b.offset)): b for b in boxes}
+
+    def create_local_plan(self) -> LoadPlan:
+        assert self.metadata is not None
+        items = []
+        for box in self.boxes.values():
+            stored = self.metadata.state_dict_metadata.get(box.key)
+            if not isinstance(stored, TensorStorageMetadata):
+                raise ValueError(f"{box.key} is not in it")
+            if tuple(stored.size) != box.shape:
+                raise ValueError(f"{box.key} is {tuple(stored.size)} there and {box.shape} here")
+            reads = create_read_items_for_chunk_list(box.key, stored, [_chunk(box)])
+            if sum(math.prod(read.lengths) for read in reads) != box.tensor.numel():
+                raise ValueError(f"{box.key} has gaps")
+            items += reads
+        return LoadPlan(items)
+
+    def lookup_tensor(self, index: MetadataIndex) -> Tensor:
+        return self.boxes[index].tensor
+
+    def load_bytes(self, read_item: Any, value: io.BytesIO) -> None:
+        raise ValueError(f"{read_item.dest_index.fqn} is not a tensor")
+
+
+def read_boxes(folder: Path, boxes: Sequence[TensorBox]) -> None:
+    """Fill the tensors of `boxes` from a checkpoint of any layout; needs no other process.
 
     Raises:
         CheckpointError: damaged, or a tensor is missing or has another shape.
     """
-    reader, planner = SafeReader(folder), _LoadPlanner(pieces)
+    reader, planner = SafeReader(folder), _LoadPlanner(boxes)
     metadata = reader.read_metadata()
     try:
         planner.set_up_planner({}, metadata, is_coordinator=False)

@@ -1,15 +1,27 @@
-"""Saves while training goes on, and restores into any layout.
+"""When a run saves, how saves end, and where it goes on.
 
-A save copies this rank's shards into host memory, which is all the training loop waits for. A thread then writes
-them, with process groups of its own: every rank writes and hashes its part, reads it back, and when all have,
-rank 0 commits (see `checkpoint_store`). At most one save is under way. Its outcome is agreed by the writing
-threads, so that every rank's `wait` returns the same.
+What the training loop uses is one `CheckpointManager` from `open_checkpoints(config, context, tensors, resume)`:
+
+    state = checkpoints.resume()             newest intact checkpoint, loaded and logged; None at step 0
+    checkpoints.due(step)                    by the number of steps done, alike on every rank
+    checkpoints.time_to_save()               by the first rank's clock; it asks the others
+    checkpoints.out_of_time()                likewise: the job ends soon
+    checkpoints.poll()                       logs once how a save ended; True: saves keep failing, stop
+    checkpoints.save(state, final=False)     begins a checkpoint; a final one is seen through
+    checkpoints.wait()                       for the save under way
+    checkpoints.go_back(accept)              an earlier checkpoint, loaded; later ones are removed
+
+Below it a `Checkpointer` saves and restores. A save copies this rank's shards into host memory, which is all the
+training loop waits for. A thread then writes them, with process groups of its own: every rank writes and hashes its
+part, reads it back, and when all have, rank 0 commits (see `checkpoint.store`). At most one save is under way. Its
+outcome is agreed by the writing threads, so that every rank's `wait` returns the same.
 """
 
 from __future__ import annotations
 
-import json
 import logging
+import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
@@ -19,48 +31,34 @@ from typing import Protocol
 
 import torch
 import torch.distributed as dist
+import yaml
 from torch.distributed.checkpoint import CheckpointException
 
-from lcl_mcore.checkpoint.dcp import Entries, read_metadata, read_pieces, write_pieces
-from lcl_mcore.checkpoint.manifest import (
+from lcl_mcore.checkpoint.dcp import SafeReader, read_boxes, write_boxes
+from lcl_mcore.checkpoint.shards import Shard, Snapshot, training_shards
+from lcl_mcore.checkpoint.store import (
+    CheckpointStore,
+    Entries,
     TrainState,
     checkpoint_name,
-    checkpoint_path,
+    checkpoint_names,
     child,
-    complete_checkpoints,
+    open_store,
     outdated,
     read_state,
-    require_intact,
     step_of,
-    verify,
+    verify_written,
     write_state,
 )
-from lcl_mcore.checkpoint.shards import (
-    WEIGHTS,
-    Piece,
-    Shard,
-    Snapshot,
-    training_shards,
-    weight_shards,
-)
-from lcl_mcore.checkpoint.store import Store, verify_written
-from lcl_mcore.distributed.groups import gather_bytes
+from lcl_mcore.config.base import to_dict
+from lcl_mcore.config.schema import CheckpointConfig, RunConfig
+from lcl_mcore.distributed.context import Context
+from lcl_mcore.distributed.groups import gather_objects
 from lcl_mcore.errors import CheckpointError, LclError, explain
 from lcl_mcore.models.lcl import LclModel
 from lcl_mcore.optimizer import Optimizer
 
-__all__ = [
-    "Checkpointer",
-    "Outcome",
-    "TrainState",
-    "TrainingTensors",
-    "checkpoint_path",
-    "complete_checkpoints",
-    "load_weights",
-    "read_full_weights",
-    "read_state",
-    "verify",
-]
+MAX_FAILED_SAVES = 2  # in a row
 _ECHO = "seen from here: "
 
 
@@ -102,7 +100,7 @@ class Checkpointer:
 
     def __init__(
         self,
-        store: Store,
+        store: CheckpointStore,
         tensors: Tensors,
         control: dist.ProcessGroup,
         background: dist.ProcessGroup,
@@ -184,7 +182,7 @@ class Checkpointer:
         def write() -> None:
             assert self.snapshot is not None
             folder = self.store.staging(name)
-            entries.update(write_pieces(folder, self.snapshot.pieces(), self.background))
+            entries.update(write_boxes(folder, self.snapshot.boxes(), self.background))
             if self.rank == 0:
                 entries.update(write_state(folder, state, self.config))
             verify_written(folder, entries)
@@ -192,22 +190,20 @@ class Checkpointer:
         def commit() -> None:
             if self.rank == 0:
                 self.store.commit(name, everything)
-                self.store.remove(outdated(self.store.names(), self.keep, self.keep_every))
+                self.store.remove(outdated(checkpoint_names(self.store.location), self.keep, self.keep_every))
 
         try:
             problem = self._together(prepare)
             problem = problem or self._together(write)
             problem = problem or self._together(lambda: self.store.publish(name, entries))
             if not problem:
-                parts = gather_bytes(json.dumps(entries).encode(), self.background)
-                everything = {file: entry for part in parts for file, entry in json.loads(part).items()}
+                parts = gather_objects(entries, self.background)
+                everything = {file: entry for part in parts for file, entry in part.items()}
                 problem = self._together(commit)
         except RuntimeError as error:  # the ranks cannot agree: one of them is gone
             problem = f"rank {self.rank}: {_reason(error)}"
-        if problem or not self.store.shared:
-            self._attempt(
-                lambda: self.store.abandon(name) if self.rank == 0 or not self.store.shared else None
-            )
+        if (problem and self.rank == 0) or not self.store.shared:
+            shutil.rmtree(self.store.staging(name), ignore_errors=True)
         path = child(self.store.location, name)
         self._outcome = Outcome(state.step, path, problem, time.perf_counter() - began)
 
@@ -222,7 +218,7 @@ class Checkpointer:
 
     def _together(self, action: Callable[[], object]) -> str:
         """Run `action` on every rank; the first problem, those first that are not the echo of another rank's."""
-        answers = [a.decode() for a in gather_bytes(self._attempt(action).encode(), self.background)]
+        answers = gather_objects(self._attempt(action), self.background)
         own = [f"rank {rank}: {a}" for rank, a in enumerate(answers) if a and not a.startswith(_ECHO)]
         echoes = [a.removeprefix(_ECHO) for a in answers if a.startswith(_ECHO)]
         return (own or echoes or [""])[0]
@@ -230,37 +226,51 @@ class Checkpointer:
     # --- restoring ---
 
     def names(self) -> list[str]:
-        """All checkpoint folders, complete or not, oldest first; what the first rank sees."""
-        payload = json.dumps(self.store.names()).encode() if self.rank == 0 else b""
-        answer: list[str] = json.loads(gather_bytes(payload, self.control)[0])
-        return answer
+        """All checkpoint folders, complete or not, oldest first; what the first rank sees.
+
+        Raises:
+            CheckpointError: it cannot see; raised on every rank.
+        """
+        found: list[str] = []
+        problem = ""
+        if self.rank == 0:
+            try:
+                found = checkpoint_names(self.store.location)
+            except LclError as error:
+                problem = str(error)
+        problem, found = gather_objects((problem, found), self.control)[0]
+        if problem:
+            raise CheckpointError(problem)
+        return found
 
     def find(
         self, accept: Callable[[TrainState], bool] = lambda state: True
     ) -> tuple[Path | None, list[str]]:
-        """Newest checkpoint that verifies and is accepted, and what is wrong with newer ones.
+        """Newest checkpoint that verifies and is accepted, and what is wrong with newer ones, for the log.
 
         The ranks share the work, and agree.
         """
-        notes: list[str] = []
+        skipped: list[str] = []
         part, parts = (self.rank, self.control.size()) if self.store.shared else self.node
         for name in reversed(self.names()):
             path, problems = self._fetch(name, part, parts)
-            answers = gather_bytes(json.dumps(problems).encode(), self.control)
-            merged = sorted({problem for answer in answers for problem in json.loads(answer)})
+            answers = gather_objects(problems, self.control)
+            merged = sorted({problem for answer in answers for problem in answer})
             if not merged and not accept(read_state(path)):
                 continue
             if not merged:
-                return path, notes
+                return path, skipped
             where = child(self.store.location, name)
-            notes.append(f"{where}: damaged, skipped: {'; '.join(merged[:3])}")
-        return None, notes
+            skipped.append(f"{where}: damaged, skipped: {'; '.join(merged[:3])}")
+        return None, skipped
 
     def discard_after(self, step: int) -> None:
         """Remove all checkpoints of later steps. No save may be under way."""
         if self.rank == 0:
             self._attempt(
-                lambda: self.store.remove([n for n in self.store.names() if (step_of(n) or 0) > step])
+                lambda: self.store.remove(
+                    [n for n in checkpoint_names(self.store.location) if (step_of(n) or 0) > step]
+                )
             )
 
     def _fetch(self, name: str, part: int, parts: int) -> tuple[Path, list[str]]:
@@ -283,9 +293,9 @@ class Checkpointer:
             self._fill(path, shards)
         except CheckpointError as error:
             problem = str(error)
-        for answer in gather_bytes(problem.encode(), self.control):
+        for answer in gather_objects(problem, self.control):
             if answer:
-                raise CheckpointError(answer.decode())
+                raise CheckpointError(answer)
         self.tensors.loaded(state.step)
         self.stalled += time.perf_counter() - began
         return state
@@ -294,7 +304,7 @@ class Checkpointer:
         """Read into host memory, and copy when all of it is there: a failure leaves the old values."""
         space = [torch.empty(shard.flat.numel(), dtype=shard.flat.dtype) for shard in shards]
         pairs = list(zip(shards, space, strict=True))
-        read_pieces(path, [piece for shard, flat in pairs for piece in shard.pieces(flat)])
+        read_boxes(path, [box for shard, flat in pairs for box in shard.boxes(flat)])
         for shard, flat in pairs:
             shard.flat.copy_(flat)
 
@@ -302,8 +312,8 @@ class Checkpointer:
 def _require_same_tensors(path: Path, shards: list[Shard], control: dist.ProcessGroup) -> None:
     """Refuse a checkpoint with tensors that no rank of this run has; collective."""
     own = sorted({s.key for s in shards if s.mine and s.start == 0 and not any(s.origin)})
-    wanted = {key for part in gather_bytes(json.dumps(own).encode(), control) for key in json.loads(part)}
-    extra = sorted(set(read_metadata(path).state_dict_metadata) - wanted)
+    wanted = {key for part in gather_objects(own, control) for key in part}
+    extra = sorted(set(SafeReader(path).read_metadata().state_dict_metadata) - wanted)
     if extra:
         more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
         raise CheckpointError(
@@ -315,37 +325,6 @@ def _require_same_tensors(path: Path, shards: list[Shard], control: dist.Process
         )
 
 
-def load_weights(path: Path, model: LclModel, tp: tuple[int, int] = (0, 1)) -> TrainState:
-    """Take the weights alone from a local checkpoint of any layout.
-
-    Args:
-        tp: this rank's tensor-parallel (rank, size).
-
-    Raises:
-        CheckpointError: the checkpoint is damaged, or does not fit this model.
-    """
-    require_intact(path)
-    wanted = weight_shards(model, tp)
-    read_pieces(path, [piece for _, shard in wanted for piece in shard.pieces(shard.flat)])
-    with torch.no_grad():
-        for parameter, shard in wanted:
-            parameter.copy_(shard.flat.view_as(parameter))
-    return read_state(path)
-
-
-def read_full_weights(path: Path) -> dict[str, torch.Tensor]:
-    """All weights of a local checkpoint as whole fp32 tensors by full name; needs no process group.
-
-    Raises:
-        CheckpointError: damaged.
-    """
-    stored = read_metadata(path).state_dict_metadata
-    shapes = {key: tuple(entry.size) for key, entry in stored.items() if key.startswith(WEIGHTS)}  # type: ignore[union-attr]
-    pieces = [Piece(key, shape, (0,) * len(shape), torch.empty(shape)) for key, shape in shapes.items()]
-    read_pieces(path, pieces)
-    return {piece.key.removeprefix(WEIGHTS): piece.tensor for piece in pieces}
-
-
 def _reason(error: BaseException) -> str:
     """The telling line of an error; of one that torch made of all ranks' failures, the first rank's."""
     if isinstance(error, CheckpointException) and error.failures:
@@ -353,3 +332,195 @@ def _reason(error: BaseException) -> str:
         return f"{_ECHO}rank {rank}: {_reason(error.failures[rank][0])}"
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return lines[0] if lines else type(error).__name__
+
+
+# --- policy ---
+
+
+class CheckpointManager:
+    """One run's checkpoints for the training loop. All ranks call every method together but those that ask.
+
+    Steps decide on every rank alike. Clocks decide on the first rank, which asks the others with the step's own
+    reduction. A failed save is logged and tried again at the next checkpoint; two in a row, or the last one, end
+    the run.
+    """
+
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        config: CheckpointConfig,
+        rank: int,
+        log: Callable[[str], None],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.checkpointer, self.config, self.rank = checkpointer, config, rank
+        self.log, self.clock = log, clock
+        self.begun = self.last_save = clock()
+        self.longest = 0.0
+        """Seconds of the longest save so far."""
+        self.saved_step: int | None = None
+        """Step of the newest checkpoint begun; there is no need for another one of it."""
+        self.failed = 0
+        """Saves in a row that failed."""
+        self._logged: Outcome | None = None
+        ends = [float(os.environ["SLURM_JOB_END_TIME"])] if "SLURM_JOB_END_TIME" in os.environ else []
+        if config.max_hours:
+            ends.append(self.begun + 3600 * config.max_hours)
+        self.end = min(ends, default=None)
+        # Before any save has been timed: a twentieth of what is left, at most two minutes.
+        self.reserve = min(120.0, (self.end - self.begun) / 20) if self.end is not None else 0.0
+
+    # --- asked in every step; no rank waits for another ---
+
+    def due(self, step: int) -> bool:
+        """Whether a checkpoint is due after `step` steps."""
+        return self.config.every > 0 and step % self.config.every == 0
+
+    def time_to_save(self) -> bool:
+        """Whether `checkpoint.minutes` are over since the last save; on the first rank only."""
+        limit = 60 * self.config.minutes
+        return self.rank == 0 and limit > 0 and self.clock() - self.last_save >= limit
+
+    def out_of_time(self) -> bool:
+        """Whether it is time for the last checkpoint, by `checkpoint.max_hours` or SLURM; on the first rank only."""
+        if self.rank != 0 or self.end is None:
+            return False
+        return self.clock() + max(2 * self.longest, self.reserve) >= self.end
+
+    def poll(self) -> bool:
+        """Log how the save under way ended, as soon as this rank knows; True if too many have failed to go on.
+
+        The count itself is taken by `save` and `wait`, on all ranks together.
+        """
+        outcome = self.checkpointer.poll()
+        if outcome is None:
+            return False
+        self._report(outcome)
+        return outcome.problem != "" and self.failed + 1 >= MAX_FAILED_SAVES
+
+    # --- saving ---
+
+    def save(self, state: TrainState, *, final: bool = False) -> None:
+        """Begin a checkpoint, unless this step has one; a `final` one is seen through.
+
+        Raises:
+            CheckpointError: the save before was the second in a row to fail, or the final one failed.
+        """
+        self._settle(self.checkpointer.wait(), final=False)
+        if state.step == self.saved_step:
+            return
+        self.saved_step, self.last_save = state.step, self.clock()
+        self.checkpointer.start(state)
+        if final or not self.config.asynchronous:
+            self._settle(self.checkpointer.wait(), final)
+
+    def wait(self) -> None:
+        """See the save under way through, and log how it ended; for a run that ends because of something else."""
+        outcome = self.checkpointer.wait()
+        if outcome is not None:
+            self._report(outcome)
+
+    def _settle(self, outcome: Outcome | None, final: bool) -> None:
+        """Act on how a save ended; the same on every rank."""
+        if outcome is None:
+            return
+        if not outcome.problem:
+            self.failed = 0
+            self.longest = max(self.longest, outcome.seconds)
+        else:
+            self.failed += 1
+            if self.saved_step == outcome.step:
+                self.saved_step = None
+            if final or self.failed >= MAX_FAILED_SAVES:
+                raise CheckpointError(_save_failed(outcome))
+        self._report(outcome)
+
+    def _report(self, outcome: Outcome) -> None:
+        """Log an outcome once."""
+        if outcome is self._logged:
+            return
+        self._logged = outcome
+        if outcome.problem:
+            self.log(
+                f"WARNING {_save_failed(outcome)} Training goes on and tries again at the next checkpoint."
+            )
+        else:
+            self.log(f"checkpoint {outcome.path} complete after {outcome.seconds:.1f} s")
+
+    # --- restoring ---
+
+    def resume(self) -> TrainState | None:
+        """Load the newest intact checkpoint; None if there is none.
+
+        Raises:
+            CheckpointError: its files do not fit this model.
+        """
+        path, skipped = self.checkpointer.find()
+        for line in skipped:
+            self.log(line)
+        if path is None:
+            location = self.checkpointer.store.location
+            self.log(f"resume: no complete checkpoint in {location}, starting at step 0")
+            return None
+        state = self.checkpointer.load(path)
+        self.log(f"resume: {path}, {state.step} steps done")
+        return state
+
+    def go_back(self, accept: Callable[[TrainState], bool]) -> TrainState | None:
+        """Load the newest intact checkpoint whose state is accepted, and remove all later ones; None if there is none.
+
+        No parameters may be on their way between ranks meanwhile.
+
+        Raises:
+            CheckpointError: the save under way was the second in a row to fail.
+        """
+        self._settle(self.checkpointer.wait(), final=False)
+        path, _ = self.checkpointer.find(accept)
+        if path is None:
+            return None
+        state = self.checkpointer.load(path)
+        self.checkpointer.discard_after(state.step)
+        self.saved_step = None
+        self.log(f"went back to {path}, {state.step} steps done")
+        return state
+
+
+def open_checkpoints(
+    config: RunConfig, context: Context, tensors: Tensors, resume: bool
+) -> CheckpointManager:
+    """The checkpoints of a run. Collective.
+
+    Raises:
+        CheckpointError: there are checkpoints already, and the run is not meant to resume.
+    """
+    staging = context.run_folder / "checkpoints"
+    store = open_store(config.checkpoint.folder or str(staging), staging)
+    node = (int(os.environ.get("LOCAL_RANK", "0")), int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    checkpointer = Checkpointer(
+        store,
+        tensors,
+        context.groups.host_control,
+        context.groups.host_checkpoint,
+        keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+        config=yaml.safe_dump(to_dict(config), sort_keys=False),
+        node=node,
+    )
+    held = checkpointer.names()
+    if held and not resume:
+        raise CheckpointError(
+            explain(
+                store.location,
+                f"already holds checkpoints ({held[-1]} and others)",
+                "Add --resume to continue, or choose another folder.",
+            )
+        )
+    return CheckpointManager(checkpointer, config.checkpoint, context.rank, context.log)
+
+
+def _save_failed(outcome: Outcome) -> str:
+    return explain(
+        f"checkpoint {outcome.path}",
+        f"could not be written: {outcome.problem}",
+        "Free or enlarge the disk; earlier checkpoints are intact.",
+    )

@@ -18,10 +18,23 @@ from lcl_mcore.models.lcl import LclModel
 from lcl_mcore.optimizer import Optimizer
 
 WEIGHTS, FIRST_MOMENT, SECOND_MOMENT = "weights/", "exp_avg/", "exp_avg_sq/"
+# Endings of parameter names as older files have them, and as the model has them now.
+RENAMED = {
+    ".self_attn_bda.gain": ".self_attn_bda.gamma",  # layer scale of the residual branches
+    ".mlp_bda.gain": ".mlp_bda.gamma",
+}
+
+
+def current_name(name: str) -> str:
+    """Today's name of a parameter, or key of a checkpoint, that a file may hold under an older one."""
+    for old, new in RENAMED.items():
+        if name.endswith(old):
+            return name.removesuffix(old) + new
+    return name
 
 
 @dataclass(frozen=True)
-class Piece:
+class TensorBox:
     """A box of a whole tensor.
 
     key     kind and full name, for example `weights/vision.class_token`
@@ -55,13 +68,13 @@ class Shard:
     flat: Tensor
     mine: bool
 
-    def pieces(self, flat: Tensor) -> Iterator[Piece]:
+    def boxes(self, flat: Tensor) -> Iterator[TensorBox]:
         """The range as boxes whose values are views of `flat` [n]."""
         done = 0
         for offset, size in boxes(self.block, self.start, self.start + flat.numel()):
             count = math.prod(size)
             place = tuple(a + b for a, b in zip(self.origin, offset, strict=True))
-            yield Piece(self.key, self.shape, place, flat[done : done + count].view(size))
+            yield TensorBox(self.key, self.shape, place, flat[done : done + count].view(size))
             done += count
 
 
@@ -158,9 +171,9 @@ class Snapshot:
             self.copied = torch.cuda.Event()
             self.copied.record()
 
-    def pieces(self) -> list[Piece]:
+    def boxes(self) -> list[TensorBox]:
         """The copies as boxes; waits until they have arrived."""
         if self.copied is not None:
             self.copied.synchronize()
         pairs = zip(self.shards, self.host, strict=True)
-        return [piece for shard, host in pairs for piece in shard.pieces(host)]
+        return [box for shard, host in pairs for box in shard.boxes(host)]

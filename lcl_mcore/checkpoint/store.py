@@ -1,85 +1,241 @@
-"""Where checkpoints live: a local (or shared) folder, or an object store behind an fsspec URL.
+"""Where checkpoints live, and what makes a folder one: names, manifest, verification. No process group, no model.
 
-In both a checkpoint comes into being by one atomic act of rank 0, after everything else is in place: renaming
-the folder, or uploading the manifest.
+    step-00000100/
+        .metadata, __0_0.distcp, ...  tensors (torch's distributed checkpoint format), one file per writing rank
+        state.json                    step, data position, order hash, counters
+        config.yaml                   the run's configuration
+        metadata.json, common.pt      so that megatron's `dist_checkpointing.load` reads the folder as `torch_dist`
+        manifest.json                 size and SHA-256 of every other file, and its own digest; written last
+
+A folder without a manifest is not a checkpoint. Nothing else is needed to continue: random masks are keyed by
+(seed, step, identity) and the schedule is a function of the step, so neither has a state.
+
+A checkpoint comes into being by one atomic act of rank 0, after everything else is in place: renaming the folder
+(`FolderStore`), or uploading the manifest (`ObjectStore`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import logging
+import io
+import json
 import os
 import shutil
-import time
-from collections.abc import Callable
-from functools import partial
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from lcl_mcore.checkpoint.dcp import Entries
-from lcl_mcore.checkpoint.manifest import (
-    MANIFEST,
-    PARTIAL,
-    PREFIX,
-    blocks,
-    checkpoint_names,
-    child,
-    manifest_bytes,
-    read_manifest,
-    remove,
-    verify,
-)
+import torch
+
 from lcl_mcore.errors import CheckpointError, DataError, explain
-from lcl_mcore.storage import open_storage
+from lcl_mcore.storage import (
+    PARTIAL,
+    LocalStorage,
+    MissingError,
+    RemoteStorage,
+    Storage,
+    atomic_file,
+    open_storage,
+    sync,
+)
+
+PREFIX = "step-"
+MANIFEST, STATE, CONFIG = "manifest.json", "state.json", "config.yaml"
+MEGATRON, MEGATRON_COMMON = "metadata.json", "common.pt"
+_MEGATRON_FORMAT = {
+    "sharded_backend": "torch_dist",
+    "sharded_backend_version": 1,
+    "common_backend": "torch",
+    "common_backend_version": 1,
+}
+VERSION = 2
+
+Entries = dict[str, dict[str, Any]]  # file name -> {"bytes": size, "sha256": hex}
 
 
-class Store(Protocol):
-    """One run's checkpoints. `clean`, `prepare`, `commit` and `remove` are for rank 0."""
-
-    location: str
-    shared: bool
-    """Whether all ranks see the same files, so that a verification can be divided among them."""
-
-    def clean(self) -> None:
-        """Remove what killed saves left behind."""
-
-    def names(self) -> list[str]:
-        """All checkpoint folders, complete or not, oldest first."""
-
-    def prepare(self, name: str) -> None:
-        """Make way for a new checkpoint."""
-
-    def staging(self, name: str) -> Path:
-        """Local folder in which ranks write it."""
-
-    def publish(self, name: str, entries: Entries) -> None:
-        """Bring this rank's files, already on its disk, to where the checkpoint will be."""
-
-    def commit(self, name: str, entries: Entries) -> None:
-        """The act that makes it a checkpoint; `entries` are all its files."""
-
-    def abandon(self, name: str) -> None:
-        """Remove what a failed save left in the staging folder."""
-
-    def remove(self, names: list[str]) -> None:
-        """Remove these checkpoints, each at once as far as a reader can tell."""
-
-    def fetch(self, name: str, part: int, parts: int) -> tuple[Path, list[str]]:
-        """Local folder of a checkpoint, and what is wrong with this rank's share of it."""
+# --- names ---
 
 
-def open_store(location: str, staging: Path) -> Store:
-    """A store for a local path or a URL; `staging` is a local folder, used for URLs only."""
-    return RemoteStore(location, staging) if "://" in location else LocalStore(Path(location))
+def checkpoint_name(step: int) -> str:
+    return f"{PREFIX}{step:08d}"
 
 
-def sync(path: Path) -> None:
-    """Flush one file or folder to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / checkpoint_name(step)
+
+
+def step_of(name: str) -> int | None:
+    """Step of a checkpoint's name; None if it is not one."""
+    digits = name.removeprefix(PREFIX)
+    return int(digits) if name.startswith(PREFIX) and digits.isdigit() else None
+
+
+def child(location: str, name: str) -> str:
+    """A file or folder below a local path or URL."""
+    return f"{location.rstrip('/')}/{name}"
+
+
+def complete_checkpoints(folder: Path) -> list[Path]:
+    """Finished checkpoints of a local folder, oldest first."""
+    found = [folder / name for name in checkpoint_names(str(folder))]
+    return [path for path in found if (path / MANIFEST).is_file()]
+
+
+def checkpoint_names(location: str) -> list[str]:
+    """Names of all checkpoint folders, complete or not, at a local path or URL; oldest first.
+
+    Raises:
+        DataError: the place cannot be read. One that does not exist holds none.
+    """
+    storage = open_storage(location)
     try:
-        os.fsync(descriptor)
+        return sorted(name for name in storage.names() if step_of(name) is not None)
+    except MissingError:
+        return []
     finally:
-        os.close(descriptor)
+        storage.close()
+
+
+def outdated(names: list[str], keep: int, keep_every: int) -> list[str]:
+    """Checkpoints that retention removes: all but the `keep` newest and every `keep_every`-th step's."""
+    ordered = sorted(names)
+    return [
+        name
+        for name in ordered[: max(len(ordered) - keep, 0)]
+        if not keep_every or (step_of(name) or 0) % keep_every
+    ]
+
+
+# --- state ---
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Everything besides tensors that a resumed run needs.
+
+    step           optimizer steps done
+    position       data position after the last batch trained on
+    order_hash     hash of the order of all samples so far
+    config_digest  of the configuration that wrote it
+    """
+
+    step: int
+    position: dict[str, Any] | None
+    order_hash: str
+    config_digest: str
+    images_seen: int = 0
+    tokens_seen: int = 0
+
+
+def write_state(folder: Path, state: TrainState, config: str) -> Entries:
+    """`state.json`, `config.yaml` and what megatron's `dist_checkpointing` looks for; their manifest entries."""
+    common = io.BytesIO()
+    torch.save({"step": state.step}, common)
+    files = {
+        STATE: json.dumps(asdict(state), indent=1).encode(),
+        CONFIG: config.encode(),
+        MEGATRON: json.dumps(_MEGATRON_FORMAT).encode(),
+        MEGATRON_COMMON: common.getvalue(),
+    }
+    entries = {}
+    for name, data in files.items():
+        (folder / name).write_bytes(data)
+        entries[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    return entries
+
+
+def read_state(folder: Path) -> TrainState:
+    """The part of a verified local checkpoint that is not tensors."""
+    return TrainState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+
+
+# --- manifest ---
+
+
+def _digest(entries: Entries) -> str:
+    return hashlib.sha256(json.dumps([VERSION, entries], sort_keys=True).encode()).hexdigest()
+
+
+def manifest_bytes(entries: Entries) -> bytes:
+    """Content of `manifest.json`; its digest covers all of it."""
+    content = {"version": VERSION, "digest": _digest(entries), "files": entries}
+    return json.dumps(content, indent=1, sort_keys=True).encode()
+
+
+def parse_manifest(data: bytes) -> Entries:
+    """The entries of a manifest.
+
+    Raises:
+        ValueError: it is not exactly what was written.
+    """
+    try:
+        content = json.loads(data)
+        entries, digest, version = content["files"], content["digest"], content["version"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"unreadable ({error})") from None
+    if version != VERSION:
+        raise ValueError(f"version {version}, this program reads {VERSION}")
+    if len(content) != 3 or digest != _digest(entries):
+        raise ValueError("content changed since it was written")
+    if any(Path(name).name != name for name in entries):
+        raise ValueError("it names files outside the checkpoint")
+    return dict(entries)
+
+
+def read_manifest(storage: Storage) -> Entries:
+    """The manifest of a checkpoint.
+
+    Raises:
+        ValueError: missing, damaged, or of another version.
+        DataError: it cannot be read.
+    """
+    if MANIFEST not in storage.sizes():
+        raise ValueError("missing: the checkpoint is not complete")
+    return parse_manifest(storage.read_whole(MANIFEST))
+
+
+# --- verification ---
+
+
+def verify(location: Path | str, part: int = 0, parts: int = 1) -> list[str]:
+    """What is wrong with a checkpoint: missing, short or changed files. Empty if nothing is.
+
+    Args:
+        part, parts: look at the content of every `parts`-th file only; names and sizes are always compared.
+    """
+    try:
+        storage = open_storage(str(location))
+        sizes = storage.sizes()
+        entries = read_manifest(storage)
+    except (DataError, ValueError) as error:
+        return [f"{MANIFEST}: {error}"]
+    try:
+        problems = []
+        for number, (name, entry) in enumerate(sorted(entries.items())):
+            if name not in sizes:
+                problems.append(f"{name}: missing")
+            elif sizes[name] != entry["bytes"]:
+                problems.append(f"{name}: {sizes[name]} bytes, {entry['bytes']} written")
+            elif number % parts == part and storage.sha256(name, entry["bytes"]) != entry["sha256"]:
+                problems.append(f"{name}: content changed since it was written")
+    except DataError as error:
+        problems = [str(error)]
+    finally:
+        storage.close()
+    return problems
+
+
+def require_intact(location: Path | str) -> None:
+    """Refuse a checkpoint that does not verify.
+
+    Raises:
+        CheckpointError: it is damaged or not complete.
+    """
+    problems = verify(location)
+    if problems:
+        raise CheckpointError(
+            explain(location, f"is damaged: {'; '.join(problems[:3])}", "Use another checkpoint.")
+        )
 
 
 def verify_written(folder: Path, entries: Entries) -> None:
@@ -96,7 +252,54 @@ def verify_written(folder: Path, entries: Entries) -> None:
                 raise OSError(f"{name} does not read back as it was written")
 
 
-class LocalStore:
+# --- stores ---
+
+
+class CheckpointStore(Protocol):
+    """One run's checkpoints. `clean`, `prepare`, `commit` and `remove` are for rank 0."""
+
+    location: str
+    shared: bool
+    """Whether all ranks see the same files, so that a verification can be divided among them."""
+
+    def clean(self) -> None:
+        """Remove what killed saves left behind."""
+
+    def staging(self, name: str) -> Path:
+        """Local folder in which ranks write a checkpoint."""
+
+    def prepare(self, name: str) -> None:
+        """Make way for a new checkpoint."""
+
+    def publish(self, name: str, entries: Entries) -> None:
+        """Bring this rank's files, already on its disk, to where the checkpoint will be."""
+
+    def commit(self, name: str, entries: Entries) -> None:
+        """The act that makes it a checkpoint; `entries` are all its files."""
+
+    def remove(self, names: list[str]) -> None:
+        """Remove these checkpoints, each at once as far as a reader can tell."""
+
+    def fetch(self, name: str, part: int, parts: int) -> tuple[Path, list[str]]:
+        """Local folder of a checkpoint, and what is wrong with this rank's share of it."""
+
+
+def open_store(location: str, staging: Path) -> CheckpointStore:
+    """A store for a local path or a URL; `staging` is a local folder, used for object stores only.
+
+    Raises:
+        CheckpointError: a URL of an unknown kind, or its fsspec package is not installed.
+    """
+    try:
+        storage = open_storage(location.rstrip("/"))
+    except DataError as error:
+        raise CheckpointError(str(error)) from error
+    if isinstance(storage, LocalStorage):
+        return FolderStore(Path(storage.root))
+    return ObjectStore(storage, staging)
+
+
+class FolderStore:
     """A folder that all ranks see."""
 
     shared = True
@@ -107,9 +310,6 @@ class LocalStore:
     def clean(self) -> None:
         for leftover in self.folder.glob(f"{PREFIX}*{PARTIAL}"):
             shutil.rmtree(leftover, ignore_errors=True)
-
-    def names(self) -> list[str]:
-        return checkpoint_names(self.location)
 
     def staging(self, name: str) -> Path:
         return self.folder / (name + PARTIAL)
@@ -122,55 +322,42 @@ class LocalStore:
         """Nothing to do: the files are there."""
 
     def commit(self, name: str, entries: Entries) -> None:
-        staging, final = self.staging(name), self.folder / name
+        staging = self.staging(name)
         (staging / MANIFEST).write_bytes(manifest_bytes(entries))
         for item in [staging / MANIFEST, *(staging / name for name in entries), staging]:
             sync(item)  # everything must be on the disk before the final name is
-        if final.exists():  # a damaged one that this run was resumed past
-            remove(final)
-        staging.rename(final)
+        self.remove([name])  # a damaged one that this run was resumed past
+        staging.rename(self.folder / name)
         sync(self.folder)
 
-    def abandon(self, name: str) -> None:
-        shutil.rmtree(self.staging(name), ignore_errors=True)
-
     def remove(self, names: list[str]) -> None:
-        for name in names:
-            remove(self.folder / name)
+        """A kill half-way leaves nothing that looks like a checkpoint."""
+        for path in (self.folder / name for name in names):
+            if path.exists():
+                doomed = path.with_name(f"{path.name}.removed{PARTIAL}")
+                path.rename(doomed)
+                shutil.rmtree(doomed, ignore_errors=True)
 
     def fetch(self, name: str, part: int, parts: int) -> tuple[Path, list[str]]:
         return self.folder / name, verify(self.folder / name, part, parts)
 
 
-class RemoteStore:
+class ObjectStore:
     """A folder of an object store. Each rank writes its files to a local folder first, then uploads them.
 
     An upload is atomic per object, and the manifest is uploaded last.
     """
 
     shared = False
-    ATTEMPTS, FIRST_PAUSE, LONGEST_PAUSE = 6, 0.2, 20.0
 
-    def __init__(self, url: str, staging: Path) -> None:
-        import fsspec
-
-        open_storage(url).close()  # refuses unknown schemes
-        logging.getLogger("s3fs").setLevel(logging.ERROR)
-        self.location, self.local = url.rstrip("/"), staging
-        try:
-            self.system, self.root = fsspec.core.url_to_fs(self.location, skip_instance_cache=True)
-        except (ImportError, ValueError) as error:
-            remedy = "Install the fsspec package for this kind of URL (s3fs for s3://)."
-            raise CheckpointError(explain(url, str(error), remedy)) from error
+    def __init__(self, storage: RemoteStorage, staging: Path) -> None:
+        self.storage, self.location, self.local = storage, storage.root, staging
 
     def clean(self) -> None:
         shutil.rmtree(self.local, ignore_errors=True)
-        for name in self.names():
-            if not self._has_manifest(name):
-                self._remove(name)
-
-    def names(self) -> list[str]:
-        return checkpoint_names(self.location)
+        for name in checkpoint_names(self.location):
+            if not self.storage.has(f"{name}/{MANIFEST}"):
+                self.remove([name])
 
     def staging(self, name: str) -> Path:
         return self.local / (name + PARTIAL)
@@ -178,26 +365,20 @@ class RemoteStore:
     def prepare(self, name: str) -> None:
         shutil.rmtree(self.staging(name), ignore_errors=True)
         self.staging(name).mkdir(parents=True)
-        self._remove(name)
+        self.remove([name])
 
     def publish(self, name: str, entries: Entries) -> None:
         for file, entry in entries.items():
-            target = f"{self.root}/{name}/{file}"
-            self._retried(partial(self.system.put_file, str(self.staging(name) / file), target))
-            size = self._retried(partial(self.system.info, target, refresh=True))["size"]
-            if size != entry["bytes"]:
-                raise OSError(f"{child(self.location, f'{name}/{file}')} arrived with {size} bytes")
+            self.storage.upload(self.staging(name) / file, f"{name}/{file}", entry["bytes"])
 
     def commit(self, name: str, entries: Entries) -> None:
-        data = manifest_bytes(entries)
-        self._retried(lambda: self.system.pipe_file(f"{self.root}/{name}/{MANIFEST}", data))
-
-    def abandon(self, name: str) -> None:
-        shutil.rmtree(self.staging(name), ignore_errors=True)
+        self.storage.write(f"{name}/{MANIFEST}", manifest_bytes(entries))
 
     def remove(self, names: list[str]) -> None:
+        """The manifest first: what is left then does not count."""
         for name in names:
-            self._remove(name)
+            self.storage.remove(f"{name}/{MANIFEST}")
+            self.storage.remove(name)
 
     def fetch(self, name: str, part: int, parts: int) -> tuple[Path, list[str]]:
         """Download this rank's share of the files, checking them on the way.
@@ -207,47 +388,16 @@ class RemoteStore:
         """
         folder = self.local / name
         storage = open_storage(child(self.location, name))
+        assert isinstance(storage, RemoteStorage)
         try:
             entries = read_manifest(storage)
             folder.mkdir(parents=True, exist_ok=True)
             for file, entry in sorted(entries.items())[part::parts]:
-                unfinished = folder / f"{file}.{os.getpid()}{PARTIAL}"
-                total = hashlib.sha256()
-                with open(unfinished, "wb") as out:
-                    for block in blocks(storage, file, entry["bytes"]):
-                        total.update(block)
-                        out.write(block)
-                if total.hexdigest() != entry["sha256"]:
-                    unfinished.unlink()
-                    return folder, [f"{file}: content changed since it was written"]
-                unfinished.rename(folder / file)
+                with atomic_file(folder / file) as partial:
+                    if storage.download(file, entry["bytes"], partial) != entry["sha256"]:
+                        raise DataError(f"{file}: content changed since it was written")
         except (DataError, ValueError) as error:
             return folder, [f"{MANIFEST}: {error}" if isinstance(error, ValueError) else str(error)]
         finally:
             storage.close()
         return folder, []
-
-    def _has_manifest(self, name: str) -> bool:
-        return bool(self._retried(lambda: self.system.exists(f"{self.root}/{name}/{MANIFEST}")))
-
-    def _remove(self, name: str) -> None:
-        """The manifest first: what is left then does not count."""
-        folder = f"{self.root}/{name}"
-        self.system.invalidate_cache()
-        if self._retried(lambda: self.system.exists(f"{folder}/{MANIFEST}")):
-            self._retried(lambda: self.system.rm_file(f"{folder}/{MANIFEST}"))
-        if self._retried(lambda: self.system.exists(folder)):
-            self._retried(lambda: self.system.rm(folder, recursive=True))
-
-    def _retried(self, request: Callable[[], Any]) -> Any:
-        """The request's answer; failures that may pass are tried again."""
-        pause = self.FIRST_PAUSE
-        for attempt in range(self.ATTEMPTS):
-            try:
-                return request()
-            except Exception as error:  # every back end has its own network exceptions
-                if attempt == self.ATTEMPTS - 1 or isinstance(error, (PermissionError, FileNotFoundError)):
-                    raise OSError(f"{self.location}: {type(error).__name__} {error}") from error
-                time.sleep(pause)
-                pause = min(2 * pause, self.LONGEST_PAUSE)
-        raise AssertionError("unreachable")

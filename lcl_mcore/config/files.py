@@ -14,6 +14,7 @@ from lcl_mcore.config.recipes import RECIPES, load_recipe
 from lcl_mcore.config.renamed import with_current_names
 from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.errors import ConfigError, explain
+from lcl_mcore.storage import atomic_write
 
 FILE = "config.yaml"
 
@@ -73,9 +74,7 @@ def write_config(config: RunConfig, folder: Path) -> None:
     """Save the fully resolved configuration as `config.yaml`."""
     folder.mkdir(parents=True, exist_ok=True)
     text = yaml.safe_dump(to_dict(config), sort_keys=False)
-    partial = folder / (FILE + ".partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(folder / FILE)
+    atomic_write(folder / FILE, text)
 
 
 def check_folder(folder: Path, resume: bool) -> None:

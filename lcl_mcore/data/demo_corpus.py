@@ -19,10 +19,10 @@ from lcl_mcore.config.schema import TokenizerConfig
 from lcl_mcore.data.emoji_names import Emoji, named_images
 from lcl_mcore.data.prepare.engine import Dropped, Job, Options, RawDocument, RawImage, prepare
 from lcl_mcore.data.prepare.normalise import ImageLimits
-from lcl_mcore.data.shards import write_atomically
 from lcl_mcore.data.tokenizer import build_tokenizer, train_bpe
 from lcl_mcore.errors import DataError, explain
 from lcl_mcore.rng import key64
+from lcl_mcore.storage import atomic_write
 
 SEED = 2024
 SIDE = 112
@@ -129,7 +129,7 @@ def build(
     if not tokenizer_path.exists():
         part = output / ".tokenizer.json.part"
         train_bpe((caption for emoji in train for caption in emoji.captions), vocabulary).save(part)
-        write_atomically(tokenizer_path, part.read_bytes())
+        atomic_write(tokenizer_path, part.read_bytes())
         part.unlink()
     tokenizer = build_tokenizer(TokenizerConfig(path=str(tokenizer_path)))
     result["tokenizer"] = {"vocabulary": tokenizer.vocab_size, "fingerprint": tokenizer.fingerprint}

@@ -23,6 +23,7 @@ import numpy as np
 
 from lcl_mcore.data.document import Document
 from lcl_mcore.errors import DataError, explain
+from lcl_mcore.storage import atomic_write
 
 FORMAT, VERSION = "lcl-native", 1
 MANIFEST = "dataset.json"
@@ -44,16 +45,6 @@ class ShardInfo:
 def index_name(shard: str) -> str:
     """The index file that belongs to a shard file."""
     return shard.removesuffix(".tar") + ".index.npy"
-
-
-def write_atomically(path: Path, content: bytes) -> None:
-    """The file has either its old or its new content, whatever happens meanwhile."""
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    with part.open("wb") as stream:
-        stream.write(content)
-        stream.flush()
-        os.fsync(stream.fileno())
-    part.replace(path)
 
 
 class ShardWriter:
@@ -117,7 +108,7 @@ class ShardWriter:
         np.lib.format.write_array(content, array, version=(1, 0), allow_pickle=False)
         if content.tell() != INDEX_HEADER + 8 * len(array):
             raise AssertionError("the .npy header has an unexpected size")
-        write_atomically(self._path.with_name(index_name(self._path.name)), content.getvalue())
+        atomic_write(self._path.with_name(index_name(self._path.name)), content.getvalue())
         with self._part.open("rb") as stream:
             digest = hashlib.file_digest(stream, "sha256").hexdigest()
         size = self._part.stat().st_size
@@ -159,7 +150,7 @@ def write_manifest(
         **more,
         "shards": [asdict(shard) for shard in shards],
     }
-    write_atomically(folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+    atomic_write(folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
     return manifest
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.random import model_parallel_cuda_manual_seed
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -111,16 +113,8 @@ def make_groups(tp: int, pp: int, timeout_seconds: float, seed: int) -> Groups:
     )
 
 
-def gather_bytes(payload: bytes, group: dist.ProcessGroup) -> list[bytes]:
-    """All ranks' byte strings, in rank order; gloo, no pickle."""
-    size = torch.tensor([len(payload)])
-    sizes = [torch.zeros_like(size) for _ in range(group.size())]
-    dist.all_gather(sizes, size, group=group)
-    capacity = max(int(s) for s in sizes)
-    padded = torch.zeros(max(capacity, 1), dtype=torch.uint8)
-    padded[: len(payload)] = (
-        torch.frombuffer(bytearray(payload), dtype=torch.uint8) if payload else padded[:0]
-    )
-    parts = [torch.empty_like(padded) for _ in range(group.size())]
-    dist.all_gather(parts, padded, group=group)
-    return [bytes(part[: int(s)].tolist()) for part, s in zip(parts, sizes, strict=True)]
+def gather_objects(value: T, group: dist.ProcessGroup) -> list[T]:
+    """All ranks' values, in rank order; over gloo. Collective."""
+    values: list[Any] = [None] * group.size()
+    dist.all_gather_object(values, value, group=group)
+    return values

@@ -13,6 +13,7 @@ from typing import Any
 from lcl_mcore.config.base import from_dict
 from lcl_mcore.config.evaluation import CaptionConfig, ProbeConfig, RetrievalConfig
 from lcl_mcore.errors import ConfigError, explain
+from lcl_mcore.storage import atomic_write
 
 COMMANDS = ("heldout", "classify", "retrieval", "caption", "zeroshot")
 RESULTS = "results"
@@ -136,7 +137,7 @@ def run(flags: argparse.Namespace) -> None:
     out = flags.out or loaded.folder / RESULTS / f"{result['task'].replace(', ', '-').replace(' ', '-')}.json"
     out.parent.mkdir(parents=True, exist_ok=True)
     result |= {"command": " ".join(sys.argv), "date": datetime.now(UTC).date().isoformat()}
-    out.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    atomic_write(out, json.dumps(result, indent=1) + "\n")
     _print(result)
     print(out)
 

@@ -28,6 +28,7 @@ from lcl_mcore.evaluation.load import LoadedModel, reset_weights
 from lcl_mcore.losses.generation import generation_loss_sum
 from lcl_mcore.metrics import RunLog, read_metrics
 from lcl_mcore.models.lcl import LclModel
+from lcl_mcore.storage import atomic_write
 
 KS = (1, 5)
 SEQUENCES = 16
@@ -310,9 +311,7 @@ class PeriodicEvaluation:
 def write_record(path: Path, record: dict[str, Any]) -> None:
     """Append a line; lines of the same or later steps, lost with a crash, are replaced."""
     kept = [line for line in read_metrics(path) if line["step"] < record["step"]]
-    partial = path.with_suffix(".partial")
-    partial.write_text("".join(json.dumps(line) + "\n" for line in [*kept, record]), encoding="utf-8")
-    partial.replace(path)
+    atomic_write(path, "".join(json.dumps(line) + "\n" for line in [*kept, record]))
 
 
 def periodic_evaluation(config: RunConfig, context: Context) -> PeriodicEvaluation | None:

@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from lcl_mcore.build import build_model
-from lcl_mcore.checkpoint.manager import TrainState, complete_checkpoints, load_weights
+from lcl_mcore.checkpoint.consolidate import load_weights
+from lcl_mcore.checkpoint.store import TrainState, complete_checkpoints
 from lcl_mcore.config.files import FILE as CONFIG_FILE
 from lcl_mcore.config.files import read_config
 from lcl_mcore.config.schema import ParallelConfig, RunConfig

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from lcl_mcore.evaluation.embedding_metrics import nearest
 from lcl_mcore.evaluation.heldout import HeldoutResult
+from lcl_mcore.storage import atomic_write
 from lcl_mcore.templates import render
 
 CARDS = 24
@@ -56,7 +57,7 @@ def write_report(folder: Path, result: HeldoutResult, records: list[dict[str, An
     """
     curves = [{name: r[name] for name in ("step", "loss", "contrastive", "generation")} for r in records]
     summary = {**result.summary, "curves": curves}
-    (folder / "report.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")
+    atomic_write(folder / "report.json", json.dumps(summary, indent=1))
     page = render(
         "report.html.j2",
         **result.summary,
@@ -65,7 +66,7 @@ def write_report(folder: Path, result: HeldoutResult, records: list[dict[str, An
         curves_svg=loss_curves(records),
         cards=cards(result),
     )
-    (folder / "report.html").write_text(page, encoding="utf-8")
+    atomic_write(folder / "report.html", page)
 
 
 def cards(result: HeldoutResult) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lcl_mcore.batch import StepBatch
-from lcl_mcore.checkpoint.manifest import TrainState
+from lcl_mcore.checkpoint.store import TrainState
 from lcl_mcore.config.schema import FaultConfig
 from lcl_mcore.distributed.context import Context
 from lcl_mcore.errors import NonFiniteError, explain

@@ -22,6 +22,7 @@ from lcl_mcore.interop.released import to_released
 from lcl_mcore.interop.weights_file import consolidated_state, write_consolidated
 from lcl_mcore.models.lcl import LclModel
 from lcl_mcore.optional_packages import export_packages
+from lcl_mcore.storage import atomic_write
 
 OWN = ("full", "released")
 """Formats of our own: all weights for `--init-from`, and the keys of the released code."""
@@ -157,6 +158,6 @@ def export(source: Path, out: Path, wanted: Sequence[str] = ()) -> dict[str, Any
         "written": {name: written.get(name, {}) for name in names},
         "skipped": skipped,
     }
-    (out / "export.json").write_text(json.dumps(summary, indent=1) + "\n", encoding="utf-8")
+    atomic_write(out / "export.json", json.dumps(summary, indent=1) + "\n")
     write_card(loaded, summary, out)
     return summary

@@ -16,10 +16,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from lcl_mcore.checkpoint.shards import current_name
 from lcl_mcore.config.base import to_dict
 from lcl_mcore.config.schema import ModelConfig
 from lcl_mcore.errors import CheckpointError, explain
 from lcl_mcore.models.lcl import LclModel
+from lcl_mcore.storage import atomic_file
 
 FILE = "model.safetensors"
 VOCABULARY = ("language.token_embedding.weight", "language.head")
@@ -89,13 +91,12 @@ def write_consolidated(state: Mapping[str, Tensor], shape: ModelConfig, folder: 
         CheckpointError: the file cannot be written.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    path, partial = folder / FILE, folder / (FILE + ".partial")
+    path = folder / FILE
     metadata = {"format": _FORMAT, "model": json.dumps(to_dict(shape))}
     try:
-        save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial, metadata)
-        partial.rename(path)
+        with atomic_file(path) as partial:
+            save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial, metadata)
     except (OSError, SafetensorError) as error:
-        partial.unlink(missing_ok=True)
         raise CheckpointError(
             explain(path, f"cannot be written ({error})", "Free or enlarge the disk.")
         ) from None
@@ -115,7 +116,8 @@ def read_consolidated(path: Path) -> dict[str, Tensor]:
             if metadata.get("format") != _FORMAT:
                 rule = f"was not written as `{_FORMAT}`"
                 raise CheckpointError(explain(file, rule, "Use tools/import_released.py to make one."))
-            return {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118  # not a dict
+            names = stored.keys()
+            return {current_name(name): stored.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(
             explain(file, f"cannot be read ({error})", "Check the path, or make it again.")

@@ -14,20 +14,20 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 from checkpoint_toys import in_child, restore, save
 
 
-def killed_upload(url: str, staging: Path, step: int, request: int) -> str:
+def killed_upload(url: str, staging: Path, step: int, at: int) -> str:
     """Die before the given request of a save's upload."""
-    from lcl_mcore.checkpoint.store import RemoteStore
+    from lcl_mcore.storage import RemoteStorage
 
-    original, seen = RemoteStore._retried, [0]
+    original, seen = RemoteStorage._retried, [0]
 
-    def counted(self: RemoteStore, action: Any) -> Any:
+    def counted(self: RemoteStorage, name: str, request: Any, **options: Any) -> Any:
         if Path(staging / f"step-{step:08d}.partial" / ".metadata").is_file():  # uploads have begun
-            if seen[0] == request:
+            if seen[0] == at:
                 os.kill(os.getpid(), signal.SIGKILL)
             seen[0] += 1
-        return original(self, action)
+        return original(self, name, request, **options)
 
-    RemoteStore._retried = counted  # type: ignore[method-assign]
+    RemoteStorage._retried = counted  # type: ignore[method-assign]
     return save(url, staging, step)
 
 

@@ -15,9 +15,9 @@ import torch
 import torch.distributed as dist
 
 from lcl_mcore.checkpoint.dcp import _HashingFile
-from lcl_mcore.checkpoint.manager import Checkpointer, TrainState
+from lcl_mcore.checkpoint.manager import Checkpointer
 from lcl_mcore.checkpoint.shards import Shard
-from lcl_mcore.checkpoint.store import open_store
+from lcl_mcore.checkpoint.store import TrainState, checkpoint_names, open_store
 
 SHAPES = {"weights/a": (64, 48), "exp_avg/a": (64, 48), "weights/b": (7,), "weights/c": (2, 5, 33)}
 
@@ -94,7 +94,7 @@ def restore(location: str, staging: Path) -> dict[str, Any]:
         return {"step": None, "notes": notes, "untouched": _equal(toys.tensors, values(0))}
     state = loader.load(path)
     exact = _equal(toys.tensors, values(state.step)) and toys.steps == state.step
-    return {"step": state.step, "notes": notes, "exact": exact, "names": loader.store.names()}
+    return {"step": state.step, "notes": notes, "exact": exact, "names": checkpoint_names(location)}
 
 
 def _equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

@@ -13,15 +13,17 @@ import json
 import resource
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from faults_worker import slow_reading, strike_by_signal
 from lcl_mcore import trainer as loop
-from lcl_mcore.checkpoint.manager import Checkpointer, Outcome, TrainState
+from lcl_mcore.checkpoint.manager import Checkpointer, Outcome
+from lcl_mcore.checkpoint.store import TrainState
 from lcl_mcore.commands.entry import run_main
 from lcl_mcore.commands.pretrain import parse_options
-from lcl_mcore.distributed.groups import gather_bytes
+from lcl_mcore.distributed.groups import gather_objects
 from lcl_mcore.fault_tolerance.signals import StopRequest
 from lcl_mcore.trainer import Trainer
 
@@ -62,10 +64,10 @@ def main() -> int:
     report = []
     for number in range(len(plan)):
         stop.received = None
-        trainer = Trainer(config, context, resume=number > 0)
         notes: list[str] = []
         outcomes: list[tuple[int, str]] = []
-        settle = trainer.settle
+        trainer = Trainer(config, replace(context, log=notes.append), resume=number > 0)
+        settle = trainer.checkpoints._settle
 
         def settled(
             outcome: Outcome | None, final: bool, settle: Any = settle, outcomes: Any = outcomes
@@ -74,11 +76,11 @@ def main() -> int:
                 outcomes.append((outcome.step, outcome.problem))
             settle(outcome, final)
 
-        trainer.settle = settled  # type: ignore[method-assign]
+        trainer.checkpoints._settle = settled  # type: ignore[method-assign]
         trainer.log.info = notes.append  # type: ignore[method-assign]
         assert trainer.train() == 0
-        answers = gather_bytes(json.dumps(outcomes).encode(), context.groups.host_control)
-        report.append({"notes": notes, "saves": [json.loads(answer) for answer in answers]})
+        saves = gather_objects(outcomes, context.groups.host_control)
+        report.append({"notes": notes, "saves": saves})
     if context.rank == 0:
         print(json.dumps(report), flush=True)
     return 0

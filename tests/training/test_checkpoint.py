@@ -13,9 +13,14 @@ from typing import Any
 import pytest
 
 from launch import torchrun
-from lcl_mcore.checkpoint.manager import complete_checkpoints, verify
-from lcl_mcore.checkpoint.manifest import MANIFEST, manifest_bytes, parse_manifest
-from lcl_mcore.checkpoint.safe_load import METADATA
+from lcl_mcore.checkpoint.dcp import METADATA
+from lcl_mcore.checkpoint.store import (
+    MANIFEST,
+    complete_checkpoints,
+    manifest_bytes,
+    parse_manifest,
+    verify,
+)
 from runs import assert_same_run, records
 
 pytestmark = pytest.mark.slow

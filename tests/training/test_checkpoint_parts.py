@@ -1,4 +1,4 @@
-"""The parts of checkpointing that need no process: boxes, retention, manifest, clocks, the safe reader."""
+"""The parts of checkpointing that need no process: boxes, names, retention, manifest, the safe reader."""
 
 from __future__ import annotations
 
@@ -14,13 +14,11 @@ import torch
 from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata, MetadataIndex
 
-from lcl_mcore.checkpoint.manager import Outcome
-from lcl_mcore.checkpoint.manifest import manifest_bytes, outdated, parse_manifest, step_of
-from lcl_mcore.checkpoint.policy import SavePolicy
-from lcl_mcore.checkpoint.safe_load import METADATA, SafeReader
+from lcl_mcore.checkpoint.dcp import METADATA, SafeReader
 from lcl_mcore.checkpoint.shards import Shard, Snapshot, boxes
-from lcl_mcore.config.schema import CheckpointConfig
+from lcl_mcore.checkpoint.store import manifest_bytes, outdated, parse_manifest, step_of
 from lcl_mcore.errors import CheckpointError
+from lcl_mcore.storage import atomic_file, atomic_write
 
 
 def test_boxes_are_the_range_in_order_and_few() -> None:
@@ -46,10 +44,10 @@ def test_a_snapshot_is_a_copy_of_what_this_rank_writes() -> None:
     snapshot.take()
     shard.flat.zero_()
     whole = torch.full((3, 8), -1.0)
-    for piece in snapshot.pieces():
-        assert piece.key == "weights/x"
-        place = tuple(slice(o, o + n) for o, n in zip(piece.offset, piece.tensor.shape, strict=True))
-        whole[place] = piece.tensor
+    for box in snapshot.boxes():
+        assert box.key == "weights/x"
+        place = tuple(slice(o, o + n) for o, n in zip(box.offset, box.tensor.shape, strict=True))
+        whole[place] = box.tensor
     expected = torch.full((3, 8), -1.0)
     expected[0, 6:8], expected[1, 4:8], expected[2, 4] = block[0, 2:], block[1], block[2, 0]
     assert torch.equal(whole, expected)
@@ -81,34 +79,15 @@ def test_every_bit_of_a_manifest_counts() -> None:
         parse_manifest(manifest_bytes({"../x": {"bytes": 1, "sha256": ""}}))
 
 
-def test_clocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [1000.0]
-    config = CheckpointConfig(every=4, minutes=2, max_hours=1)
-    policy, other = (SavePolicy(config, rank, lambda: now[0]) for rank in (0, 1))
-    assert [step for step in range(1, 13) if policy.due(step)] == [4, 8, 12]
-    now[0] += 119
-    assert policy.request() is False
-    now[0] += 1
-    assert (policy.request(), other.request()) == (True, False)
-    policy.started(5)
-    assert (policy.request(), policy.saved_step) == (False, 5)
-    # An hour, less a twentieth of it but at most two minutes; less twice the longest save once that is more.
-    for at, over in ((1000 + 3600 - 121, False), (1000 + 3600 - 119, True)):
-        now[0] = at
-        assert (policy.out_of_time(), other.out_of_time()) == (over, False)
-    now[0] = 1000 + 3600 - 130
-    policy.finished(Outcome(5, "", "", 70.0))
-    assert policy.out_of_time()
-    monkeypatch.setenv("SLURM_JOB_END_TIME", "5000")
-    slurm = SavePolicy(CheckpointConfig(), 0, lambda: now[0])
-    now[0] = 4900.0
-    assert not slurm.out_of_time()
-    now[0] = 4999.0
-    assert slurm.out_of_time()
-    policy.failed(Outcome(5, "", "full", 1.0))
-    assert policy.saved_step is None
-    with pytest.raises(ValueError, match=r"checkpoint\.minutes = -1"):
-        CheckpointConfig(minutes=-1)
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    atomic_write(path, "old\n")
+    with pytest.raises(UnicodeEncodeError), atomic_file(path) as partial:
+        partial.write_text("new" * 9000 + "\udc00", encoding="utf-8")
+    assert path.read_bytes() == b"old\n"
+    atomic_write(path, "größer\n")
+    assert path.read_bytes() == "größer\n".encode()
+    assert [entry.name for entry in tmp_path.iterdir()] == ["config.yaml"]
 
 
 class _Payload:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from lcl_mcore.checkpoint.consolidate import list_checkpoints
-from lcl_mcore.checkpoint.manifest import verify
+from lcl_mcore.checkpoint.store import verify
 
 pytestmark = pytest.mark.slow
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from launch import torchrun
-from lcl_mcore.checkpoint.manager import complete_checkpoints, read_state
+from lcl_mcore.checkpoint.store import complete_checkpoints, read_state
 from lcl_mcore.fault_tolerance.goodput import read_events
 from runs import ROOT, assert_same_run, records
 

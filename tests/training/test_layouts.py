@@ -149,13 +149,13 @@ def test_megatrons_own_loader_reads_what_eight_ranks_saved(matrix: Matrix) -> No
     from megatron.core import dist_checkpointing
     from megatron.core.dist_checkpointing import ShardedTensor
 
-    from lcl_mcore.checkpoint.manager import read_full_weights
+    from lcl_mcore.checkpoint.consolidate import consolidated_weights
     from lcl_mcore.distributed.device import init_process_group, pick_device
 
     if not torch.distributed.is_initialized():
         init_process_group(pick_device("cpu"), 60)
     folder = matrix.root / "tp2-pp2-dp2" / f"checkpoints/step-{HANDOVER:08d}"
-    weights = read_full_weights(folder)
+    weights = consolidated_weights(folder)
     assert len(weights) > 40
     wanted = {
         f"{kind}{name}": ShardedTensor.from_rank_offsets(f"{kind}{name}", torch.full_like(value, torch.nan))

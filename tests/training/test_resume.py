@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from launch import torchrun
-from lcl_mcore.checkpoint.manager import complete_checkpoints, read_state, verify
+from lcl_mcore.checkpoint.store import complete_checkpoints, read_state, verify
 from runs import ROOT, assert_same_run, records
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]

@@ -22,9 +22,10 @@ from lcl_mcore.data.document import MAX_IMAGES, Document, ImageEntry, Kind
 from lcl_mcore.data.images import BadImageError
 from lcl_mcore.data.prepare.normalise import ImageLimits, entry_for, normalise
 from lcl_mcore.data.prepare.progress import Progress
-from lcl_mcore.data.shards import MANIFEST, ShardInfo, ShardWriter, write_atomically, write_manifest
+from lcl_mcore.data.shards import MANIFEST, ShardInfo, ShardWriter, write_manifest
 from lcl_mcore.data.untrusted_json import BadJsonError, parse_object
 from lcl_mcore.errors import DataError, explain
+from lcl_mcore.storage import atomic_write
 
 logger = logging.getLogger(__name__)
 PROGRESS = ".progress"
@@ -182,7 +183,7 @@ def _claim(path: Path, plan: dict[str, Any], output: Path) -> None:
     """Note what this folder is being made from, or find that it is just that."""
     if path.exists() and json.loads(path.read_text()) != plan:
         raise DataError(_other_plan(output))
-    write_atomically(path, json.dumps(plan).encode())
+    atomic_write(path, json.dumps(plan).encode())
 
 
 def _other_plan(output: Path) -> str:
@@ -246,7 +247,7 @@ class _Run:
                 writer = None
         if writer is not None:
             result.shards.append(writer.close())
-        write_atomically(self._output / PROGRESS / f"{job.name}.json", result.to_json())
+        atomic_write(self._output / PROGRESS / f"{job.name}.json", result.to_json())
         return result
 
     def _document(self, key: str, raw: RawDocument, result: JobResult) -> tuple[Document, list[bytes]] | None:
