@@ -1,71 +1,22 @@
-"""Counter-based randomness: every mask is a function of (seed, step, place, identity), of nothing else.
+"""Counter-based randomness: every draw is a function of names and numbers, of nothing else.
 
-There is no generator state to save, restore or replay. The masks are the same for every tensor-,
-sequence-, data- and pipeline-parallel layout, under activation recompute, and in the second pass of
-the exact micro-batch contrastive loss.
+There is no generator state to save, restore or replay. Masks, crops and the order of documents are the same for every
+tensor-, sequence-, data- and pipeline-parallel layout, under activation recompute, and in the second forward pass of
+GradCache.
 """
 
 from __future__ import annotations
 
-import hashlib
 from hashlib import blake2b
 
 import torch
 from torch import Tensor
 
-_MASK_64 = (1 << 64) - 1
-
-
-def key_of(*parts: int | str) -> int:
-    """A 63-bit key from integers and strings, stable across processes and platforms."""
-    text = "\x1f".join(str(part) for part in parts).encode()
-    return int.from_bytes(hashlib.blake2b(text, digest_size=8).digest(), "big") >> 1
-
-
-def _mix(x: Tensor) -> Tensor:
-    """The splitmix64 finaliser on int64 (wrapping products, logical shifts)."""
-    for shift, factor in ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB)):
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
-
-
-def _signed(value: int) -> int:
-    value &= _MASK_64
-    return value - (1 << 64) if value >= 1 << 63 else value
-
-
-def uniform(keys: Tensor, seed: int) -> Tensor:
-    """One number in [0, 1) per key. keys [n] int64 on any device -> [n] fp32."""
-    mixed = _mix(_mix(keys + _signed(seed)) + _signed(0x9E3779B97F4A7C15))
-    return ((mixed >> 40) & ((1 << 24) - 1)).float() * 2.0**-24
-
-
-def dropout_keep_mask(
-    sequence_keys: tuple[int, ...],
-    seed: int,
-    p: float,
-    sequence_length: int,
-    width: int,
-    start: int,
-    stop: int,
-    device: torch.device,
-) -> Tensor:
-    """Dropout keep mask of positions [start, stop) of sequences end to end: [stop - start, width] bool.
-
-    Each sequence draws from a generator of its own key, so it has the same mask wherever it is computed.
-    """
-    first, last = start // sequence_length, (stop - 1) // sequence_length
-    masks = []
-    for index in range(first, last + 1):
-        generator = torch.Generator(device).manual_seed(key_of(seed, sequence_keys[index]))
-        masks.append(torch.rand(sequence_length, width, generator=generator, device=device) >= p)
-    whole = torch.cat(masks) if len(masks) > 1 else masks[0]
-    return whole[start - first * sequence_length : stop - first * sequence_length]
-
-
-# --- keyed by names: data order, crops, choices ---
-
 Part = int | str
+_MASK_64 = (1 << 64) - 1
+# Constants of splitmix64 (Steele, Lea and Flood, OOPSLA 2014).
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIXERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
 
 def key64(*parts: Part) -> int:
@@ -79,8 +30,11 @@ def key64(*parts: Part) -> int:
 
 
 def key63(*parts: Part) -> int:
-    """Like `key64`, as a non-negative int64."""
+    """Like `key64`, as a non-negative int64: a seed for `torch.Generator`, or an element of a tensor."""
     return key64(*parts) >> 1
+
+
+# --- on the host: crops, choices, the order of documents ---
 
 
 class KeyedRandom:
@@ -139,7 +93,51 @@ class Permutation:
     def _scramble(self, value: int) -> int:
         left, right = value >> self._half_bits, value & self._mask
         for key in self._keys:
-            mixed = (right + key) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
-            mixed = (mixed ^ mixed >> 29) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+            mixed = (right + key) * _GOLDEN & _MASK_64
+            mixed = (mixed ^ mixed >> 29) * _MIXERS[0][1] & _MASK_64
             left, right = right, left ^ ((mixed ^ mixed >> 32) & self._mask)
         return left << self._half_bits | right
+
+
+# --- on the device: drop-path and dropout ---
+
+
+def uniform(keys: Tensor, seed: int) -> Tensor:
+    """One number in [0, 1) per key. keys [n] int64 on any device -> [n] fp32."""
+    mixed = _mix(_mix(keys + _signed(seed)) + _signed(_GOLDEN))
+    return ((mixed >> 40) & ((1 << 24) - 1)).float() * 2.0**-24
+
+
+def dropout_keep_mask(
+    sequence_keys: tuple[int, ...],
+    seed: int,
+    p: float,
+    sequence_length: int,
+    width: int,
+    start: int,
+    stop: int,
+    device: torch.device,
+) -> Tensor:
+    """Dropout keep mask of positions [start, stop) of sequences end to end: [stop - start, width] bool.
+
+    Each sequence draws from a generator of its own key, so it has the same mask wherever it is computed.
+    """
+    first, last = start // sequence_length, (stop - 1) // sequence_length
+    masks = []
+    for index in range(first, last + 1):
+        generator = torch.Generator(device).manual_seed(key63(seed, sequence_keys[index]))
+        masks.append(torch.rand(sequence_length, width, generator=generator, device=device) >= p)
+    whole = torch.cat(masks) if len(masks) > 1 else masks[0]
+    return whole[start - first * sequence_length : stop - first * sequence_length]
+
+
+def _mix(x: Tensor) -> Tensor:
+    """The splitmix64 finaliser on int64 (wrapping products, logical shifts)."""
+    for shift, factor in _MIXERS:
+        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
+    return x ^ ((x >> 31) & ((1 << 33) - 1))
+
+
+def _signed(value: int) -> int:
+    value &= _MASK_64
+    return value - (1 << 64) if value >= 1 << 63 else value

@@ -25,7 +25,7 @@ from lcl_mcore.losses.gradcache import CachedGradients, cache_gradients
 from lcl_mcore.metrics import StepOutput
 from lcl_mcore.models.lcl import LclModel
 from lcl_mcore.optimizer import Optimizer
-from lcl_mcore.rng import key_of
+from lcl_mcore.rng import key63
 
 
 class StepObserver(Protocol):
@@ -141,7 +141,7 @@ class TrainStep(ABC):
             DeviceMicroBatch(micro.to(self.device), tuple(micro.sequence_keys.tolist()))
             for micro in batch.micro_batches
         ]
-        seed = key_of(self.config.train.seed, "step", step)
+        seed = key63(self.config.train.seed, "step", step)
         weight = generation_weight(batch.counts.targets, self.groups.dp.rank(), self.loss.averaging)
         return StepInput(micro_batches, seed, weight, batch)
 

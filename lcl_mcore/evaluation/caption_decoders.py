@@ -23,7 +23,7 @@ from lcl_mcore.errors import ConfigError, explain
 from lcl_mcore.evaluation.transfer import TransferHead, pack
 from lcl_mcore.losses.generation import generation_loss_sum
 from lcl_mcore.optional_packages import installed
-from lcl_mcore.rng import key_of
+from lcl_mcore.rng import key63
 
 
 class CaptionDecoder(Protocol):
@@ -107,7 +107,7 @@ class LclDecoder(TransferHead):
                     f"Use --text-tokens {max(positions - len(self.prompt), 1)}.",
                 )
             )
-        self.initialize_weights(key_of(config.seed, "writer"))  # the key decides all random numbers
+        self.initialize_weights(key63(config.seed, "writer"))  # the key decides all random numbers
         if weights is not None:
             with torch.no_grad():
                 for parameter, value in zip(self.language.parameters(), weights, strict=True):

@@ -38,7 +38,7 @@ from lcl_mcore.evaluation.transfer import (
 )
 from lcl_mcore.models.lcl import LclModel
 from lcl_mcore.optional_packages import installed
-from lcl_mcore.rng import key_of
+from lcl_mcore.rng import key63
 
 WORDS = re.compile(r"[^\W_]+")
 SCORER = "pycocoevalcap BLEU and CIDEr; lower case, words and digits instead of its PTB tokenizer"
@@ -168,7 +168,7 @@ def zero_shot_captions(loaded: LoadedModel, data: CaptionDataset, max_tokens: in
 def make_connector(width: int, out: int, seed: int) -> nn.Sequential:
     """[..., h] -> [..., D]: two linear layers with a GELU between (LLaVA-1.5's), torch's usual initial weights."""
     connector = nn.Sequential(nn.Linear(width, out), nn.GELU(), nn.Linear(out, out))
-    generator = torch.Generator().manual_seed(key_of(seed, "connector"))
+    generator = torch.Generator().manual_seed(key63(seed, "connector"))
     for layer, fan_in in ((connector[0], width), (connector[2], out)):
         for parameter in layer.parameters():
             nn.init.uniform_(parameter, -(fan_in**-0.5), fan_in**-0.5, generator=generator)

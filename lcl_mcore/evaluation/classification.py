@@ -34,7 +34,7 @@ from lcl_mcore.evaluation.transfer import (
     vit,
 )
 from lcl_mcore.models.lcl import LclModel
-from lcl_mcore.rng import key_of
+from lcl_mcore.rng import key63
 
 CHUNK = 256
 """Images in one forward pass of a frozen encoder."""
@@ -52,7 +52,7 @@ class AttentionProbe(nn.Module):
         self.norm_in, self.norm_out = nn.LayerNorm(width), nn.LayerNorm(width)
         self.attention = nn.MultiheadAttention(width, heads, batch_first=True)
         self.linear = nn.Linear(width, classes)
-        generator = torch.Generator().manual_seed(key_of(seed, "probe"))
+        generator = torch.Generator().manual_seed(key63(seed, "probe"))
         for name, parameter in self.named_parameters():
             if parameter.dim() > 1:
                 nn.init.trunc_normal_(parameter, std=0.02, generator=generator)

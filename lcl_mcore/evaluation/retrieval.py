@@ -40,7 +40,7 @@ from lcl_mcore.losses.gradcache import cache_gradients
 from lcl_mcore.models.lcl import LclModel, Temperature, l2_normalize
 from lcl_mcore.models.transformer_config import vision_transformer_config
 from lcl_mcore.models.vision import AttentionPool
-from lcl_mcore.rng import key_of
+from lcl_mcore.rng import key63
 
 KS = (1, 5, 10)
 
@@ -152,7 +152,7 @@ class DualEncoder(TransferHead):
         self.temperature = Temperature(self.device)
         vision = vision_transformer_config(self.config, self.device)
         self.pool = AttentionPool(vision, self.shape, self.groups)
-        self.initialize_weights(key_of(config.seed, "two towers"))  # the key decides all random numbers
+        self.initialize_weights(key63(config.seed, "two towers"))  # the key decides all random numbers
 
     def image_embeds(self, tokens: Tensor) -> Tensor:
         """[n, P, h] -> unit vectors fp32 [n, D]."""

@@ -33,7 +33,7 @@ from lcl_mcore.models.lcl import LclModel
 from lcl_mcore.models.stages import stage_of
 from lcl_mcore.models.transformer_config import language_transformer_config
 from lcl_mcore.models.vision import VisionEncoder, patchify
-from lcl_mcore.rng import key_of
+from lcl_mcore.rng import key63
 
 FORWARD_BATCH = 64
 """Images, or texts, in one forward pass without gradients."""
@@ -180,7 +180,7 @@ def fit_head(
         weight_decay=config.weight_decay,
     )
     warmup_steps = round(config.warmup * steps)
-    generator = torch.Generator().manual_seed(key_of(config.seed, "order"))
+    generator = torch.Generator().manual_seed(key63(config.seed, "order"))
     order, late = torch.empty(0, dtype=torch.int64), []
     for step in range(steps):
         if len(order) < size:
@@ -209,7 +209,7 @@ def fit_head(
 
 def step_seed(config: PairsConfig, step: int, chunk: int = 0) -> int:
     """Key of all random choices of a step, or of one chunk of its batch."""
-    return key_of(config.seed, "pairs", str(step), str(chunk))
+    return key63(config.seed, "pairs", str(step), str(chunk))
 
 
 def sample_captions(data: CaptionDataset, indices: Tensor, seed: int) -> list[str]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lcl_mcore.config.schema import ModelConfig
 from lcl_mcore.models.lcl import LclModel
-from lcl_mcore.rng import key_of
+from lcl_mcore.rng import key63
 
 
 def _uniform(tensor: Tensor, bound: float, generator: torch.Generator) -> None:
@@ -97,6 +97,6 @@ def initialize(model: LclModel, shape: ModelConfig, seed: int, tp_rank: int, tp_
         if split:
             size[axis] *= tp_size
         whole = torch.empty(size)
-        _DRAW[part](rest, whole, shape, torch.Generator().manual_seed(key_of(seed, "init", name)))
+        _DRAW[part](rest, whole, shape, torch.Generator().manual_seed(key63(seed, "init", name)))
         share = whole.chunk(tp_size, axis)[tp_rank] if split else whole
         parameter.copy_(share)

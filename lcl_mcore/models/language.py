@@ -31,7 +31,7 @@ from lcl_mcore.models.attention import Segments
 from lcl_mcore.models.layers import LayerBackend, LayerNorm, layer_spec, parameter_device, sequence_dropout
 from lcl_mcore.models.stages import Stage
 from lcl_mcore.models.transformer_config import no_init, without_sequence_parallel
-from lcl_mcore.rng import key_of
+from lcl_mcore.rng import key63
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ class LanguageModel(MegatronModule):
         if self.training and self.shape.dropout > 0.0:
             local = stream.shape[0]
             start = self.tp_group.rank() * local if self.config.sequence_parallel else 0
-            seed = key_of(segments.seed, "embedding")
+            seed = key63(segments.seed, "embedding")
             stream = sequence_dropout(stream, segments, seed, self.shape.dropout, (start, start + local))
         return stream
 

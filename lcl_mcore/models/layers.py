@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lcl_mcore.models.attention import AttentionBackend, SegmentAttention, Segments
-from lcl_mcore.rng import dropout_keep_mask, key_of, uniform
+from lcl_mcore.rng import dropout_keep_mask, key63, uniform
 
 
 def mark_sequence_parallel(parameter: nn.Parameter, enabled: bool) -> nn.Parameter:
@@ -85,7 +85,7 @@ class ResidualBranch(nn.Module):
         branch = self._scaled(branch_with_bias)
         segments = self.segments
         assert segments is not None
-        seed = key_of(segments.seed, self.place)
+        seed = key63(segments.seed, self.place)
         if self.drop_path > 0.0:
             assert segments.keys is not None
             keep = (uniform(segments.keys, seed) >= self.drop_path).to(branch.dtype) / (1.0 - self.drop_path)

@@ -25,7 +25,7 @@ from lcl_mcore.models.language import EmbeddingInput, LanguageModel
 from lcl_mcore.models.stages import split_stages, stage_of
 from lcl_mcore.models.transformer_config import language_transformer_config, vision_transformer_config
 from lcl_mcore.models.vision import AttentionPool, VisionEncoder
-from lcl_mcore.rng import key_of
+from lcl_mcore.rng import key63
 
 # Temperature of CLIP and of the released code: exp(s) starts at 1 / 0.07 and stays within [1, 100].
 INITIAL_LOG_SCALE = math.log(1 / 0.07)
@@ -145,7 +145,7 @@ class LclModel(MegatronModule):
         if self.vision_data:
             start, share = self.tp_group.rank() * (len(keys) // shares), len(keys) // shares
             images, keys = images.narrow(0, start, share), keys.narrow(0, start, share)
-        features = self.pool(self.vision(images, keys, key_of(seed, "vision")))  # [n, 1 + P, D]
+        features = self.pool(self.vision(images, keys, key63(seed, "vision")))  # [n, 1 + P, D]
         if self.vision_data:  # the LM reads them on every rank alike: the gradient is split, not summed
             features = gather_from_sequence_parallel_region(
                 features, tensor_parallel_output_grad=False, group=self.tp_group
@@ -170,7 +170,7 @@ class LclModel(MegatronModule):
             Hidden [t, D] on the last stage, else what the next stage takes.
         """
         segments = make_segments(
-            batch.lengths, batch.tokens.device, sequence_keys=sequence_keys, seed=key_of(seed, "language")
+            batch.lengths, batch.tokens.device, sequence_keys=sequence_keys, seed=key63(seed, "language")
         )
         if received:
             return self.language(x, segments)
