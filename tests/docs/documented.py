@@ -207,7 +207,7 @@ ENTRIES = (
     ),
     read(
         "python tools/import_released.py LCL-ViT-B-16-Laion.pt --out imported --tp 2",
-        "tests/models/test_released.py::test_the_tool_writes_weights_and_a_configuration",
+        "tests/interop/test_released.py::test_the_tool_writes_weights_and_a_configuration",
     ),
     read("python benchmarks/data.py data/corpora/opencv-doc", "benchmarks/results/data-cpu.json"),
     read(

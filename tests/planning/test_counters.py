@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import copy
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from launch import run_script
 
 HERE = Path(__file__).resolve().parent
 SLACK = 1.02
@@ -53,14 +52,7 @@ def committed() -> Counts:
 
 @pytest.mark.timeout(420)
 def test_a_step_costs_what_was_committed(committed: Counts) -> None:
-    done = subprocess.run(
-        [sys.executable, str(HERE / "counters_worker.py")],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=400,
-        check=False,
-    )
+    done = run_script("tests/planning/counters_worker.py", timeout=400)
     assert done.returncode == 0, done.stderr
     found: Counts = json.loads(done.stdout.splitlines()[-1])
     assert len(found["counts"]) == 4

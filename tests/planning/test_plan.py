@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from launch import ROOT, torchrun
+from launch import run_script, torchrun
 from lcl_mcore.planning.counter import Event
 from lcl_mcore.planning.lint import Mesh, lint
 
@@ -113,7 +111,6 @@ def test_command(tmp_path: Path) -> None:
     """A third of the paper's batch, so that two micro-batches are counted instead of six."""
     out = tmp_path / "plan"
     command = [
-        sys.executable,
         "tools/plan.py",
         "--recipe",
         "paper-l14",
@@ -132,7 +129,7 @@ def test_command(tmp_path: Path) -> None:
         "--out",
         str(out),
     ]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=560, check=False)
+    done = run_script(*command, timeout=560)
     assert done.returncode == 0, done.stderr
     plan = json.loads(out.with_suffix(".json").read_text())
     assert {"command", "commit", "date"} <= plan.keys()

@@ -1,6 +1,6 @@
 """Both losses of imported released weights, split over the tensor-parallel ranks that torchrun started.
 
-    torchrun --nproc-per-node 2 tests/models/released_worker.py FOLDER
+    torchrun --nproc-per-node 2 tests/interop/released_worker.py FOLDER
 
 Rank 0 prints them as JSON; FOLDER holds `model.safetensors`.
 """
@@ -27,7 +27,8 @@ from lcl_mcore.models.lcl import LclModel
 
 def main() -> None:
     """Load this rank's share, run the batch of rank 0, print."""
-    sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    here = Path(__file__).resolve().parent
+    sys.path[:0] = [str(here), str(here.parent), str(here.parent / "models")]
     from test_released import SHAPE, released_batch
 
     device = pick_device("cpu")

@@ -7,7 +7,6 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,31 +14,22 @@ from pathlib import Path
 
 import pytest
 
+from launch import run_script, torchrun
 from lcl_mcore import optional_packages as probe
 from lcl_mcore.config.recipes import RECIPES, load_recipe
 from lcl_mcore.diagnostics import doctor, preflight
 from lcl_mcore.models.flops import parameter_counts
 
-TOOLS = Path(__file__).parent.parent / "tools"
-
-
-def start(tool: str, *arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, str(TOOLS / tool), *arguments],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+TOOLS = Path(__file__).parents[2] / "tools"
 
 
 def test_describe_prints_the_released_sizes() -> None:
-    done = start("describe.py", "--recipe", "released-b32-mmc4", "--json")
+    done = run_script("tools/describe.py", "--recipe", "released-b32-mmc4", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["parameters"]["total"] == 178_642_945
     assert report["tokens_per_image"] == {"encoder": 50, "language_model": 49, "with_markers": 51}
-    text = start("describe.py", "--recipe", "released-b32-mmc4").stdout
+    text = run_script("tools/describe.py", "--recipe", "released-b32-mmc4").stdout
     assert "178,642,945" in text
     assert "tokens per row         2048" in text
 
@@ -57,7 +47,7 @@ def test_describe_imports_nothing_heavy() -> None:
 
 
 def test_describe_answers_a_wrong_name_with_the_right_one() -> None:
-    done = start("describe.py", "--recipe", "paper-l15")
+    done = run_script("tools/describe.py", "--recipe", "paper-l15")
     assert done.returncode == 2
     assert "Did you mean paper-l14?" in done.stderr
     assert "Traceback" not in done.stderr
@@ -80,7 +70,7 @@ def fake_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[s
 
 
 def test_doctor_reports_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    done = start("doctor.py", "--json")
+    done = run_script("tools/doctor.py", "--json")
     assert done.returncode == 0, done.stderr
     report = json.loads(done.stdout)
     assert report["healthy"] is True
@@ -145,17 +135,7 @@ def test_doctor_survives_a_broken_dependency(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.distributed
 def test_doctor_checks_links_clocks_and_the_run_folder_over_the_processes_of_torchrun(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*command, str(TOOLS / "doctor.py"), "--json", "--folder", str(tmp_path / "run"), "--megabytes", "4"],
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-        env=environment,
-    )
-    assert done.returncode == 0, done.stderr
+    done = torchrun(2, "tools/doctor.py", "--json", "--folder", str(tmp_path / "run"), "--megabytes", "4")
     found = json.loads(done.stdout)["preflight"]
     ranks = found["ranks"]
     assert [(r["rank"], r["total"]) for r in ranks] == [(0, 3.0), (1, 3.0)]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -12,6 +14,8 @@ from lcl_mcore.config.schema import LanguageConfig, ModelConfig, VisionConfig
 if TYPE_CHECKING:
     from lcl_mcore.models.lcl import LclModel
 
+TESTS = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(TESTS), str(TESTS / "models")]  # `reference_model`, `batches`
 LANGUAGE = LanguageConfig(vocab_size=300, width=32, layers=1, heads=4, mlp_width=64, max_positions=64)
 
 

@@ -8,9 +8,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
-import subprocess
-import sys
 import zlib
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +19,7 @@ from lcl_kernels import infonce_reference, linear_cross_entropy_reference
 from torch import Tensor, nn
 
 from batches import OPT
+from launch import last_json, run_script, torchrun
 from lcl_mcore.batch import MicroBatch
 from lcl_mcore.config.files import read_config
 from lcl_mcore.config.recipes import load_recipe
@@ -351,20 +349,18 @@ def test_the_tool_writes_weights_and_a_configuration(tmp_path: Path) -> None:
     with torch.no_grad():
         state = {name: torch.randn(p.shape) for name, p in ReferenceLcl(shape).named_parameters()}
     torch.save({"epoch": 1, "name": "x", "state_dict": state}, tmp_path / "epoch_1.pt")
-    tool = Path(__file__).parent.parent.parent / "tools" / "import_released.py"
     command = [
-        sys.executable,
-        str(tool),
+        "tools/import_released.py",
         str(tmp_path / "epoch_1.pt"),
         "--out",
         str(tmp_path / "out"),
         "--tp",
     ]
-    refused = subprocess.run([*command, "3"], capture_output=True, text=True, timeout=120, check=False)
+    refused = run_script(*command, "3")
     assert refused.returncode == 2
     assert "model.language.heads = 2 with parallel.tensor_parallel_size = 3" in refused.stderr
     assert not (tmp_path / "out").exists()
-    done = subprocess.run([*command, "2"], capture_output=True, text=True, timeout=120, check=False)
+    done = run_script(*command, "2")
     assert done.returncode == 0, done.stderr
     config = read_config(tmp_path / "out" / "config.yaml")
     assert config.model == shape
@@ -380,18 +376,8 @@ def test_the_tool_writes_weights_and_a_configuration(tmp_path: Path) -> None:
 @pytest.mark.distributed
 def test_imported_weights_give_the_released_losses_at_tp_2(tmp_path: Path) -> None:
     write_consolidated(from_released(released_state(), SHAPE), SHAPE, tmp_path)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    worker = Path(__file__).parent / "released_worker.py"
-    done = subprocess.run(
-        [*command, str(worker), str(tmp_path)],
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=200,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    contrastive, generation, head = json.loads(done.stdout.splitlines()[-1])
+    done = torchrun(2, "tests/interop/released_worker.py", str(tmp_path))
+    contrastive, generation, head = last_json(done)
     assert head == [192, 48]  # half of 261 rows padded to 384
     assert contrastive == pytest.approx(GOLDEN["ranks_1"]["contrastive"], rel=1e-5)
     assert generation == pytest.approx(GOLDEN["ranks_1"]["generation"], rel=1e-5)
