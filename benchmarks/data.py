@@ -7,7 +7,7 @@ The photographs of the folder become one set of pairs. Every contender runs in a
 one thread, all of them in turn for several rounds; the median of a figure's rounds counts. `plain` decodes
 with Pillow, takes a random resized crop, makes normalised floats, and puts one document in a sequence, as
 open_clip and the released LCL code do; `ours` and `dali` are this loader, packing sequences, with its two decoders;
-`ours-unpacked` and `dali-unpacked` put one document in a sequence as `plain` does, which makes sequences comparable.
+`ours-unpacked` and `dali-unpacked` put one document in a sequence as `plain` does, which makes them comparable.
 Rates are per second of CPU time, so that other load on the machine matters little.
 """
 
@@ -48,7 +48,7 @@ FIGURES = {
 
 def make_set(photos: Path, work: Path) -> None:
     """Pairs from all JPEGs of a folder (named after their files), prepared; and a tokenizer."""
-    from lcl_mcore.data.prepare.engine import Options, prepare
+    from lcl_mcore.data.prepare.engine import PrepareOptions, prepare
     from lcl_mcore.data.prepare.normalise import ImageLimits
     from lcl_mcore.data.prepare.pairs import PairReader
     from lcl_mcore.data.tokenizer import train_bpe
@@ -62,7 +62,7 @@ def make_set(photos: Path, work: Path) -> None:
                 info = tarfile.TarInfo(name)
                 info.size = len(content)
                 tar.addfile(info, io.BytesIO(content))
-    options = Options(limits=ImageLimits(min_side=200))
+    options = PrepareOptions(limits=ImageLimits(min_side=200))
     prepare(PairReader(work / "photos.tar"), work / "set", options, workers=1, quiet=True)
     train_bpe(words, 2000).save(work / "tokenizer.json")
 
@@ -106,11 +106,11 @@ def plain(work: Path) -> Iterator[tuple[int, int, int]]:
 
 def ours(work: Path, backend: str, *, packed: bool) -> Iterator[tuple[int, int, int]]:
     """This loader: images, sequences and used tokens of each step."""
-    from lcl_mcore.config.schema import DataConfig, SourceConfig, TokenizerConfig
-    from lcl_mcore.data.loader import build_loader
+    from lcl_mcore.config.schema import DataConfig, RunConfig, SourceConfig, TokenizerConfig, TrainConfig
+    from lcl_mcore.data.loader import DataContext, build_loader
     from lcl_mcore.data.tokenizer import build_tokenizer
 
-    config = DataConfig(
+    data = DataConfig(
         sources=(SourceConfig(path=str(work / "set")),),
         tokenizer=TokenizerConfig(path=str(work / "tokenizer.json")),
         sequence_length=LENGTH,
@@ -120,17 +120,10 @@ def ours(work: Path, backend: str, *, packed: bool) -> Iterator[tuple[int, int, 
         packing="best_fit" if packed else "off",
     )
     sequences = PACKED_SEQUENCES if packed else PLAIN_SEQUENCES
-    loader = build_loader(
-        config,
-        tokenizer=build_tokenizer(config.tokenizer),
-        image_size=SIDE,
-        tokens_per_image=LATENTS,
-        global_batch_size=sequences,
-        micro_batch_size=sequences,
-        dp_rank=0,
-        dp_size=1,
-        seed=0,
+    config = RunConfig(  # ViT patches of 16 pixels: 14 x 14 = 196 latents for an image of 224
+        data=data, train=TrainConfig(global_batch_size=sequences, micro_batch_size=sequences)
     )
+    loader = build_loader(config, DataContext(), build_tokenizer(data.tokenizer))
     try:
         for step in loader:
             yield sum(step.counts.images), sequences, sum(step.counts.tokens)
@@ -153,8 +146,8 @@ def measure(name: str, work: Path, images: int) -> dict[str, Any]:
     first, first_cpu = time.perf_counter() - begin, time.process_time() - begin_cpu
     start, seen, sequences, tokens = time.process_time(), 0, 0, 0
     while seen < images:
-        n, r, t = next(batches)
-        seen, sequences, tokens = seen + n, sequences + r, tokens + t
+        n, s, t = next(batches)
+        seen, sequences, tokens = seen + n, sequences + s, tokens + t
     seconds = time.process_time() - start
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     batches.close()  # type: ignore[attr-defined]

@@ -1,9 +1,10 @@
 """What the data engine hands to the trainer: one optimizer step of one data-parallel rank.
 
-Shape legend (all of one micro-batch)
-    r   rows (packed sequences), micro_batch_size of them; fewer never, padding rows never
-    S   tokens per row (`data.sequence_length`)
-    t   r * S, the rows laid end to end
+Shape legend (all of one micro-batch):
+
+    b   packed sequences, micro_batch_size of them (never fewer in training, never padding sequences)
+    S   tokens per sequence (`data.sequence_length`)
+    t   b * S, the sequences one after the other
     n   images, any number including 0;  P  LM positions that one image takes (its patch latents)
     m   images with a preceding context (they enter the contrastive loss), m <= n
     k   positions whose next token is a target of the generation loss
@@ -20,23 +21,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Packed rows on the host; integer tensors are int64, pixels are uint8.
+    """Packed sequences on the host; integer tensors are int64, pixels are uint8.
 
-    tokens [t]          ids; the P positions of an image hold the placeholder id; padding holds `pad`
-    positions [t]       restart at 0 in every document; image latents take one position each
-    lengths             segment lengths, sum t: attention never crosses a segment. A row's padding
-                        tail is a segment of its own; rows never share a segment
-    images [n,3,H,W]    uint8 RGB after the crop and resize; normalised on the device
-    image_starts [n]    index in [t] of each image's first latent (its `<BoI>` is one before it)
-    context_positions [m]    index in [t] of the `<BoI>` of each image that has a context
-    context_images [m]  which of the n images each of them is
-    target_positions [k]     index in [t] of the position that predicts
-    target_labels [k]   the token it must predict: text, `<BoI>` or end tokens only
-    image_keys [n]      identity of each image in the global batch, the same in every layout; keys
-                        the per-image randomness (drop-path)
-    sequence_keys [r]        likewise for rows (dropout)
-    group_ids [m]       equal for two images of one document (to mask false negatives on request)
-    documents           ids "source/shard/key" in order, for the log hash and for error messages
+    Attributes:
+        tokens: [t] ids; the P positions of an image hold the placeholder id, padding holds `pad`.
+        positions: [t] restart at 0 in every document; image latents take one position each.
+        lengths: lengths of the attention segments, sum t: attention never crosses one. A sequence's
+            padding is a segment of its own; two sequences never share a segment.
+        images: [n, 3, H, W] uint8 RGB after crop and resize; normalised on the device.
+        image_starts: [n] index in [t] of each image's first latent (its `<BoI>` is one before it).
+        context_positions: [m] index in [t] of the `<BoI>` of each image that has a context.
+        context_images: [m] which of the n images each of them is.
+        target_positions: [k] index in [t] of the position that predicts.
+        target_labels: [k] the token it must predict: text, `<BoI>` or end tokens only.
+        image_keys: [n] identity of each image in the global batch, the same in every layout; keys the
+            per-image randomness (drop-path).
+        sequence_keys: [b] likewise for sequences (dropout).
+        group_ids: [m] equal for two images of one document (to mask false negatives on request).
+        documents: ids "source/shard/key" in order, for the log hash and for error messages.
     """
 
     tokens: Tensor
@@ -74,27 +76,36 @@ class MicroBatch:
 class GlobalCounts:
     """Counts of the whole global batch, known on every host before the step: no device sync.
 
-    Each tuple has one entry per data-parallel rank, and holds the sum over its micro-batches;
-    `micro_contexts[i]` is `contexts` of micro-batch i alone.
+    Attributes:
+        images, contexts, targets: one entry per data-parallel rank, the sum over its micro-batches.
+        tokens: likewise, positions that are not padding.
+        pairs: likewise, causal (query, key) pairs of all documents: the LM's attention work.
+        micro_contexts: `contexts` of each micro-batch alone, again one entry per rank.
     """
 
     images: tuple[int, ...]
     contexts: tuple[int, ...]
     targets: tuple[int, ...]
-    tokens: tuple[int, ...]  # positions that are not padding
-    pairs: tuple[int, ...] = ()  # causal (query, key) pairs of all documents: the LM's attention work
+    tokens: tuple[int, ...]
+    pairs: tuple[int, ...] = ()
     micro_contexts: tuple[tuple[int, ...], ...] = ()
 
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One optimizer step of one data-parallel rank, and the position to save once it is trained on."""
+    """One optimizer step of one data-parallel rank, and the position to save once it is trained on.
+
+    Attributes:
+        position: small plain JSON; restores at any data-parallel size.
+        order_hash: running hash over documents, tokens and crop windows of all global batches so far.
+        statistics: fill, image imbalance and failed images of the global batch.
+    """
 
     micro_batches: tuple[MicroBatch, ...]
     counts: GlobalCounts
-    position: dict[str, Any]  # small plain JSON; restores at any data-parallel size
-    order_hash: str  # running hash over the document ids of all global batches so far
-    statistics: dict[str, float] = field(default_factory=dict)  # fill, image imbalance, failures
+    position: dict[str, Any]
+    order_hash: str
+    statistics: dict[str, float] = field(default_factory=dict)
 
     @property
     def number(self) -> int:

@@ -4,17 +4,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from megatron.core.distributed import DistributedDataParallel
 
 from lcl_mcore.config.schema import RunConfig
-from lcl_mcore.data.loader import StepLoader, build_loader
-from lcl_mcore.data.tokenizer import Tokenizer, build_tokenizer
 from lcl_mcore.distributed.context import Context
-from lcl_mcore.distributed.device import Device
-from lcl_mcore.distributed.groups import Groups
 from lcl_mcore.fused_adam import choose_adam
 from lcl_mcore.interop.init_from import start_from
 from lcl_mcore.models.backends import Backends, Choice, choose_backends
@@ -98,27 +93,3 @@ def build_training(
     schedule = SingleStage if model.stage.count == 1 else PipelineStage
     step = schedule(config, context, model, ddp, optimizer, observer)
     return Training(model, ddp, optimizer, step, (*backends.choices, optimizer_choice))
-
-
-def build_data(
-    config: RunConfig, device: Device, groups: Groups, position: dict[str, Any] | None
-) -> tuple[StepLoader, Tokenizer]:
-    """The loader of this rank, continuing at `position`, and the tokenizer."""
-    tokenizer = build_tokenizer(config.data.tokenizer)
-    loader = build_loader(
-        config.data,
-        tokenizer=tokenizer,
-        image_size=config.model.vision.image_size,
-        tokens_per_image=config.model.vision.patches,
-        global_batch_size=config.train.global_batch_size,
-        micro_batch_size=config.train.micro_batch_size,
-        dp_rank=groups.dp.rank(),
-        dp_size=groups.dp.size(),
-        seed=config.train.seed,
-        counts_group=groups.host_counts if groups.dp.size() > 1 else None,
-        model_group=groups.host_model if groups.host_model.size() > 1 else None,
-        pixel_ranks=list(range(config.parallel.tensor_parallel_size)),  # the first pipeline stage has the ViT
-        position=position,
-        pin_memory=device.is_cuda,
-    )
-    return loader, tokenizer

@@ -7,11 +7,13 @@ from dataclasses import replace
 from pathlib import Path
 
 from lcl_mcore.batch import StepBatch
-from lcl_mcore.build import build_data, build_training
+from lcl_mcore.build import build_training
 from lcl_mcore.checkpoint.manager import TrainingTensors, open_checkpoints
 from lcl_mcore.checkpoint.store import TrainState, checkpoint_name
 from lcl_mcore.config.files import config_digest
 from lcl_mcore.config.schema import RunConfig
+from lcl_mcore.data.loader import DataContext, build_loader
+from lcl_mcore.data.tokenizer import build_tokenizer
 from lcl_mcore.distributed.context import Context
 from lcl_mcore.errors import ConfigError, LclError, explain
 from lcl_mcore.evaluation.heldout import periodic_evaluation
@@ -64,7 +66,9 @@ class Trainer:
             skipped_ranges(context) if resume else [],
             context.groups.host_control,
         )
-        self.loader, tokenizer = build_data(config, context.device, context.groups, self.state.position)
+        self.data_context = DataContext.of(config, context)
+        self.tokenizer = tokenizer = build_tokenizer(config.data.tokenizer)
+        self.loader = build_loader(config, self.data_context, tokenizer, self.state.position)
         if tokenizer.vocab_size > config.model.language.vocab_size:
             raise ConfigError(
                 explain(
@@ -263,9 +267,7 @@ class Trainer:
         self.state = earlier
         self.loader.close()
         self.recovery.restore(self.state.position)
-        self.loader, _ = build_data(
-            self.config, self.context.device, self.context.groups, self.state.position
-        )
+        self.loader = build_loader(self.config, self.data_context, self.tokenizer, self.state.position)
         self.goodput.lost(self.log.rewind(self.state.step))
         self.goodput.event("rollback", step=self.state.step, checkpoint=checkpoint_name(self.state.step))
         return True

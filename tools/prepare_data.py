@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 
 from lcl_mcore.data.images import MAX_PIXELS
-from lcl_mcore.data.prepare.engine import Options, Reader, prepare
+from lcl_mcore.data.prepare.engine import PrepareOptions, Reader, prepare
 from lcl_mcore.data.prepare.html import HtmlReader
 from lcl_mcore.data.prepare.mmc4 import Mmc4Reader
 from lcl_mcore.data.prepare.normalise import ImageLimits
@@ -53,12 +53,12 @@ def main() -> int:
     parser.add_argument(
         "--max-duplicates", type=int, default=0, help="omnicorpus: largest allowed *_dup_count"
     )
-    parser.add_argument("--keep-text-only", action="store_true", help="keep documents left without a image")
+    parser.add_argument("--keep-text-only", action="store_true", help="keep documents left without an image")
     parser.add_argument("--heldout-share", type=float, default=0.1, help="split: share of the documents")
     parser.add_argument("--seed", type=int, default=0, help="split: which documents are held out")
     parser.add_argument("--shard-megabytes", type=int, default=1024)
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--quiet", action="store_true", help="no progress line")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args()
     limits = ImageLimits(
         max_pixels=args.max_pixels,
@@ -66,7 +66,7 @@ def main() -> int:
         max_aspect=args.max_aspect,
         shrink_to=args.shrink_to,
     )
-    options = Options(
+    options = PrepareOptions(
         limits=limits,
         max_repeats=args.max_repeats,
         require_image=not args.keep_text_only,

@@ -11,8 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from lcl_mcore.data.dataset import NativeDataset
-from lcl_mcore.data.prepare.engine import Dropped, Job, Options, RawDocument, prepare
+from lcl_mcore.data.format import NativeDataset
+from lcl_mcore.data.prepare.engine import Dropped, InputPart, PrepareOptions, RawDocument, prepare
 from lcl_mcore.data.prepare.html import HtmlReader
 from lcl_mcore.data.prepare.normalise import ImageLimits
 from lcl_mcore.data.tokenizer import train_bpe
@@ -40,9 +40,9 @@ class NearbyWords(HtmlReader):
             return False
         return (key64("ablation", page) % HELDOUT_SHARE == 0) == self._heldout
 
-    def documents(self, job: Job) -> Iterator[RawDocument | Dropped]:
-        """The pages of one job."""
-        for found in super().documents(job):
+    def documents(self, part: InputPart) -> Iterator[RawDocument | Dropped]:
+        """The pages of one part."""
+        for found in super().documents(part):
             yield found if isinstance(found, Dropped) else shorten(found)
 
     def describe(self) -> dict[str, Any]:
@@ -51,7 +51,7 @@ class NearbyWords(HtmlReader):
 
 
 def shorten(document: RawDocument) -> RawDocument:
-    """Keep the last words before every image; a image right behind another keeps that place."""
+    """Keep the last words before every image; an image right behind another keeps that place."""
     texts: list[str] = []
     images, previous = [], 0
     for image in sorted(document.images, key=lambda image: image.text_index):
@@ -66,7 +66,7 @@ def shorten(document: RawDocument) -> RawDocument:
 
 def build(pages: Path, output: Path, vocabulary: int) -> None:
     """`train/`, `heldout/` and `tokenizer.json` in `output`; what is done already is left alone."""
-    options = Options(limits=ImageLimits(min_side=32, shrink_to=SIDE), max_repeats=30)
+    options = PrepareOptions(limits=ImageLimits(min_side=32, shrink_to=SIDE), max_repeats=30)
     for name in ("train", "heldout"):
         prepare(NearbyWords(pages, heldout=name == "heldout"), output / name, options, workers=2, quiet=True)
     path = output / "tokenizer.json"

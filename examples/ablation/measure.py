@@ -28,7 +28,7 @@ def measure(loaded: LoadedModel, heldout: str, labelled: Path, probe: ProbeConfi
     test = open_classification_dataset(labelled, "test", image_size).subset(probe.test_limit, probe.seed)
     loaded.model.float()
     source, tokenizer = SourceConfig(path=heldout, max_images=1000), loaded.tokenizer()
-    batches = heldout_batches(loaded.config, source, tokenizer, "text_first")
+    batches = heldout_batches(loaded.config, loaded.context, source, tokenizer, "text_first")
     embeds = pair_embeds(loaded.model, batches)
     recall = recall_at(embeds.image, embeds.text, (1, 5, 10))
     losses = generation_losses(loaded, source, tokenizer, ("right", "shuffled"))

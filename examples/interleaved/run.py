@@ -1,8 +1,8 @@
 #!/usr/bin/env python
-"""Real interleaved documents: HTML pages with images, rows of 2048 tokens.
+"""Real interleaved documents: HTML pages with images, sequences of 2048 tokens.
 
 Fetches scikit-image's documentation (a Debian package, not installed; --packages takes more), turns its
-pages into documents, holds a tenth of them out (none shares a image with the others), learns a vocabulary
+pages into documents, holds a tenth of them out (none shares an image with the others), learns a vocabulary
 on the rest, and pre-trains a small model on two processes; data/interleaved/heldout is for evaluation. Each
 stage that is already done is skipped, so an interrupted run continues. Needs `apt-get download`; give a
 folder of HTML pages instead with --pages.
@@ -30,7 +30,7 @@ def call(*arguments: str) -> None:
 
 def learn_vocabulary() -> Path:
     """`tokenizer.json` from the texts of the training documents."""
-    from lcl_mcore.data.dataset import NativeDataset
+    from lcl_mcore.data.format import NativeDataset
     from lcl_mcore.data.tokenizer import train_bpe
 
     path = CORPUS / "tokenizer.json"

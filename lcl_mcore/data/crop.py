@@ -1,4 +1,4 @@
-"""Which part of a image is shown: keyed windows for training, a centred square for evaluation."""
+"""Which part of an image is shown: keyed windows for training, a centred square for evaluation."""
 
 from __future__ import annotations
 

@@ -1,32 +1,46 @@
-"""Image bytes to uint8 pixels of the crop window. Interface, and the backend that needs no GPU."""
+"""From stored images to uint8 pixels of their crop windows, on the CPU or by NVIDIA DALI.
+
+Decoders work in any grouping: the pixels of one image never depend on the others. An image that cannot be used
+becomes grey, with the reason beside it; `ImageReader` counts such failures.
+"""
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from functools import partial
+from typing import Any, Protocol
 
 import numpy as np
+import simplejpeg
 import torch
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
+from lcl_mcore import optional_packages
 from lcl_mcore.config.schema import DataConfig
+from lcl_mcore.data.collate import ImagePlan
 from lcl_mcore.data.crop import Window
-from lcl_mcore.data.dataset import ImageDamagedError
+from lcl_mcore.data.format import ImageDamagedError
 from lcl_mcore.data.images import ORIENTATION, BadImageError, open_image, upright_rgb
+from lcl_mcore.data.mixture import Mixture
+from lcl_mcore.errors import ConfigError, DataError, explain
 
+logger = logging.getLogger(__name__)
 GREY = 128
 SPARE = 3  # resolution kept for the resize when a JPEG is decoded at a reduced scale
+GPU_BATCH, CPU_BATCH = 64, 4  # DALI on a CPU gains nothing from more, and holds every decoded image meanwhile
+DALI_REMEDY = "pip install nvidia-dali-cuda130 (or -cuda120); the package named nvidia-dali is not NVIDIA's."
 
 
 @dataclass(frozen=True)
-class Job:
-    """One image to decode: how to get its bytes, its upright size, the part to show."""
+class DecodeTask:
+    """One image to decode: how to get its bytes, its upright size in pixels, the part to show."""
 
     read: Callable[[], bytes]
     width: int
@@ -39,22 +53,79 @@ class Decoder(Protocol):
 
     name: str
 
-    def decode(self, jobs: Sequence[Job], side: int) -> tuple[Tensor, list[str]]:
+    def decode(self, tasks: Sequence[DecodeTask], side: int) -> tuple[Tensor, list[str]]:
         """uint8 [n, 3, side, side], and per image the reason of its failure ('' if none; then grey)."""
 
     def close(self) -> None:
         """Give back threads and device memory."""
 
 
-def build_decoder(config: DataConfig) -> Decoder:
-    """The back end that a configuration asks for; `auto` takes DALI only where it has a GPU."""
-    if config.decode_backend == "cpu":
-        return CpuDecoder(config.decode_threads)
-    from lcl_mcore.data import dali
+def build_decoder(config: DataConfig, device: torch.device) -> Decoder:
+    """The back end that a configuration asks for; `auto` takes DALI only for a GPU.
 
-    if config.decode_backend == "dali" or (torch.cuda.is_available() and dali.installed()):
-        return dali.DaliDecoder(config.decode_threads)
-    return CpuDecoder(config.decode_threads)
+    Raises:
+        ConfigError: DALI is asked for and cannot be used.
+    """
+    wants_dali = config.decode_backend == "dali" or (
+        config.decode_backend == "auto" and device.type == "cuda" and optional_packages.dali().usable
+    )
+    return DaliDecoder(config.decode_threads, device) if wants_dali else CpuDecoder(config.decode_threads)
+
+
+class ImageReader:
+    """Pixels for image plans, in their order. Too many failures one after the other stop the run."""
+
+    def __init__(self, config: DataConfig, mixture: Mixture, image_size: int, device: torch.device) -> None:
+        self._config = config
+        self._mixture = mixture
+        self._decoder = build_decoder(config, device)
+        self._side = image_size
+        self._consecutive = 0
+
+    @property
+    def decoder_name(self) -> str:
+        """Which back end decodes."""
+        return self._decoder.name
+
+    def read(self, images: Sequence[ImagePlan]) -> tuple[Tensor, list[bool]]:
+        """Read and decode.
+
+        Returns:
+            uint8 [n, 3, H, W], and which of them failed (these are grey).
+
+        Raises:
+            DataError: `max_consecutive_failures` images failed one after the other.
+        """
+        pixels, reasons = self._decoder.decode([self._task(image) for image in images], self._side)
+        for image, reason in zip(images, reasons, strict=True):
+            self._consecutive = self._consecutive + 1 if reason else 0
+            if not reason:
+                continue
+            logger.warning("%s: %s; a grey image takes its place", image.where, reason)
+            if self._consecutive >= self._config.max_consecutive_failures:
+                remedy = "Check the storage, or prepare the data set again."
+                rule = f"the {self._consecutive}th image in a row that cannot be used, last: {reason}"
+                raise DataError(explain(image.where, rule, remedy))
+        return pixels, [bool(reason) for reason in reasons]
+
+    def close(self) -> None:
+        """End the decoder's threads."""
+        self._decoder.close()
+
+    def _task(self, image: ImagePlan) -> DecodeTask:
+        document = image.document
+        entry = document.stored.images[image.number]
+        read = partial(
+            self._mixture.datasets[document.source].image,
+            document.stored,
+            document.members,
+            image.number,
+            verify=self._config.verify_images,
+        )
+        return DecodeTask(read, entry.width, entry.height, image.window)
+
+
+# --- the CPU ---
 
 
 class CpuDecoder:
@@ -65,10 +136,10 @@ class CpuDecoder:
     def __init__(self, threads: int) -> None:
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
-    def decode(self, jobs: Sequence[Job], side: int) -> tuple[Tensor, list[str]]:
+    def decode(self, tasks: Sequence[DecodeTask], side: int) -> tuple[Tensor, list[str]]:
         """All images, on the pool's threads."""
-        pixels = torch.empty((len(jobs), 3, side, side), dtype=torch.uint8)
-        reasons = list(self._pool.map(lambda i: _decode_into(pixels[i], jobs[i], side), range(len(jobs))))
+        pixels = torch.empty((len(tasks), 3, side, side), dtype=torch.uint8)
+        reasons = list(self._pool.map(lambda i: _decode_into(pixels[i], tasks[i], side), range(len(tasks))))
         return pixels, reasons
 
     def close(self) -> None:
@@ -76,33 +147,35 @@ class CpuDecoder:
         self._pool.shutdown(wait=True, cancel_futures=True)
 
 
-def _decode_into(target: Tensor, job: Job, side: int) -> str:
+def _decode_into(target: Tensor, task: DecodeTask, side: int) -> str:
     """Fill `target` [3, side, side]; grey and a reason if that fails."""
     try:
-        target.copy_(decode_one(job.read(), job, side))
+        target.copy_(decode_one(task.read(), task, side))
         return ""
     except (BadImageError, ImageDamagedError) as error:
         target.fill_(GREY)
         return str(error)
 
 
-def decode_one(content: bytes, job: Job, side: int) -> Tensor:
-    """The crop window of one image, resized bicubically with antialiasing to [3, side, side]."""
+def decode_one(content: bytes, task: DecodeTask, side: int) -> Tensor:
+    """The crop window of one image, resized bicubically with antialiasing: uint8 [3, side, side].
+
+    Raises:
+        BadImageError: it cannot be decoded, or has another size than its manifest entry says.
+    """
     image = open_image(content)
     turned = image.getexif().get(ORIENTATION, 1)
     size = image.size[::-1] if turned > 4 else image.size
-    if size != (job.width, job.height):
-        raise BadImageError("wrong size", f"{size}, the manifest says {(job.width, job.height)}")
-    pixels = _fast_jpeg(content, job, side) if image.format == "JPEG" and turned == 1 else None
+    if size != (task.width, task.height):
+        raise BadImageError("wrong size", f"{size}, the manifest says {(task.width, task.height)}")
+    pixels = _fast_jpeg(content, task, side) if image.format == "JPEG" and turned == 1 else None
     if pixels is None:
         pixels = np.asarray(upright_rgb(image))
-    if pixels.shape[:2] != (job.height, job.width):
-        return _resize_part(pixels, job, side)
-    window = job.window
-    rows, columns = (
-        slice(window.top, window.top + window.height),
-        slice(window.left, window.left + window.width),
-    )
+    if pixels.shape[:2] != (task.height, task.width):
+        return _resize_part(pixels, task, side)
+    window = task.window
+    rows = slice(window.top, window.top + window.height)
+    columns = slice(window.left, window.left + window.width)
     return resize(torch.from_numpy(np.array(pixels[rows, columns])), side)
 
 
@@ -115,32 +188,28 @@ def resize(pixels: Tensor, side: int) -> Tensor:
     return functional.interpolate(planes, size=(side, side), mode="bicubic", antialias=True)[0]
 
 
-def _resize_part(pixels: NDArray[np.uint8], job: Job, side: int) -> Tensor:
-    """The same from a image decoded at a reduced scale.
+def _resize_part(pixels: NDArray[np.uint8], task: DecodeTask, side: int) -> Tensor:
+    """The same from an image decoded at a reduced scale.
 
     The window's edges then lie between pixels, which Pillow's resize can do; rounding them to whole
     pixels would move the image by several levels of brightness.
     """
-    scale = round(8 * pixels.shape[1] / job.width) / 8  # JPEG scales are n/8; sizes are rounded up
-    left, top = job.window.left * scale, job.window.top * scale
-    right = min(left + job.window.width * scale, pixels.shape[1])
-    bottom = min(top + job.window.height * scale, pixels.shape[0])
+    scale = round(8 * pixels.shape[1] / task.width) / 8  # JPEG scales are n/8; sizes are rounded up
+    left, top = task.window.left * scale, task.window.top * scale
+    right = min(left + task.window.width * scale, pixels.shape[1])
+    bottom = min(top + task.window.height * scale, pixels.shape[0])
     image = Image.fromarray(pixels)
     resized = image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
     return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
 
 
-def _fast_jpeg(content: bytes, job: Job, side: int) -> NDArray[np.uint8] | None:
+def _fast_jpeg(content: bytes, task: DecodeTask, side: int) -> NDArray[np.uint8] | None:
     """libjpeg-turbo without detours, at a reduced scale if `SPARE` times the wanted resolution remains.
 
-    None if the optional package is missing, or the file is in any way unusual: Pillow then decides.
+    None if the file is in any way unusual: Pillow then decides.
     """
-    try:
-        import simplejpeg
-    except ImportError:
-        return None
-    wide = math.ceil(job.width * SPARE * side / job.window.width)
-    high = math.ceil(job.height * SPARE * side / job.window.height)
+    wide = math.ceil(task.width * SPARE * side / task.window.width)
+    high = math.ceil(task.height * SPARE * side / task.window.height)
     try:
         pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
             content, "RGB", min_width=wide, min_height=high, min_factor=2
@@ -148,3 +217,134 @@ def _fast_jpeg(content: bytes, job: Job, side: int) -> NDArray[np.uint8] | None:
     except ValueError:
         return None
     return pixels
+
+
+# --- DALI ---
+
+
+class DaliDecoder:
+    """Decode and crop in one operator of NVIDIA DALI, then a bicubic resize with antialiasing.
+
+    On a GPU (JPEG by nvJPEG) the pipeline also resizes. Without one its resize is six times slower than torch's
+    vectorised kernel, so the pipeline ends after decoder and crop, and torch resizes. Crop windows are fed per image,
+    so the output of one image does not depend on which others are in its batch, and DALI holds no random state. DALI
+    stops a whole batch at one bad image; that batch is then decoded image by image on the CPU.
+
+    Args:
+        threads: for reading and for DALI's CPU operators.
+        device: where it decodes; the pixels stay there.
+        resize_inside: whether DALI's own operator resizes (default: on a GPU).
+
+    Raises:
+        ConfigError: DALI is not installed.
+    """
+
+    name = "dali"
+
+    def __init__(self, threads: int, device: torch.device, *, resize_inside: bool | None = None) -> None:
+        probe = optional_packages.dali()
+        if not probe.usable:
+            raise ConfigError(
+                explain(
+                    "data.decode_backend = dali", f"DALI cannot be imported ({probe.reason})", DALI_REMEDY
+                )
+            )
+        self._threads = threads
+        self._device = device
+        on_gpu = device.type == "cuda"
+        self._resize_inside = on_gpu if resize_inside is None else resize_inside
+        self._batch = GPU_BATCH if on_gpu else CPU_BATCH
+        self._pool = ThreadPoolExecutor(threads, thread_name_prefix="read")
+        self._pipelines: dict[int, Any] = {}
+
+    def decode(self, tasks: Sequence[DecodeTask], side: int) -> tuple[Tensor, list[str]]:
+        """Images in batches of bounded size; the result lies on the GPU if DALI decodes there."""
+        contents = list(self._pool.map(_read, tasks))
+        pixels = torch.full((len(tasks), 3, side, side), GREY, dtype=torch.uint8, device=self._device)
+        reasons = [content if isinstance(content, str) else "" for content in contents]
+        good = [i for i, content in enumerate(contents) if isinstance(content, bytes)]
+        for start in range(0, len(good), self._batch):
+            part = good[start : start + self._batch]
+            batch = [(tasks[i], contents[i]) for i in part]
+            try:
+                pixels[part] = self._run(batch, side)
+            except RuntimeError:  # one of them cannot be decoded, and DALI gives back none
+                for i in part:
+                    decoded = _one_by_one(tasks[i], contents[i], side)
+                    if isinstance(decoded, str):
+                        reasons[i] = decoded
+                    else:
+                        pixels[i] = decoded.to(pixels.device)
+        return pixels, reasons
+
+    def close(self) -> None:
+        """End the threads and drop the pipelines."""
+        self._pool.shutdown(wait=True, cancel_futures=True)
+        self._pipelines.clear()
+
+    def _run(self, batch: Sequence[tuple[DecodeTask, Any]], side: int) -> Tensor:
+        if side not in self._pipelines:
+            self._pipelines[side] = self._build(side)
+        pipeline = self._pipelines[side]
+        windows = [task.window for task, _ in batch]
+        pipeline.feed_input("encoded", [np.frombuffer(content, dtype=np.uint8) for _, content in batch])
+        pipeline.feed_input("anchor", [np.array([w.top, w.left], dtype=np.float32) for w in windows])
+        pipeline.feed_input("shape", [np.array([w.height, w.width], dtype=np.float32) for w in windows])
+        (output,) = pipeline.run()
+        if not self._resize_inside:
+            crops = [output.at(i) for i in range(len(batch))]
+            return torch.stack([resize(torch.from_numpy(crop), side) for crop in crops])
+        # The memory belongs to the pipeline until its next run.
+        return torch.from_dlpack(output.as_tensor()).clone()
+
+    def _build(self, side: int) -> Any:
+        from nvidia.dali import fn
+        from nvidia.dali import types as dali_types
+        from nvidia.dali.pipeline import Pipeline
+
+        types: Any = dali_types  # its constants are made at import time
+        on_gpu = self._device.type == "cuda"
+        pipeline: Any = Pipeline(
+            batch_size=self._batch,
+            num_threads=self._threads,
+            device_id=(self._device.index or 0) if on_gpu else None,
+            prefetch_queue_depth=1,
+        )
+        with pipeline:
+            encoded = fn.external_source(name="encoded", dtype=types.UINT8, ndim=1)
+            anchor = fn.external_source(name="anchor", dtype=types.FLOAT, ndim=1)
+            shape = fn.external_source(name="shape", dtype=types.FLOAT, ndim=1)
+            window = fn.decoders.image_slice(
+                encoded,
+                anchor,
+                shape,
+                device="mixed" if on_gpu else "cpu",
+                output_type=types.RGB,
+                axis_names="HW",
+                normalized_anchor=False,
+                normalized_shape=False,
+            )
+            output: Any = window
+            if self._resize_inside:
+                output = fn.resize(window, size=(side, side), interp_type=types.INTERP_CUBIC, antialias=True)
+                output = fn.transpose(output, perm=[2, 0, 1])
+            pipeline.set_outputs(output)
+        pipeline.build()
+        return pipeline
+
+
+def _read(task: DecodeTask) -> bytes | str:
+    """The image's bytes, or why it cannot be used. The header check keeps huge images from DALI."""
+    try:
+        content = task.read()
+        open_image(content)
+        return content
+    except (ImageDamagedError, BadImageError) as error:
+        return str(error)
+
+
+def _one_by_one(task: DecodeTask, content: Any, side: int) -> Tensor | str:
+    try:
+        return decode_one(content, task, side)
+    except BadImageError as error:
+        return str(error)

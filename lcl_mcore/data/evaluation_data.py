@@ -9,89 +9,105 @@ from typing import Literal
 import torch
 
 from lcl_mcore.batch import MicroBatch
-from lcl_mcore.config.schema import DataConfig, SourceConfig
-from lcl_mcore.data.collate import Assembler, micro_batch
-from lcl_mcore.data.decode import build_decoder
-from lcl_mcore.data.image_reader import ImageReader
+from lcl_mcore.config.schema import DataConfig, RunConfig, SourceConfig
+from lcl_mcore.data.collate import Collator, SequencePlan, micro_batch
+from lcl_mcore.data.decode import ImageReader
+from lcl_mcore.data.loader import DataContext
 from lcl_mcore.data.mixture import Mixture
 from lcl_mcore.data.order import SampleIndex
-from lcl_mcore.data.packing import Chunk, chunk_from, divide
-from lcl_mcore.data.sample_stream import Row
+from lcl_mcore.data.packing import PackedSequence, Span, divide, span_from
+from lcl_mcore.data.tokenized import MARKERS_PER_IMAGE
 from lcl_mcore.data.tokenizer import Tokenizer
 from lcl_mcore.rng import key63
 
-IMAGE_SIDES = {"text_first": 0.0, "image_first": 1.0}
+Order = Literal["text_first", "image_first", "as_configured"]
+IMAGE_FIRST_PROBABILITY = {"text_first": 0.0, "image_first": 1.0}
 
 
 def eval_documents(
-    config: DataConfig,
+    config: RunConfig,
+    context: DataContext,
+    tokenizer: Tokenizer,
     source: SourceConfig,
     *,
-    tokenizer: Tokenizer,
-    image_size: int,
-    tokens_per_image: int,
     micro_batch_size: int,
-    dp_rank: int = 0,
-    dp_size: int = 1,
-    image_embeds: Literal["text_first", "image_first", "as_configured"] = "as_configured",
+    order: Order = "as_configured",
     caption: Literal["first", "any"] = "first",
     limit: int | None = None,
     seed: int = 0,
 ) -> Iterator[MicroBatch]:
     """Documents dp_rank, dp_rank + dp_size, ... of one source, once, with centred square windows.
 
-    Rows are filled with whole documents in order (`config.packing = off`: one each); the last
-    micro-batch may have fewer rows. `image_embeds` places the image of pairs and matched documents;
-    `caption` takes a pair's first caption or any. Nothing depends on the training position.
+    Sequences are filled with whole documents in order (`data.packing = off`: one each); the last
+    micro-batch may have fewer sequences. Nothing depends on the training position.
+
+    Args:
+        config: the run whose model is evaluated; its own sources are not read.
+        context: rank, number of ranks and device; its groups are not used.
+        tokenizer: the model's.
+        source: the held-out data set.
+        micro_batch_size: sequences per micro-batch.
+        order: of image and text in pairs and matched documents.
+        caption: a pair's first caption, or any.
+        limit: of the source, only so many documents; None: all.
+        seed: keys the remaining choices.
     """
-    if image_embeds != "as_configured":
-        source = replace(source, image_first_probability=IMAGE_SIDES[image_embeds])
-    config = replace(config, sources=(source,), shuffle=False)
-    config.require_room_for_images(tokens_per_image)
-    mix = Mixture(config, tokenizer, tokens_per_image=tokens_per_image, lanes=1, seed=seed)
-    images = ImageReader(config, mix, build_decoder(config), image_size)
-    assembler = Assembler(config, tokenizer, image_tokens=tokens_per_image, seed=seed, crops="centre")
+    if order != "as_configured":
+        source = replace(source, image_first_probability=IMAGE_FIRST_PROBABILITY[order])
+    data = replace(config.data, sources=(source,), shuffle=False)
+    latents = config.model.vision.patches
+    data.require_room_for_images(latents)
+    mixture = Mixture(data, tokenizer, latents, seed=seed)
+    images = ImageReader(data, mixture, config.model.vision.image_size, context.device)
+    collator = Collator(data, tokenizer, latents, seed=seed, crops="centre")
+
+    def read(plans: list[SequencePlan]) -> MicroBatch:
+        return micro_batch(plans, *images.read([image for plan in plans for image in plan.images]))
+
     try:
-        count = min(len(mix.datasets[source.label]), limit or 1 << 62)
-        rows = _rows(config, mix, range(dp_rank, count, dp_size), tokens_per_image + 2, caption)
-        waiting = []
-        for number, row in enumerate(rows):
-            waiting.append(assembler.row(row, key63(seed, "evaluation", dp_rank, number)))
-            if len(waiting) == micro_batch_size:
-                yield micro_batch(waiting, *images.read([i for plan in waiting for i in plan.images]))
-                waiting = []
-        if waiting:
-            yield micro_batch(waiting, *images.read([i for plan in waiting for i in plan.images]))
+        count = min(len(mixture.datasets[source.label]), limit or 1 << 62)
+        documents = range(context.dp_rank, count, context.dp_size)
+        plans: list[SequencePlan] = []
+        for number, sequence in enumerate(_sequences(data, mixture, documents, latents, caption)):
+            plans.append(collator.sequence(sequence, key63(seed, "evaluation", context.dp_rank, number)))
+            if len(plans) == micro_batch_size:
+                yield read(plans)
+                plans = []
+        if plans:
+            yield read(plans)
     finally:
         images.close()
-        mix.close()
+        mixture.close()
 
 
-def _rows(config: DataConfig, mix: Mixture, indices: range, image_size: int, caption: str) -> Iterator[Row]:
-    """Documents in order; a row ends where the next one does not fit."""
-    row: list[Chunk] = []
+def _sequences(
+    config: DataConfig, mixture: Mixture, indices: range, tokens_per_image: int, caption: str
+) -> Iterator[PackedSequence]:
+    """Documents in order; a sequence ends where the next document does not fit."""
+    image_length = tokens_per_image + MARKERS_PER_IMAGE
+    sequence: list[Span] = []
     room = config.sequence_length
     for index in indices:
-        laid = mix.document(SampleIndex(0, 0, index), first_caption=caption == "first")
-        if laid is None:
+        document = mixture.document(SampleIndex(0, 0, index), first_caption=caption == "first")
+        if document is None:
             continue
-        chunk = chunk_from(index, laid, image_size)
-        if chunk.size > config.sequence_length:
-            divided = divide(chunk, config.sequence_length, image_size)
+        span = span_from(index, document, image_length)
+        if span.length > config.sequence_length:
+            divided = divide(span, config.sequence_length, image_length)
             if divided is None:
                 continue
-            chunk = divided[0]
-        if row and (chunk.size > room or config.packing == "off"):
-            yield tuple(row)
-            row, room = [], config.sequence_length
-        row.append(chunk)
-        room -= chunk.size
-    if row:
-        yield tuple(row)
+            span = divided[0]
+        if sequence and (span.length > room or config.packing == "off"):
+            yield tuple(sequence)
+            sequence, room = [], config.sequence_length
+        sequence.append(span)
+        room -= span.length
+    if sequence:
+        yield tuple(sequence)
 
 
 def with_shuffled_images(batch: MicroBatch) -> MicroBatch:
-    """The same rows, every image taken from another document of the micro-batch where that is possible.
+    """The same sequences, every image taken from another document of the micro-batch where that is possible.
 
     Images move cyclically by the largest number that one document has, so none stays in its document
     as long as no document has more than half of the images.
@@ -106,5 +122,5 @@ def with_shuffled_images(batch: MicroBatch) -> MicroBatch:
 
 
 def with_blank_images(batch: MicroBatch, value: int = 128) -> MicroBatch:
-    """The same rows with every image a uniform grey."""
+    """The same sequences with every image a uniform grey."""
     return replace(batch, images=torch.full_like(batch.images, value))

@@ -1,4 +1,4 @@
-"""Images from strangers to upright 8-bit RGB, with the limits that keep a hostile file harmless."""
+"""Untrusted image files to upright 8-bit RGB, with the limits that keep a hostile file harmless."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ORIENTATION = 0x0112
 
 
 class BadImageError(ValueError):
-    """Content that is not a image, or a image beyond the limits. `reason` is a short code."""
+    """Content that is not an image, or an image beyond the limits. `reason` is a short code."""
 
     def __init__(self, reason: str, detail: str = "") -> None:
         super().__init__(f"{reason}: {detail}" if detail else reason)
@@ -36,7 +36,7 @@ def open_image(content: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise BadImageError("oversized", str(error)) from None
     except UnidentifiedImageError:
-        raise BadImageError("not a image") from None
+        raise BadImageError("not an image") from None
     except (OSError, SyntaxError, ValueError, struct.error, zlib.error, OverflowError) as error:
         raise BadImageError("undecodable", str(error)) from None
     width, height = image.size

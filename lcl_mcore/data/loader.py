@@ -1,46 +1,141 @@
-"""The training loader: global batches in an order that depends on seed, mix and data only."""
+"""The training loader: global batches in an order that depends on seed, mixture and data only.
+
+Sample stream v of V (one per sequence of the global batch) packs its own documents. Data-parallel rank d of D
+reads streams d*V/D to (d+1)*V/D - 1, so the global batch is the same at any data-parallel size. Steps are prepared
+ahead by one background thread per rank, which also exchanges what the ranks must know of each other's part.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import logging
+import queue
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
 
 from lcl_mcore.batch import GlobalCounts, MicroBatch, StepBatch
-from lcl_mcore.config.schema import DataConfig
+from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.data.broadcast import RankReport, gather_reports, receive_step, send_step
-from lcl_mcore.data.collate import Assembler, micro_batch
-from lcl_mcore.data.decode import Decoder, build_decoder
-from lcl_mcore.data.image_reader import ImageReader
+from lcl_mcore.data.collate import Collator, micro_batch
+from lcl_mcore.data.decode import ImageReader
 from lcl_mcore.data.mixture import Mixture
-from lcl_mcore.data.packing import Packer
-from lcl_mcore.data.position import describe_run, note_decoder, read_position
-from lcl_mcore.data.prefetch import Prefetcher
-from lcl_mcore.data.sample_stream import SampleStream, StreamState
+from lcl_mcore.data.packing import SampleStream, StreamState
 from lcl_mcore.data.tokenizer import Tokenizer
-from lcl_mcore.errors import ConfigError, explain
+from lcl_mcore.errors import DataError, explain
 from lcl_mcore.rng import key63
 
+if TYPE_CHECKING:
+    from lcl_mcore.distributed.context import Context
+
+logger = logging.getLogger(__name__)
 REMOTE_READERS = 16
+POSITION_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class DataContext:
+    """What the loader knows of its process: which part of each global batch it reads, and for whom.
+
+    Attributes:
+        dp_rank, dp_size: this data-parallel rank, and their number.
+        counts_group: gloo group of the data-parallel ranks (of equal model-parallel rank), used by the loader
+            alone; None when dp_size is 1.
+        model_group: gloo group of the ranks that share dp_rank (tensor x pipeline), used by the loader alone:
+            its rank 0 reads, the others receive; None when that is one rank.
+        pixel_ranks: ranks of `model_group` that need images (the first pipeline stage; rank 0 has them anyway),
+            the same on all; the others get `images` [0, 3, H, W]. None: every rank.
+        device: where the micro-batches are used; on CUDA they lie in pinned memory, and DALI decodes there.
+    """
+
+    dp_rank: int = 0
+    dp_size: int = 1
+    counts_group: dist.ProcessGroup | None = None
+    model_group: dist.ProcessGroup | None = None
+    pixel_ranks: tuple[int, ...] | None = None
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    @staticmethod
+    def of(config: RunConfig, context: Context) -> DataContext:
+        """This process of a job; the first pipeline stage has the ViT and needs the images."""
+        groups = context.groups
+        return DataContext(
+            dp_rank=groups.dp.rank(),
+            dp_size=groups.dp.size(),
+            counts_group=groups.host_counts if groups.dp.size() > 1 else None,
+            model_group=groups.host_model if groups.host_model.size() > 1 else None,
+            pixel_ranks=tuple(range(config.parallel.tensor_parallel_size)),
+            device=context.device.device,
+        )
+
+
+def build_loader(
+    config: RunConfig, context: DataContext, tokenizer: Tokenizer, position: dict[str, Any] | None = None
+) -> StepLoader:
+    """Steps of one data-parallel rank, from the beginning or from a saved position.
+
+    Args:
+        config: the run; `data`, `model.vision` and `train` matter here.
+        context: this process among the others.
+        tokenizer: as `build_tokenizer(config.data.tokenizer)` makes it.
+        position: `StepBatch.position` of the last step trained on.
+
+    Raises:
+        ConfigError: the global batch cannot be split evenly.
+        DataError: a source cannot be read, or data, seed or settings differ from those of `position`.
+    """
+    model_parallel = config.parallel.tensor_parallel_size * config.parallel.pipeline_parallel_size
+    config.check_processes(context.dp_size * model_parallel)
+    source: StepReader | StepReceiver
+    if context.model_group is not None and dist.get_rank(context.model_group) != 0:
+        source = StepReceiver(context)
+    else:
+        source = StepReader(config, context, tokenizer, position)
+    return StepLoader(source, config.data.prefetch_steps, context.device)
 
 
 class StepLoader(Iterator[StepBatch]):
-    """Endless steps, prepared ahead in the background. `close` it when done."""
+    """Endless steps, at most `depth` of them prepared ahead by one background thread. `close` it when done.
 
-    def __init__(self, source: StepReader | StepReceiver, depth: int, *, pin_memory: bool) -> None:
+    The thread works for credits: `depth` at the start and one more for every step taken. So ranks that take the
+    same number of steps also prepare the same number, and the collectives of a step match even when the loaders
+    are closed in the middle of a run.
+    """
+
+    def __init__(self, source: StepReader | StepReceiver, depth: int, device: torch.device) -> None:
         self._source = source
-        self._pin = pin_memory and torch.cuda.is_available()
-        self._prefetcher = Prefetcher(self._produce, depth)
+        self._device = device
+        self._credits = threading.Semaphore(depth)
+        self._steps: queue.SimpleQueue[StepBatch | BaseException] = queue.SimpleQueue()
+        self._stopped = threading.Event()
+        self._failed: BaseException | None = None
+        self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
+        self._thread.start()
 
     def __next__(self) -> StepBatch:
-        """The next step of this rank; waits only when it is not ready yet."""
-        return next(self._prefetcher)
+        """The next step of this rank; waits only when it is not ready yet.
+
+        Raises:
+            StopIteration: the loader has been closed.
+            Exception: what stopped the thread; again on every later call.
+        """
+        if self._failed is not None:
+            raise self._failed
+        if self._stopped.is_set():
+            raise StopIteration
+        step = self._steps.get()
+        if isinstance(step, BaseException):
+            self._failed = step
+            raise step
+        self._credits.release()
+        return step
 
     @property
     def read_seconds(self) -> float:
@@ -48,75 +143,72 @@ class StepLoader(Iterator[StepBatch]):
         return self._source.read_seconds
 
     def close(self) -> None:
-        """Stop the thread and give back files. All ranks must have taken the same number of steps."""
-        self._prefetcher.close()
+        """Stop after the step in work and give back files. All ranks must have taken the same number of steps."""
+        if not self._stopped.is_set():
+            self._stopped.set()
+            self._credits.release()
+            self._thread.join()
         self._source.close()
 
-    def _produce(self) -> StepBatch:
-        step = self._source.next_step()
-        if not self._pin:
-            return step
-        return replace(step, micro_batches=tuple(batch.pin_memory() for batch in step.micro_batches))
+    def _work(self) -> None:
+        on_cuda = self._device.type == "cuda"
+        if on_cuda:  # the current device is a thread's own; a new thread would otherwise use the first one
+            torch.cuda.set_device(self._device)
+        while True:
+            self._credits.acquire()
+            if self._stopped.is_set():
+                return
+            try:
+                step = self._source.next_step()
+                if on_cuda:
+                    step = replace(
+                        step, micro_batches=tuple(batch.pin_memory() for batch in step.micro_batches)
+                    )
+                self._steps.put(step)
+            except BaseException as error:  # handed to the consumer, whatever it is
+                self._steps.put(error)
+                return
 
 
 class StepReader:
-    """Reads the rows of one data-parallel rank: lanes first..last-1 of the global batch."""
+    """Reads, decodes and exchanges the sequences of one data-parallel rank."""
 
     def __init__(
-        self,
-        config: DataConfig,
-        mix: Mixture,
-        decoder: Decoder,
-        *,
-        tokenizer: Tokenizer,
-        image_size: int,
-        tokens_per_image: int,
-        global_batch_size: int,
-        micro_batch_size: int,
-        dp_rank: int,
-        dp_size: int,
-        seed: int,
-        counts_group: dist.ProcessGroup | None,
-        model_group: dist.ProcessGroup | None,
-        pixel_ranks: Sequence[int] | None,
-        position: dict[str, Any] | None,
+        self, config: RunConfig, context: DataContext, tokenizer: Tokenizer, position: dict[str, Any] | None
     ) -> None:
+        data, latents, seed = config.data, config.model.vision.patches, config.train.seed
+        streams = config.train.global_batch_size
         self.read_seconds = 0.0
-        self._mix = mix
-        self._seed = seed
-        self._micro_batch_size = micro_batch_size
-        self._counts_group = counts_group
-        self._model_group = model_group
-        self._pixel_ranks = pixel_ranks
-        self._images = ImageReader(config, mix, decoder, image_size)
-        self._assembler = Assembler(config, tokenizer, image_tokens=tokens_per_image, seed=seed)
-        self._row_tokens = config.sequence_length
-        self._identity = describe_run(config, mix, tokenizer, tokens_per_image, global_batch_size, seed)
+        self._config = config
+        self._context = context
+        self._mixture = Mixture(data, tokenizer, latents, streams=streams, seed=seed)
+        self._images = ImageReader(data, self._mixture, config.model.vision.image_size, context.device)
+        self._collator = Collator(data, tokenizer, latents, seed=seed)
+        self._identity = describe_run(config, self._mixture, tokenizer)
         start = read_position(position, self._identity)
-        self._decoder = decoder.name
-        note_decoder(position, decoder.name)
+        warn_of_other_decoder(position, self._images.decoder_name)
         self._step, self._hash = start.step, start.order_hash
-        rows = global_batch_size // dp_size
-        self._first_lane = dp_rank * rows
-        packer = Packer(config.sequence_length, tokens_per_image + 2, config.min_fill, config.balance_images)
-        self._lanes = [
+        own = streams // context.dp_size
+        self._first_stream = context.dp_rank * own
+        self._streams = [
             SampleStream(
-                mix.lane(lane),
-                packer,
-                packing=config.packing,
-                block_rows=config.packing_rows,
-                state=start.lanes[lane] if start.lanes else StreamState(),
+                data,
+                self._mixture.documents_of(stream),
+                latents,
+                state=start.states[stream] if start.states else StreamState(),
             )
-            for lane in range(self._first_lane, self._first_lane + rows)
+            for stream in range(self._first_stream, self._first_stream + own)
         ]
-        # Lanes are independent. Waiting for an object store overlaps; local reads gain nothing from it.
-        self._pool = ThreadPoolExecutor(REMOTE_READERS, thread_name_prefix="read") if mix.remote else None
+        # Streams are independent. Waiting for an object store overlaps; local reads gain nothing from it.
+        self._pool = (
+            ThreadPoolExecutor(REMOTE_READERS, thread_name_prefix="read") if self._mixture.remote else None
+        )
 
     def next_step(self) -> StepBatch:
         """Read, decode and exchange one step. An error on any rank is raised on every rank."""
         step = self._step_or_error()
-        if self._model_group is not None:
-            send_step(step, self._model_group, self._pixel_ranks)
+        if self._context.model_group is not None:
+            send_step(step, self._context.model_group, self._context.pixel_ranks)
         if isinstance(step, Exception):
             raise step
         return step
@@ -126,7 +218,7 @@ class StepReader:
         if self._pool is not None:
             self._pool.shutdown(wait=True, cancel_futures=True)
         self._images.close()
-        self._mix.close()
+        self._mixture.close()
 
     def _step_or_error(self) -> StepBatch | Exception:
         micro_batches: tuple[MicroBatch, ...] = ()
@@ -138,62 +230,64 @@ class StepReader:
             report = error
         self.read_seconds += time.perf_counter() - started
         try:
-            return self._complete(micro_batches, gather_reports(report, self._counts_group))
+            return self._complete(micro_batches, gather_reports(report, self._context.counts_group))
         except Exception as error:
             return error
 
     def _read(self) -> tuple[tuple[MicroBatch, ...], RankReport]:
         """This rank's micro-batches of the next step, and what the other ranks need to know of them."""
-        chunks = list((self._pool.map if self._pool else map)(SampleStream.next_sequence, self._lanes))
-        rows = [
-            self._assembler.row(row, key63(self._seed, "row", self._step, self._first_lane + i))
-            for i, row in enumerate(chunks)
+        seed = self._config.train.seed
+        packed = list((self._pool.map if self._pool else map)(SampleStream.next_sequence, self._streams))
+        sequences = [
+            # "row" is the name that the key has had in every saved run
+            self._collator.sequence(spans, key63(seed, "row", self._step, self._first_stream + i))
+            for i, spans in enumerate(packed)
         ]
-        size = self._micro_batch_size
+        size = self._config.train.micro_batch_size
         batches = []
         failures = 0
-        for start in range(0, len(rows), size):
-            part = rows[start : start + size]
-            pixels, failed = self._images.read([image for row in part for image in row.images])
+        for start in range(0, len(sequences), size):
+            part = sequences[start : start + size]
+            pixels, failed = self._images.read([image for sequence in part for image in sequence.images])
             failures += sum(failed)
             batches.append(micro_batch(part, pixels, failed))
         sums = (
             sum(len(batch.image_starts) for batch in batches),
             sum(len(batch.context_positions) for batch in batches),
             sum(len(batch.target_positions) for batch in batches),
-            sum(row.used for row in rows),
-            sum(row.attention_pairs for row in rows),
+            sum(sequence.used for sequence in sequences),
+            sum(sequence.attention_pairs for sequence in sequences),
             failures,
             *(len(batch.context_positions) for batch in batches),
         )
-        lanes = tuple(tuple(lane.state.to_list()) for lane in self._lanes)
-        return tuple(batches), RankReport(sums, tuple(row.digest for row in rows), lanes)
+        states = tuple(tuple(stream.state.to_list()) for stream in self._streams)
+        return tuple(batches), RankReport(sums, tuple(sequence.digest for sequence in sequences), states)
 
     def _complete(self, batches: tuple[MicroBatch, ...], reports: list[RankReport]) -> StepBatch:
         """The step with the counts of all ranks, the order hash and the position after it."""
         digest = hashlib.blake2b(self._hash.encode(), digest_size=16)
         for report in reports:
-            for row in report.digests:
-                digest.update(row)
+            for part in report.digests:
+                digest.update(part)
         self._step, self._hash = self._step + 1, digest.hexdigest()
         images, contexts, targets, tokens, pairs, failures, *micro = zip(
-            *(r.sums for r in reports), strict=True
+            *(report.sums for report in reports), strict=True
         )
-        lanes = [list(lane) for report in reports for lane in report.lanes]
+        states = [list(state) for report in reports for state in report.states]
         mean_images = sum(images) / len(images)
         return StepBatch(
             micro_batches=batches,
             counts=GlobalCounts(images, contexts, targets, tokens, pairs, tuple(micro)),
             position={
                 **self._identity,
-                "decoder": self._decoder,
+                "decoder": self._images.decoder_name,
                 "step": self._step,
                 "order_hash": self._hash,
-                "states": lanes,
+                "states": states,
             },
             order_hash=self._hash,
             statistics={
-                "fill": sum(tokens) / (len(lanes) * self._row_tokens),
+                "fill": sum(tokens) / (len(states) * self._config.data.sequence_length),
                 "image_imbalance": max(images) / mean_images if mean_images else 1.0,
                 "failed_images": float(sum(failures)),
             },
@@ -203,10 +297,12 @@ class StepReader:
 class StepReceiver:
     """The ranks of a model-parallel group that do not read: they get each step from the one that does."""
 
-    def __init__(self, group: dist.ProcessGroup, pixel_ranks: Sequence[int] | None) -> None:
-        self._group = group
-        self._pixel_ranks = pixel_ranks
-        self.read_seconds = 0.0
+    read_seconds = 0.0
+
+    def __init__(self, context: DataContext) -> None:
+        assert context.model_group is not None
+        self._group = context.model_group
+        self._pixel_ranks = context.pixel_ranks
 
     def next_step(self) -> StepBatch:
         """The step that the reading rank sent; its error, if it sent one."""
@@ -216,73 +312,121 @@ class StepReceiver:
         """Nothing is held."""
 
 
-def build_loader(
-    config: DataConfig,
-    *,
-    tokenizer: Tokenizer,
-    image_size: int,
-    tokens_per_image: int,
-    global_batch_size: int,
-    micro_batch_size: int,
-    dp_rank: int,
-    dp_size: int,
-    seed: int,
-    counts_group: dist.ProcessGroup | None = None,
-    model_group: dist.ProcessGroup | None = None,
-    position: dict[str, Any] | None = None,
-    pin_memory: bool = False,
-    pixel_ranks: Sequence[int] | None = None,
-) -> StepLoader:
-    """Steps of data-parallel rank `dp_rank`, from the beginning or from a saved position.
+# --- the saved position: small plain JSON that says where the run was and what it was reading ---
 
-    counts_group   gloo group of the data-parallel ranks (of equal model-parallel rank), used by this
-                   loader alone; None when dp_size is 1
-    model_group    gloo group of the ranks that share dp_rank (tensor x pipeline), used by this loader
-                   alone: its rank 0 reads, the others receive; None when that is one rank
-    pixel_ranks    ranks of `model_group` that need images (the first pipeline stage; rank 0 has them
-                   anyway), the same on all; the others get `images` [0, 3, H, W]. None: every rank
-    position       `StepBatch.position` of the last step trained on; refused with `DataError` when data,
-                   seed or settings differ from those it was saved with
+# What changes which documents, tokens or crop windows come: a position fits only equal values. Positions keep the
+# names under which they were first saved.
+SOURCE_RULES = (
+    "weight",
+    "min_similarity",
+    "min_images",
+    "max_images",
+    "image_choice",
+    "one_image_per_text",
+    "image_first_probability",
+    "max_text_tokens",
+    "long_documents",
+    "cut_rule",
+    "ends",
+)
+DATA_RULES = (
+    "sequence_length",
+    "packing",
+    "packing_rows",
+    "min_fill",
+    "balance_images",
+    "context_rule",
+    "shuffle",
+    "shuffle_block",
+    "crop_scale",
+    "crop_ratio",
+)
+
+
+@dataclass(frozen=True)
+class StartPosition:
+    """Where to begin: `states` has one entry per sample stream, none at the very beginning."""
+
+    step: int
+    order_hash: str
+    states: list[StreamState]
+
+
+def describe_run(config: RunConfig, mixture: Mixture, tokenizer: Tokenizer) -> dict[str, Any]:
+    """What a position must have been saved with to be continued."""
+    sources = {
+        source.label: {
+            "fingerprint": mixture.datasets[source.label].fingerprint,
+            "documents": len(mixture.datasets[source.label]),
+            **{name: getattr(source, name) for name in SOURCE_RULES},
+        }
+        for source in config.data.sources
+    }
+    description = {
+        "format": POSITION_FORMAT,
+        "seed": config.train.seed,
+        "global_batch_size": config.train.global_batch_size,
+        "tokens_per_image": config.model.vision.patches,
+        "tokenizer": tokenizer.fingerprint,
+        "sources": sources,
+        "source_order": list(sources),
+        **{name: getattr(config.data, name) for name in DATA_RULES},
+    }
+    result: dict[str, Any] = json.loads(json.dumps(description))
+    return result
+
+
+def read_position(position: dict[str, Any] | None, run: dict[str, Any]) -> StartPosition:
+    """Check a saved position against this run.
+
+    Args:
+        position: as saved, or None for the beginning.
+        run: `describe_run` of this run.
+
+    Raises:
+        DataError: it differs from this run (every difference is named), or is damaged.
     """
-    _require_batch(global_batch_size, micro_batch_size, dp_size)
-    config.require_room_for_images(tokens_per_image)
-    if model_group is not None and dist.get_rank(model_group) != 0:
-        return StepLoader(
-            StepReceiver(model_group, pixel_ranks), config.prefetch_steps, pin_memory=pin_memory
-        )
-    mix = Mixture(
-        config,
-        tokenizer,
-        tokens_per_image=tokens_per_image,
-        lanes=global_batch_size,
-        seed=seed,
-    )
-    reader = StepReader(
-        config,
-        mix,
-        build_decoder(config),
-        tokenizer=tokenizer,
-        image_size=image_size,
-        tokens_per_image=tokens_per_image,
-        global_batch_size=global_batch_size,
-        micro_batch_size=micro_batch_size,
-        dp_rank=dp_rank,
-        dp_size=dp_size,
-        seed=seed,
-        counts_group=counts_group,
-        model_group=model_group,
-        pixel_ranks=pixel_ranks,
-        position=position,
-    )
-    return StepLoader(reader, config.prefetch_steps, pin_memory=pin_memory)
-
-
-def _require_batch(global_batch_size: int, micro_batch_size: int, dp_size: int) -> None:
-    if global_batch_size % (micro_batch_size * dp_size):
-        raise ConfigError(
+    if position is None:
+        return StartPosition(0, "", [])
+    differences = _differences("", {name: position.get(name) for name in run}, run)
+    if differences:
+        raise DataError(
             explain(
-                f"global batch {global_batch_size}, micro-batch {micro_batch_size}, data parallel {dp_size}",
-                "the global batch must be a multiple of micro-batch times data-parallel size",
-                f"Use a multiple of {micro_batch_size * dp_size}.",
+                "saved data position",
+                "was made with other data or settings: " + "; ".join(differences),
+                "Resume with the former ones, or start a new run (weights can be kept, the order cannot).",
             )
         )
+    try:
+        states = [StreamState.from_list([int(value) for value in state]) for state in position["states"]]
+        start = StartPosition(int(position["step"]), str(position["order_hash"]), states)
+    except (KeyError, TypeError, ValueError) as error:
+        message = explain("saved data position", f"is damaged: {error}", "Use an older checkpoint.")
+        raise DataError(message) from error
+    if len(states) != run["global_batch_size"]:
+        rule = f"has {len(states)} states for {run['global_batch_size']} sample streams"
+        raise DataError(explain("saved data position", rule, "Use an older checkpoint."))
+    return start
+
+
+def warn_of_other_decoder(position: dict[str, Any] | None, decoder: str) -> None:
+    """Log that images were decoded otherwise before: the order is the same, pixels differ slightly."""
+    former = (position or {}).get("decoder", decoder)
+    if former != decoder:
+        logger.warning(
+            "images were decoded by %r before and are by %r now: the same order and crops, pixels differ by "
+            "less than one level of 255 on average; set data.decode_backend to keep the former",
+            former,
+            decoder,
+        )
+
+
+def _differences(path: str, saved: Any, now: Any) -> list[str]:
+    """Readable list of the places where two nested values differ."""
+    if isinstance(saved, dict) and isinstance(now, dict):
+        return [
+            line
+            for name in sorted({*saved, *now})
+            for line in _differences(f"{path}.{name}".lstrip("."), saved.get(name), now.get(name))
+        ]
+    return [] if saved == now else [f"{path} was {saved}, is {now}"]

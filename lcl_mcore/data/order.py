@@ -1,9 +1,9 @@
-"""Which document comes next: a pure function of seed, mix and data set sizes, in constant memory.
+"""Which document comes next: a pure function of seed, mixture and data set sizes, in constant memory.
 
-V lanes (one per row of the global batch) each draw their own sequence of documents. The n-th draw of
-a lane takes its source from a fixed periodic schedule; the c-th draw of a lane from one source takes
-element `lane + c * V` of that source's stream, which is the source's documents epoch after epoch,
-each epoch in an order of its own. Nothing here depends on ranks, workers or on what was read before.
+V sample streams (one per sequence of the global batch) each read their own succession of documents. The n-th sample
+of a stream takes its source from a fixed periodic schedule; the c-th sample of a stream from one source takes element
+`stream + c * V` of that source's documents epoch after epoch, each epoch in an order of its own. Nothing here depends
+on ranks, workers or on what was read before.
 """
 
 from __future__ import annotations
@@ -22,18 +22,21 @@ PERIOD = 10_000
 
 @dataclass(frozen=True)
 class SampleIndex:
-    """One document of the stream: number `index` of source number `source`, in its pass `epoch`."""
+    """One document of the mixture: number `index` of source number `source`, in its pass `epoch`."""
 
     source: int
     epoch: int
     index: int
 
 
-def mix_schedule(weights: Sequence[float], period: int = PERIOD) -> list[int]:
+def mixture_schedule(weights: Sequence[float], period: int = PERIOD) -> list[int]:
     """`period` source numbers, each source spread evenly and as often as its weight says.
 
     At every place the source that is furthest behind its share comes next, so any stretch of the
     schedule has each source's share to within a document or so.
+
+    Raises:
+        DataError: a share is too small for the period.
     """
     if len(weights) == 1:
         return [0]
@@ -43,8 +46,8 @@ def mix_schedule(weights: Sequence[float], period: int = PERIOD) -> list[int]:
         raise DataError(
             explain(
                 f"weights {list(weights)}",
-                f"the smallest share must be at least 1/{period} of the mix",
-                "Raise the smallest weight or leave that source out.",
+                f"the smallest share must be at least 1/{period} of the mixture",
+                "Raise the smallest weight or remove that source.",
             )
         )
     given = [0] * len(shares)
@@ -57,7 +60,7 @@ def mix_schedule(weights: Sequence[float], period: int = PERIOD) -> list[int]:
 
 
 class DocumentOrder:
-    """Maps (lane, number of the draw) to a document of the mix."""
+    """Maps (sample stream, number of the sample) to a document of the mixture."""
 
     def __init__(
         self,
@@ -65,7 +68,7 @@ class DocumentOrder:
         weights: Sequence[float],
         names: Sequence[str],
         *,
-        lanes: int,
+        streams: int,
         seed: int,
         shuffle: bool = True,
         block: int = 1,
@@ -75,24 +78,24 @@ class DocumentOrder:
                 raise DataError(explain(f"source {name}", "holds no documents", "Prepare it again."))
         self.sizes = list(sizes)
         self.names = list(names)
-        self.lanes = lanes
+        self.streams = streams
         self.seed = seed
         self.shuffle = shuffle
         self.block = block
-        self._schedule = np.array(mix_schedule(weights), dtype=np.int32)
+        self._schedule = np.array(mixture_schedule(weights), dtype=np.int32)
         # [source, place]: how often the source stands in places 0..place-1 of one period
-        drawn = self._schedule[None, :] == np.arange(len(sizes))[:, None]
-        self._before = np.pad(np.cumsum(drawn, axis=1, dtype=np.int32), ((0, 0), (1, 0)))
+        scheduled = self._schedule[None, :] == np.arange(len(sizes))[:, None]
+        self._before = np.pad(np.cumsum(scheduled, axis=1, dtype=np.int32), ((0, 0), (1, 0)))
         self._permutation = lru_cache(maxsize=4 * len(sizes))(self._new_permutation)
 
-    def draw(self, lane: int, n: int) -> SampleIndex:
-        """The n-th document of a lane."""
+    def sample(self, stream: int, n: int) -> SampleIndex:
+        """The n-th document of a stream."""
         period = len(self._schedule)
-        phase = lane * period // self.lanes  # lanes start at different places of the schedule
+        phase = stream * period // self.streams  # streams start at different places of the schedule
         place = n + phase
         source = int(self._schedule[place % period])
-        drawn = self._total(source, place) - self._total(source, phase)
-        element = lane + drawn * self.lanes
+        earlier = self._total(source, place) - self._total(source, phase)
+        element = stream + earlier * self.streams
         epoch, i = divmod(element, self.sizes[source])
         return SampleIndex(source, epoch, self._document(source, epoch, i))
 

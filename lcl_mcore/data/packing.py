@@ -1,8 +1,10 @@
-"""Which documents share a row: an exact best fit over a bounded set, in a reproducible order.
+"""Which documents share a sequence: sample streams that pack their own documents, in a reproducible order.
 
-The oldest waiting document always comes first, so none waits for ever. Among all subsets of the others
-the one that fills the row best is found by dynamic programming on the bits of one integer. A row that
-is still not full enough takes the leading pieces of one more document, whose rest waits for a later row.
+A sample stream is the endless succession of packed sequences at one place of the global batch. `best_fit` packs block
+by block. The oldest waiting document always comes first, so none waits for ever; among all subsets of the others the
+one that fills the sequence best is found by dynamic programming on the bits of one integer. A sequence that is still
+not full enough takes the leading segments of one more document, whose rest waits for a later sequence. `windows`
+cuts documents laid end to end; `off` gives every document a sequence of its own.
 """
 
 from __future__ import annotations
@@ -10,165 +12,357 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from lcl_mcore.data.tokenized import Piece, TokenizedDocument
+from lcl_mcore.config.schema import DataConfig
+from lcl_mcore.data.tokenized import MARKERS_PER_IMAGE, Segment, TokenizedDocument
+from lcl_mcore.errors import DataError, explain
+
+MAX_UNUSED_SAMPLES = 10_000
 
 
 @dataclass(frozen=True)
-class Chunk:
-    """Consecutive pieces of one document that lie in one row and attend to each other only.
+class Span:
+    """Consecutive segments of one document that lie in one sequence and attend to each other only.
 
-    n             the lane's number of the document
-    piece, offset where in the document it begins: a piece, and a token of it (windows only)
+    Attributes:
+        n: the sample stream's number of the document.
+        first_segment, offset: where in the document it begins: a segment, and a token of it (windows only).
+        begin, end: whether the begin and the end token belong to it.
+        length: tokens it takes.
     """
 
     n: int
-    laid: TokenizedDocument
-    pieces: tuple[Piece, ...]
-    piece: int
+    document: TokenizedDocument
+    segments: tuple[Segment, ...]
+    first_segment: int
     offset: int
     begin: bool
     end: bool
-    size: int
+    length: int
 
     @property
     def images(self) -> int:
         """How many images it holds."""
-        return sum(piece.image >= 0 for piece in self.pieces)
+        return sum(segment.image >= 0 for segment in self.segments)
 
     @property
     def divisible(self) -> bool:
-        """Whether it may be spread over rows: a image is never parted from its caption."""
-        return len(self.pieces) > 1 and self.laid.document.kind != "pair"
+        """Whether it may be spread over sequences: an image is never parted from its caption."""
+        return len(self.segments) > 1 and self.document.stored.kind != "pair"
 
 
-def chunk_from(n: int, laid: TokenizedDocument, image_size: int, piece: int = 0, offset: int = 0) -> Chunk:
-    """What is left of a document from a piece on (to its end)."""
-    pieces = laid.pieces[piece:]
+PackedSequence = tuple[Span, ...]
+
+
+def span_from(
+    n: int, document: TokenizedDocument, image_length: int, first_segment: int = 0, offset: int = 0
+) -> Span:
+    """What is left of a document from a segment on (to its end); `image_length` is that of an image with markers."""
+    segments = document.segments[first_segment:]
     if offset:
-        pieces = (Piece(ids=pieces[0].ids[offset:]), *pieces[1:])
-    begin = laid.begin and piece == 0 and offset == 0
-    size = sum(p.size(image_size) for p in pieces) + begin + laid.end
-    return Chunk(n, laid, pieces, piece, offset, begin, laid.end, size)
+        segments = (Segment(ids=segments[0].ids[offset:]), *segments[1:])
+    begin = document.begin and first_segment == 0 and offset == 0
+    length = sum(segment.length(image_length) for segment in segments) + begin + document.end
+    return Span(n, document, segments, first_segment, offset, begin, document.end, length)
 
 
-def divide(chunk: Chunk, room: int, image_size: int) -> tuple[Chunk, Chunk] | None:
-    """Leading whole pieces that fit in `room` tokens, and the rest; None if no piece fits."""
-    used = int(chunk.begin)
+def divide(span: Span, room: int, image_length: int) -> tuple[Span, Span] | None:
+    """Leading whole segments that fit in `room` tokens, and the rest; None if no segment fits."""
+    used = int(span.begin)
     count = 0
-    for piece in chunk.pieces[:-1]:
-        if used + piece.size(image_size) > room:
+    for segment in span.segments[:-1]:
+        if used + segment.length(image_length) > room:
             break
-        used += piece.size(image_size)
+        used += segment.length(image_length)
         count += 1
     if not count:
         return None
-    head, tail = chunk.pieces[:count], chunk.pieces[count:]
-    first = Chunk(chunk.n, chunk.laid, head, chunk.piece, chunk.offset, chunk.begin, False, used)
-    rest_size = chunk.size - used
-    rest = Chunk(chunk.n, chunk.laid, tail, chunk.piece + count, 0, False, chunk.end, rest_size)
+    head, tail = span.segments[:count], span.segments[count:]
+    first = Span(span.n, span.document, head, span.first_segment, span.offset, span.begin, False, used)
+    rest_length = span.length - used
+    rest = Span(span.n, span.document, tail, span.first_segment + count, 0, False, span.end, rest_length)
     return first, rest
 
 
-@dataclass(frozen=True)
-class Packer:
-    """Fills rows of `row_tokens` from waiting chunks."""
+def cut_window(span: Span, room: int, image_length: int) -> tuple[Span, tuple[tuple[int, int, int], ...]]:
+    """The part of a span that fits in `room` tokens, and where its rest begins (empty if there is none)."""
+    left = room - span.begin
+    taken: list[Segment] = []
+    for i, segment in enumerate(span.segments):
+        if segment.length(image_length) <= left:
+            taken.append(segment)
+            left -= segment.length(image_length)
+            continue
+        offset = span.offset if i == 0 else 0
+        if segment.image < 0 and left > 0:
+            taken.append(Segment(ids=segment.ids[:left]))
+            offset, left = offset + left, 0
+        head = Span(
+            span.n,
+            span.document,
+            tuple(taken),
+            span.first_segment,
+            span.offset,
+            span.begin,
+            False,
+            room - left,
+        )
+        return head, ((span.n, span.first_segment + i, offset),)
+    end = span.end and left > 0
+    length = room - left + end
+    head = Span(span.n, span.document, tuple(taken), span.first_segment, span.offset, span.begin, end, length)
+    return head, ()
 
-    row_tokens: int
-    image_size: int
+
+@dataclass(frozen=True)
+class BestFitPacker:
+    """Fills sequences from waiting spans.
+
+    Attributes:
+        sequence_length: tokens of a sequence.
+        image_length: tokens of an image with its markers.
+        min_fill: share of a sequence below which a waiting document is divided to fill it (0: never).
+        balance_images: prefer the choice whose number of images is nearest the average.
+    """
+
+    sequence_length: int
+    image_length: int
     min_fill: float = 0.98
     balance_images: bool = False
 
-    def plan(
-        self, waiting: Sequence[Chunk], keep: float = 1.25
-    ) -> tuple[list[tuple[Chunk, ...]], list[Chunk]]:
-        """Rows from the waiting chunks, until what waits is less than `keep` rows; and what waits then."""
+    def pack(self, waiting: Sequence[Span], keep: float = 1.25) -> tuple[list[PackedSequence], list[Span]]:
+        """Sequences from the waiting spans, until what waits is less than `keep` sequences; and what waits then."""
         rest = list(waiting)
-        rows = []
-        total = sum(chunk.size for chunk in rest)
-        while total >= keep * self.row_tokens:
-            row, rest = self._fill(rest)
-            rows.append(row)
-            total -= sum(chunk.size for chunk in row)
-        return rows, rest
+        sequences = []
+        total = sum(span.length for span in rest)
+        while total >= keep * self.sequence_length:
+            sequence, rest = self._fill(rest)
+            sequences.append(sequence)
+            total -= sum(span.length for span in sequence)
+        return sequences, rest
 
-    def _fill(self, waiting: list[Chunk]) -> tuple[tuple[Chunk, ...], list[Chunk]]:
-        """One row that begins with the oldest chunk, and what still waits."""
+    def _fill(self, waiting: list[Span]) -> tuple[PackedSequence, list[Span]]:
+        """One sequence that begins with the oldest span, and what still waits."""
         oldest, others = waiting[0], waiting[1:]
-        rest: list[Chunk] = []
-        if oldest.size > self.row_tokens:
-            divided = divide(oldest, self.row_tokens, self.image_size)
+        rest: list[Span] = []
+        if oldest.length > self.sequence_length:
+            divided = divide(oldest, self.sequence_length, self.image_length)
             if divided is None:
-                raise AssertionError("a piece is longer than a row")
+                raise AssertionError("a segment is longer than a sequence")
             oldest, remainder = divided
             rest.append(remainder)
-        room = self.row_tokens - oldest.size
+        room = self.sequence_length - oldest.length
         wanted = None
         if self.balance_images:
-            images = sum(chunk.images for chunk in waiting)
-            tokens = sum(chunk.size for chunk in waiting)
-            wanted = max(0.0, images * self.row_tokens / tokens - oldest.images)
-        chosen = set(best_subset(others, room, wanted, room - self.row_tokens // 10))
-        row = [oldest] + [chunk for i, chunk in enumerate(others) if i in chosen]
-        rest += [chunk for i, chunk in enumerate(others) if i not in chosen]
-        room = self.row_tokens - sum(chunk.size for chunk in row)
-        if room > (1 - self.min_fill) * self.row_tokens and self.min_fill > 0:
-            self._top_up(row, rest, room)
-        return tuple(row), rest
+            images = sum(span.images for span in waiting)
+            tokens = sum(span.length for span in waiting)
+            wanted = max(0.0, images * self.sequence_length / tokens - oldest.images)
+        chosen = set(best_subset(others, room, wanted, room - self.sequence_length // 10))
+        sequence = [oldest] + [span for i, span in enumerate(others) if i in chosen]
+        rest += [span for i, span in enumerate(others) if i not in chosen]
+        room = self.sequence_length - sum(span.length for span in sequence)
+        if room > (1 - self.min_fill) * self.sequence_length and self.min_fill > 0:
+            self._top_up(sequence, rest, room)
+        return tuple(sequence), rest
 
-    def _top_up(self, row: list[Chunk], rest: list[Chunk], room: int) -> None:
-        """Add the leading pieces of the waiting chunk whose pieces use the room best."""
-        taken = {chunk.n for chunk in row}
-        best: tuple[int, int, Chunk, Chunk] | None = None
-        for i, chunk in enumerate(rest):
-            if not chunk.divisible or chunk.n in taken:
+    def _top_up(self, sequence: list[Span], rest: list[Span], room: int) -> None:
+        """Add the leading segments of the waiting span whose segments use the room best."""
+        taken = {span.n for span in sequence}
+        best: tuple[int, int, Span, Span] | None = None
+        for i, span in enumerate(rest):
+            if not span.divisible or span.n in taken:
                 continue
-            divided = divide(chunk, room, self.image_size)
-            if divided and (best is None or divided[0].size > best[0]):
-                best = (divided[0].size, i, *divided)
+            divided = divide(span, room, self.image_length)
+            if divided and (best is None or divided[0].length > best[0]):
+                best = (divided[0].length, i, *divided)
         if best:
             _, i, head, tail = best
-            row.append(head)
+            sequence.append(head)
             rest[i] = tail
 
 
-def best_subset(chunks: Sequence[Chunk], room: int, wanted_images: float | None, enough: int) -> list[int]:
-    """Indices of the subset with the largest total size that is at most `room`; older chunks preferred.
+def best_subset(spans: Sequence[Span], room: int, wanted_images: float | None, enough: int) -> list[int]:
+    """Indices of the subset with the largest total length that is at most `room`; older spans preferred.
 
     With `wanted_images`, the subset of at least `enough` tokens whose number of images is nearest it.
     """
-    if room <= 0 or not chunks:
+    if room <= 0 or not spans:
         return []
     # Bit `images * lane + tokens` of `reachable` says that such a subset exists. A lane is wide enough
-    # that adding one chunk never spills into the next; `valid` then clears what exceeds the room.
+    # that adding one span never spills into the next; `valid` then clears what exceeds the room.
     lane = 2 * (room + 1)
     count = _image_counter(wanted_images)
-    lanes = sum(count(chunk) for chunk in chunks) + 1
+    lanes = sum(count(span) for span in spans) + 1
     valid = sum(((1 << (room + 1)) - 1) << (lane * i) for i in range(lanes))
     history = [1]
-    for chunk in chunks:
+    for span in spans:
         before = history[-1]
-        shift = count(chunk) * lane + chunk.size
-        history.append(before if chunk.size > room else before | (before << shift & valid))
+        shift = count(span) * lane + span.length
+        history.append(before if span.length > room else before | (before << shift & valid))
     target = _best_bit(history[-1], lane, lanes, room, wanted_images, enough)
     chosen = []
-    for i in reversed(range(len(chunks))):
+    for i in reversed(range(len(spans))):
         if not history[i] >> target & 1:
             chosen.append(i)
-            target -= count(chunks[i]) * lane + chunks[i].size
+            target -= count(spans[i]) * lane + spans[i].length
     return chosen[::-1]
 
 
-def _image_counter(wanted_images: float | None) -> Callable[[Chunk], int]:
-    return (lambda chunk: 0) if wanted_images is None else (lambda chunk: chunk.images)
+def _image_counter(wanted_images: float | None) -> Callable[[Span], int]:
+    return (lambda span: 0) if wanted_images is None else (lambda span: span.images)
 
 
 def _best_bit(reachable: int, lane: int, lanes: int, room: int, wanted: float | None, enough: int) -> int:
     """The bit of the best subset: nearest the wanted images if full enough, else the fullest."""
-    row = (1 << (room + 1)) - 1
-    fullest = [((reachable >> (lane * images)) & row).bit_length() - 1 for images in range(lanes)]
+    mask = (1 << (room + 1)) - 1
+    fullest = [((reachable >> (lane * images)) & mask).bit_length() - 1 for images in range(lanes)]
     candidates = [images for images in range(lanes) if fullest[images] >= max(enough, 0)]
     if wanted is not None and candidates:
         images = min(candidates, key=lambda c: (abs(c - wanted), -fullest[c]))
     else:
         images = max(range(lanes), key=lambda c: (fullest[c], -c))
     return images * lane + fullest[images]
+
+
+@dataclass(frozen=True)
+class StreamState:
+    """Where a sample stream stands, in a few integers.
+
+    Attributes:
+        next_sample: number of the next document that it reads.
+        taken: sequences taken of the current block.
+        carry: documents carried into the block: (number, segment, token offset) where the unused part begins.
+    """
+
+    next_sample: int = 0
+    taken: int = 0
+    carry: tuple[tuple[int, int, int], ...] = ()
+
+    def to_list(self) -> list[int]:
+        """Plain integers."""
+        return [self.next_sample, self.taken, *(value for item in self.carry for value in item)]
+
+    @staticmethod
+    def from_list(values: Sequence[int]) -> StreamState:
+        """The inverse of `to_list`.
+
+        Raises:
+            DataError: no state has this many integers.
+        """
+        if len(values) < 2 or (len(values) - 2) % 3:
+            raise DataError(
+                explain(f"sample stream state {list(values)}", "is damaged", "Use an older checkpoint.")
+            )
+        carry = tuple(zip(values[2::3], values[3::3], values[4::3], strict=True))
+        return StreamState(values[0], values[1], carry)
+
+
+class SampleStream:
+    """Reads documents and packs them, block by block. A block is a pure function of the state before it.
+
+    Args:
+        config: `packing` and what belongs to it.
+        documents: number in the stream -> tokenized document, None if nothing of it is used.
+        tokens_per_image: LM positions of an image without its markers.
+        state: where to begin.
+    """
+
+    def __init__(
+        self,
+        config: DataConfig,
+        documents: Callable[[int], TokenizedDocument | None],
+        tokens_per_image: int,
+        state: StreamState,
+    ) -> None:
+        self._documents = documents
+        self._packer = BestFitPacker(
+            config.sequence_length,
+            tokens_per_image + MARKERS_PER_IMAGE,
+            config.min_fill,
+            config.balance_images,
+        )
+        self._next_block = {"best_fit": self._best_fit, "windows": self._window, "off": self._single}[
+            config.packing
+        ]
+        self._block_tokens = config.packing_rows * config.sequence_length
+        self._start = state
+        self._block: list[PackedSequence] | None = None
+        self._after = state
+        self._taken = state.taken
+
+    @property
+    def state(self) -> StreamState:
+        """After the last sequence that was taken; a new stream from it goes on with the next one."""
+        return StreamState(self._start.next_sample, self._taken, self._start.carry)
+
+    def next_sequence(self) -> PackedSequence:
+        """The spans of the next sequence."""
+        if self._block is None:
+            self._block, self._after = self._next_block(self._start)
+        sequence = self._block[self._taken]
+        self._taken += 1
+        if self._taken == len(self._block):
+            self._start, self._taken, self._block = self._after, 0, None
+        return sequence
+
+    def _best_fit(self, state: StreamState) -> tuple[list[PackedSequence], StreamState]:
+        """Sequences from the carried documents and as many new ones as make a block."""
+        waiting = [self._carried(*item) for item in state.carry]
+        next_sample = state.next_sample
+        total = sum(span.length for span in waiting)
+        while total < self._block_tokens:
+            span, next_sample = self._read(next_sample)
+            waiting.append(span)
+            total += span.length
+        sequences, rest = self._packer.pack(waiting)
+        return sequences, StreamState(next_sample, 0, _carry(rest))
+
+    def _single(self, state: StreamState) -> tuple[list[PackedSequence], StreamState]:
+        """One document per sequence; what exceeds the sequence of a document that goes on makes the next."""
+        if state.carry:
+            span, next_sample = self._carried(*state.carry[0]), state.next_sample
+        else:
+            span, next_sample = self._read(state.next_sample)
+        if span.length <= self._packer.sequence_length:
+            return [(span,)], StreamState(next_sample)
+        sequences, rest = self._packer.pack([span], keep=1.0)
+        return sequences, StreamState(next_sample, 0, _carry(rest))
+
+    def _window(self, state: StreamState) -> tuple[list[PackedSequence], StreamState]:
+        """The next `sequence_length` tokens of the documents laid end to end; images are never cut."""
+        room = self._packer.sequence_length
+        sequence: list[Span] = []
+        next_sample, carry = state.next_sample, state.carry
+        while room > 1:
+            if carry:
+                span = self._carried(*carry[0])
+            else:
+                span, next_sample = self._read(next_sample)
+            head, carry = cut_window(span, room, self._packer.image_length)
+            if head.segments:
+                sequence.append(head)
+                room -= head.length
+            if carry:
+                break
+        return [tuple(sequence)], StreamState(next_sample, 0, carry)
+
+    def _carried(self, n: int, first_segment: int, offset: int) -> Span:
+        document = self._documents(n)
+        if document is None or first_segment >= len(document.segments):
+            raise DataError(
+                explain(f"saved document {n}", "has other content now", "Use the data set of the saved run.")
+            )
+        return span_from(n, document, self._packer.image_length, first_segment, offset)
+
+    def _read(self, next_sample: int) -> tuple[Span, int]:
+        """The next document that is used, and the number after it."""
+        for n in range(next_sample, next_sample + MAX_UNUSED_SAMPLES):
+            document = self._documents(n)
+            if document is not None:
+                return span_from(n, document, self._packer.image_length), n + 1
+        rule = "not one of them is used under the settings of its source"
+        remedy = "Lower min_images or min_similarity, or lengthen the sequence."
+        raise DataError(explain(f"{MAX_UNUSED_SAMPLES} documents one after the other", rule, remedy))
+
+
+def _carry(spans: Sequence[Span]) -> tuple[tuple[int, int, int], ...]:
+    return tuple((span.n, span.first_segment, span.offset) for span in spans)

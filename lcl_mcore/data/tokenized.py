@@ -1,4 +1,4 @@
-"""From a stored document to its pieces in reading order: which texts, which images, and where.
+"""From a stored document to its segments in reading order: which texts, which images, and where.
 
 Happens before any pixel is decoded, because an image always takes the same number of tokens. Every
 choice is keyed by seed, epoch, source, document and image, so it does not depend on who makes it.
@@ -10,93 +10,109 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from lcl_mcore.config.schema import SourceConfig
-from lcl_mcore.data.dataset import Members
-from lcl_mcore.data.document import Document
+from lcl_mcore.data.format import Document, Members
 from lcl_mcore.data.order import SampleIndex
 from lcl_mcore.data.tokenizer import Tokenizer
 from lcl_mcore.rng import KeyedRandom, key63
 
+MARKERS_PER_IMAGE = 2  # <BoI> and <EoI>
+BEGIN_AND_END = 2
+
 
 @dataclass(frozen=True)
-class Piece:
-    """What is never divided: the ids of one text, or one image (its number in the document)."""
+class Segment:
+    """What best-fit packing never divides: the ids of one text, or one image (its number in the document)."""
 
     ids: tuple[int, ...] = ()
     image: int = -1
 
-    def size(self, image_size: int) -> int:
-        """Tokens it takes in a row; an image's markers included."""
-        return len(self.ids) if self.image < 0 else image_size
+    def length(self, image_length: int) -> int:
+        """Tokens it takes in a sequence, where an image with its markers takes `image_length`."""
+        return len(self.ids) if self.image < 0 else image_length
 
 
 @dataclass(frozen=True)
 class TokenizedDocument:
-    """A document ready to be packed: `pieces` between an optional begin and an optional end token."""
+    """A document ready to be packed: `segments` between an optional begin and an optional end token.
 
-    draw: SampleIndex
+    Attributes:
+        sample: which document of the mixture it is, and in which epoch.
+        source: label of its data set.
+        stored: the document as it is stored.
+        members: where its images lie.
+    """
+
+    sample: SampleIndex
     source: str
-    document: Document
+    stored: Document
     members: Members
-    pieces: tuple[Piece, ...]
+    segments: tuple[Segment, ...]
     begin: bool = True
     end: bool = True
-    may_split: bool = False
 
     @property
     def name(self) -> str:
         """`source/shard/key`, for the order hash and for messages."""
-        return f"{self.source}/{self.members.shard}/{self.document.key}"
+        return f"{self.source}/{self.members.shard}/{self.stored.key}"
 
     @property
     def group(self) -> int:
         """The same for all images of this document."""
-        return key63("document", self.source, self.draw.index)
+        return key63("document", self.source, self.sample.index)
 
 
-class Layout:
-    """Lays out the documents of one source."""
+class DocumentTokenizer:
+    """Tokenizes the documents of one source by its rules."""
 
     def __init__(
-        self, source: SourceConfig, tokenizer: Tokenizer, *, image_tokens: int, row_tokens: int, seed: int
+        self,
+        source: SourceConfig,
+        tokenizer: Tokenizer,
+        *,
+        tokens_per_image: int,
+        sequence_length: int,
+        seed: int,
     ) -> None:
         self.source = source
-        self.tokenizer = tokenizer
-        self.image_size = image_tokens + 2  # with <BoI> and <EoI>
-        self.row_tokens = row_tokens
-        self.seed = seed
+        self._tokenizer = tokenizer
+        self._image_length = tokens_per_image + MARKERS_PER_IMAGE
+        self._sequence_length = sequence_length
+        self._seed = seed
 
-    def lay(
-        self, draw: SampleIndex, document: Document, members: Members, *, first_caption: bool = False
+    def tokenize(
+        self, sample: SampleIndex, stored: Document, members: Members, *, first_caption: bool = False
     ) -> TokenizedDocument | None:
-        """The document's pieces, or None if nothing of it is used.
+        """The document's segments, or None if nothing of it is used.
 
         A pair takes one of its captions at random, or its first one.
         """
-        if document.kind == "pair" and first_caption:
-            document = replace(document, texts=document.texts[:1])
-        random = KeyedRandom(self.seed, "layout", draw.epoch, self.source.label, draw.index)
-        images = self._choose_images(document, random)
+        if stored.kind == "pair" and first_caption:
+            stored = replace(stored, texts=stored.texts[:1])
+        # "layout" is the name that these choices have been keyed by in every saved run
+        random = KeyedRandom(self._seed, "layout", sample.epoch, self.source.label, sample.index)
+        images = self._choose_images(stored, random)
         if len(images) < self.source.min_images:
             return None
-        laid = TokenizedDocument(draw, self.source.label, document, members, ())
-        if document.kind == "pair":
-            return self._pair(laid, images, random)
+        document = TokenizedDocument(sample, self.source.label, stored, members, ())
+        if stored.kind == "pair":
+            return self._pair(document, images, random)
+        document = replace(document, segments=self._interleave(stored, images, random))
         long = self.source.long_documents
-        splits = long == "split" or (long == "auto" and document.kind == "sequence")
-        laid = replace(laid, pieces=self._interleave(document, images, random), may_split=splits)
-        if not splits:
-            laid = self._cut_tokens(laid) if self.source.cut_rule == "tokens" else self._cut_pieces(laid)
-        return laid if laid.pieces else None
+        goes_on = long == "split" or (long == "auto" and stored.kind == "sequence")
+        if not goes_on:
+            by_tokens = self.source.cut_rule == "tokens"
+            document = self._cut_tokens(document) if by_tokens else self._cut_segments(document)
+        return document if document.segments else None
 
-    def _choose_images(self, document: Document, random: KeyedRandom) -> list[int]:
+    def _choose_images(self, stored: Document, random: KeyedRandom) -> list[int]:
         """Numbers of the images that are used, in document order."""
         images = [
             (image.text_index, number)
-            for number, image in enumerate(document.images)
-            if document.kind != "matched" or image.similarity >= self.source.min_similarity
+            for number, image in enumerate(stored.images)
+            if stored.kind != "matched" or image.similarity >= self.source.min_similarity
         ]
         images.sort()
-        if self.source.one_image_per_text and document.kind == "matched":
+        if self.source.one_image_per_text and stored.kind == "matched":
             images = _one_of_each(images, random)
         limit = self.source.max_images
         if len(images) > limit and self.source.image_choice == "random":
@@ -104,82 +120,82 @@ class Layout:
         return [number for _, number in images[:limit]]
 
     def _interleave(
-        self, document: Document, images: Sequence[int], random: KeyedRandom
-    ) -> tuple[Piece, ...]:
-        """Texts and images of a matched document or a sequence, in reading order."""
+        self, stored: Document, images: Sequence[int], random: KeyedRandom
+    ) -> tuple[Segment, ...]:
+        """Texts and images of a document of kind `matched` or `sequence`, in reading order."""
         before: dict[int, list[int]] = {}  # text index -> images that stand before this text
         for number in images:
-            place = document.images[number].text_index
-            if document.kind == "matched" and random.uniform() >= self.source.image_first_probability:
+            place = stored.images[number].text_index
+            if stored.kind == "matched" and random.uniform() >= self.source.image_first_probability:
                 place += 1
             before.setdefault(place, []).append(number)
-        texts = [text.strip() for text in document.texts]
-        encoded = self.tokenizer.encode_batch(_with_leading_space(texts))
-        pieces: list[Piece] = []
+        texts = [text.strip() for text in stored.texts]
+        encoded = self._tokenizer.encode_batch(_with_leading_space(texts))
+        segments: list[Segment] = []
         for place in range(len(texts) + 1):
-            pieces += [Piece(image=number) for number in before.get(place, ())]
+            segments += [Segment(image=number) for number in before.get(place, ())]
             if place < len(texts) and encoded[place]:
-                pieces += self._text_pieces(encoded[place])
-        return tuple(pieces)
+                segments += self._text_segments(encoded[place])
+        return tuple(segments)
 
-    def _text_pieces(self, ids: list[int]) -> list[Piece]:
-        """One piece, or several where a single text is longer than a row."""
-        longest = self.row_tokens - 2
+    def _text_segments(self, ids: list[int]) -> list[Segment]:
+        """One segment, or several where a single text is longer than a sequence."""
+        longest = self._sequence_length - BEGIN_AND_END
         if self.source.cut_rule == "tokens":
             longest = len(ids)
-        return [Piece(ids=tuple(ids[i : i + longest])) for i in range(0, len(ids), longest)]
+        return [Segment(ids=tuple(ids[i : i + longest])) for i in range(0, len(ids), longest)]
 
     def _pair(
-        self, laid: TokenizedDocument, images: Sequence[int], random: KeyedRandom
+        self, document: TokenizedDocument, images: Sequence[int], random: KeyedRandom
     ) -> TokenizedDocument | None:
         """One image before or after one of its captions."""
-        texts = laid.document.texts
+        texts = document.stored.texts
         text = texts[random.below(len(texts))] if texts else ""
-        room = self.row_tokens - 2 - (self.image_size if images else 0)
+        room = self._sequence_length - BEGIN_AND_END - (self._image_length if images else 0)
         limit = min(room, self.source.max_text_tokens or room)
-        ids = self.tokenizer.encode(text.strip())[:limit]
-        words = [Piece(ids=tuple(ids))] if ids else []
-        image = [Piece(image=images[0])] if images else []
+        ids = self._tokenizer.encode(text.strip())[:limit]
+        words = [Segment(ids=tuple(ids))] if ids else []
+        image = [Segment(image=images[0])] if images else []
         image_first = random.uniform() < self.source.image_first_probability
-        pieces = tuple(image + words if image_first else words + image)
-        if not pieces:
+        segments = tuple(image + words if image_first else words + image)
+        if not segments:
             return None
         if self.source.ends == "released":
-            return replace(laid, pieces=pieces, begin=not image_first, end=image_first)
-        return replace(laid, pieces=pieces)
+            return replace(document, segments=segments, begin=not image_first, end=image_first)
+        return replace(document, segments=segments)
 
-    def _cut_pieces(self, laid: TokenizedDocument) -> TokenizedDocument:
-        """Keep the leading whole pieces that fit in a row with begin and end."""
-        room = self.row_tokens - 2
-        kept: list[Piece] = []
-        for piece in laid.pieces:
-            room -= piece.size(self.image_size)
+    def _cut_segments(self, document: TokenizedDocument) -> TokenizedDocument:
+        """Keep the leading whole segments that fit in a sequence with begin and end."""
+        room = self._sequence_length - BEGIN_AND_END
+        kept: list[Segment] = []
+        for segment in document.segments:
+            room -= segment.length(self._image_length)
             if room < 0:
                 break
-            kept.append(piece)
-        return replace(laid, pieces=tuple(kept))
+            kept.append(segment)
+        return replace(document, segments=tuple(kept))
 
-    def _cut_tokens(self, laid: TokenizedDocument) -> TokenizedDocument:
+    def _cut_tokens(self, document: TokenizedDocument) -> TokenizedDocument:
         """The released cut: text anywhere; an image only whole; an end token in the last place.
 
         An image whose `<EoI>` falls on the last place stays, and the document then has no end token.
         """
-        room = self.row_tokens - 2  # behind the begin token, before the last place
-        kept: list[Piece] = []
-        for piece in laid.pieces:
-            size = piece.size(self.image_size)
-            if size <= room:
-                kept.append(piece)
-                room -= size
+        room = self._sequence_length - BEGIN_AND_END  # behind the begin token, before the last place
+        kept: list[Segment] = []
+        for segment in document.segments:
+            length = segment.length(self._image_length)
+            if length <= room:
+                kept.append(segment)
+                room -= length
                 continue
-            if piece.image >= 0:
-                if size == room + 1:
-                    kept.append(piece)
-                    return replace(laid, pieces=tuple(kept), end=False)
+            if segment.image >= 0:
+                if length == room + 1:
+                    kept.append(segment)
+                    return replace(document, segments=tuple(kept), end=False)
             elif room:
-                kept.append(Piece(ids=piece.ids[:room]))
+                kept.append(Segment(ids=segment.ids[:room]))
             break
-        return replace(laid, pieces=tuple(kept))
+        return replace(document, segments=tuple(kept))
 
 
 def _one_of_each(images: list[tuple[int, int]], random: KeyedRandom) -> list[tuple[int, int]]:

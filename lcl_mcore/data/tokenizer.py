@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import hashlib
 import html
 import json
@@ -12,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import tokenizers
+from tokenizers import Regex, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import decoders as hf_decoders
-from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 from lcl_mcore.config.schema import TokenizerConfig
-from lcl_mcore.data.clip_vocabulary import clip_tokenizer_from_merges
 from lcl_mcore.errors import DataError, explain
+
+CLIP_MERGES = 48_894
+CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+MAX_MERGE_LIST_BYTES = 16 << 20
 
 
 @dataclass(frozen=True)
@@ -49,7 +53,7 @@ class Tokenizer:
 
     bos = property(lambda self: self._ids.bos, doc="begins a document")
     eos = property(lambda self: self._ids.eos, doc="ends a document")
-    pad = property(lambda self: self._ids.pad, doc="fills the end of a row")
+    pad = property(lambda self: self._ids.pad, doc="fills the end of a sequence")
     boi = property(lambda self: self._ids.boi, doc="stands before an image")
     eoi = property(lambda self: self._ids.eoi, doc="stands after an image")
     image = property(lambda self: self._ids.image, doc="holds the place of one image latent")
@@ -167,17 +171,17 @@ def _read(path: str, *, kind: str = "file") -> tokenizers.Tokenizer:
     folder = place if place.is_dir() else place.parent
     try:
         if place.name.endswith(".txt.gz"):
-            return clip_tokenizer_from_merges(place)
+            return _clip_from_merges(place)
         if place.is_file() and place.name != "merges.txt":
             return tokenizers.Tokenizer.from_file(str(place))
         if (folder / "tokenizer.json").is_file():
             return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
         packed = sorted(folder.glob("bpe_simple_vocab*.txt.gz"))
         if packed:
-            return clip_tokenizer_from_merges(packed[0])
+            return _clip_from_merges(packed[0])
         if (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
             if kind == "clip":  # its merges end words with </w>, unlike GPT-2's and OPT's
-                return clip_tokenizer_from_merges(folder / "merges.txt")
+                return _clip_from_merges(folder / "merges.txt")
             return _byte_level(folder / "vocab.json", folder / "merges.txt")
     except Exception as error:  # the library raises bare Exception for a malformed file
         message = explain(f"tokenizer {path}: {error}", "is not a readable vocabulary", "Download it again.")
@@ -227,3 +231,42 @@ def _without_special_matching(definition: str) -> tokenizers.Tokenizer:
     backend.no_padding()
     backend.no_truncation()
     return backend
+
+
+# --- CLIP's vocabulary from the merge list that CLIP and OpenCLIP ship: `bpe_simple_vocab_16e6.txt.gz`, or the same
+# list as a Hugging Face repository's `merges.txt` ---
+
+
+def _clip_from_merges(path: Path) -> tokenizers.Tokenizer:
+    """Lower-cased byte-pair vocabulary of 49,408 ids: bytes, bytes ending a word, merges, two markers."""
+    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+        lines = stream.read(MAX_MERGE_LIST_BYTES).decode("utf-8").split("\n")
+    merges = [tuple(line.split()) for line in lines[1 : CLIP_MERGES + 1]]
+    letters = _bytes_in_clip_order()
+    names = letters + [letter + "</w>" for letter in letters]
+    names += ["".join(pair) for pair in merges] + ["<|startoftext|>", "<|endoftext|>"]
+    backend = tokenizers.Tokenizer(
+        models.BPE(
+            vocab={name: i for i, name in enumerate(names)},
+            merges=[(left, right) for left, right in merges],
+            end_of_word_suffix="</w>",
+            unk_token="<|endoftext|>",
+        )
+    )
+    backend.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    backend.decoder = hf_decoders.Sequence([hf_decoders.ByteLevel(), hf_decoders.Replace("</w>", " ")])
+    return backend
+
+
+def _bytes_in_clip_order() -> list[str]:
+    """The 256 printable stand-ins for bytes: printable Latin-1 first, the others after them."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [chr(b) for b in printable] + [chr(256 + n) for n in range(256 - len(printable))]

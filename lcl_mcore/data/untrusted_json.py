@@ -1,4 +1,4 @@
-"""JSON from strangers: bounded, finite, without duplicate keys; the only failure is `BadJsonError`."""
+"""Untrusted JSON: bounded, finite, without duplicate keys; the only failure is `BadJsonError`."""
 
 from __future__ import annotations
 

@@ -200,10 +200,10 @@ def choose_parts(precision: str) -> list[Line]:
     )
     lines.append(Line("loss", name, True, reason))
     lines.append(Line("", "chunked", True, "vocabulary cross-entropy, logits never stored whole"))
-    decoder = build_decoder(DataConfig())
+    decoder = build_decoder(DataConfig(), torch.device(device))
     dali = optional_packages.dali()
     why_not = dali.reason if not dali.usable else "decodes on a GPU, and none is visible"
-    reason = "" if decoder.name == "dali" else f"Pillow on threads; dali: {why_not}"
+    reason = "" if decoder.name == "dali" else f"libjpeg-turbo and Pillow on threads; dali: {why_not}"
     lines.append(Line("decode", decoder.name, True, reason))
     decoder.close()
     return lines

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lcl_mcore.data.crop import centre_window
-from lcl_mcore.data.dataset import NativeDataset
+from lcl_mcore.data.format import NativeDataset
 from lcl_mcore.data.images import BadImageError, open_image, upright_rgb
 from lcl_mcore.errors import DataError, explain
 

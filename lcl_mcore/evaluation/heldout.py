@@ -21,6 +21,7 @@ from torch import Tensor
 from lcl_mcore.batch import MicroBatch
 from lcl_mcore.config.schema import RunConfig, SourceConfig
 from lcl_mcore.data.evaluation_data import eval_documents, with_blank_images, with_shuffled_images
+from lcl_mcore.data.loader import DataContext
 from lcl_mcore.data.tokenizer import Tokenizer, build_tokenizer
 from lcl_mcore.distributed.context import Context
 from lcl_mcore.evaluation.embedding_metrics import chance, recall_at
@@ -64,31 +65,27 @@ class PairEmbeds:
 
 def heldout_batches(
     config: RunConfig,
+    context: Context,
     source: SourceConfig,
     tokenizer: Tokenizer,
     order: Order,
     *,
     micro_batch_size: int = SEQUENCES,
-    dp_rank: int = 0,
-    dp_size: int = 1,
     limit: int | None = None,
 ) -> Iterator[MicroBatch]:
     """Micro-batches of a held-out source, the image of a pair after or before its text.
 
     Args:
-        dp_rank, dp_size: this rank's share of the documents.
+        context: whose data-parallel ranks share the documents.
         limit: documents used by all ranks together, from the first on.
     """
     return eval_documents(
-        config.data,
+        config,
+        DataContext.of(config, context),
+        tokenizer,
         source,
-        tokenizer=tokenizer,
-        image_size=config.model.vision.image_size,
-        tokens_per_image=config.model.vision.patches,
         micro_batch_size=micro_batch_size,
-        dp_rank=dp_rank,
-        dp_size=dp_size,
-        image_embeds=order,
+        order=order,
         limit=limit,
     )
 
@@ -145,7 +142,7 @@ def generation_losses(
         name: mean_loss(
             generation_sums(
                 loaded.model,
-                heldout_batches(loaded.config, source, tokenizer, "image_first"),
+                heldout_batches(loaded.config, loaded.context, source, tokenizer, "image_first"),
                 IMAGE_CHANGES[name],
             )
         )
@@ -169,10 +166,10 @@ def evaluate_heldout(loaded: LoadedModel, heldout: str) -> HeldoutResult:
     """Retrieval and generation loss over a prepared data set; leaves the model with random weights."""
     config, model, tokenizer = loaded.config, loaded.model, loaded.tokenizer()
     source = SourceConfig(path=heldout)
-    embeds = pair_embeds(model, heldout_batches(config, source, tokenizer, "text_first"))
+    embeds = pair_embeds(model, heldout_batches(config, loaded.context, source, tokenizer, "text_first"))
     generation = generation_losses(loaded, source, tokenizer, IMAGE_CHANGES)
     reset_weights(loaded)
-    untrained = pair_embeds(model, heldout_batches(config, source, tokenizer, "text_first"))
+    untrained = pair_embeds(model, heldout_batches(config, loaded.context, source, tokenizer, "text_first"))
     trained, count = _retrieval(embeds), len(embeds.image)
     summary = {
         "run": str(loaded.folder),
@@ -189,7 +186,7 @@ def evaluate_heldout(loaded: LoadedModel, heldout: str) -> HeldoutResult:
         "generation": generation,
         "hardware": loaded.context.device.name,
     }
-    return HeldoutResult(summary, embeds, _captions(config, source, tokenizer))
+    return HeldoutResult(summary, embeds, _captions(loaded, source, tokenizer))
 
 
 def _retrieval(embeds: PairEmbeds) -> dict[str, Any]:
@@ -202,10 +199,10 @@ def _retrieval(embeds: PairEmbeds) -> dict[str, Any]:
     }
 
 
-def _captions(config: RunConfig, source: SourceConfig, tokenizer: Tokenizer) -> tuple[str, ...]:
+def _captions(loaded: LoadedModel, source: SourceConfig, tokenizer: Tokenizer) -> tuple[str, ...]:
     """The text before each image, in the order of `pair_embeds`."""
     captions = []
-    for batch in heldout_batches(config, source, tokenizer, "text_first"):
+    for batch in heldout_batches(loaded.config, loaded.context, source, tokenizer, "text_first"):
         starts = [0]
         for length in batch.lengths:
             starts.append(starts[-1] + length)
@@ -288,12 +285,11 @@ class PeriodicEvaluation:
         groups, evaluation = self.context.groups, self.config.evaluation
         batches = heldout_batches(
             self.config,
+            self.context,
             SourceConfig(path=evaluation.data, max_images=1000),
             self.tokenizer,
             order,
             micro_batch_size=self.config.train.micro_batch_size,
-            dp_rank=groups.dp.rank(),
-            dp_size=groups.dp.size(),
             limit=evaluation.limit,
         )
         while True:

@@ -10,10 +10,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lcl_mcore.config.schema import DataConfig, SourceConfig
-from lcl_mcore.data.document import Document
+from lcl_mcore.config.schema import (
+    DataConfig,
+    ModelConfig,
+    RunConfig,
+    SourceConfig,
+    TrainConfig,
+    VisionConfig,
+)
+from lcl_mcore.data.format import Document, ShardWriter, write_manifest
+from lcl_mcore.data.loader import DataContext, StepLoader, build_loader
 from lcl_mcore.data.prepare.normalise import entry_for
-from lcl_mcore.data.shards import ShardWriter, write_manifest
 from lcl_mcore.data.tokenizer import Tokenizer, train_bpe
 
 WORDS = ("red", "green", "blue", "round", "square", "old", "new", "large", "cat", "dog", "house", "tree")
@@ -79,7 +86,7 @@ def make_dataset(
 
 
 def config(*folders: Path, weights: tuple[float, ...] = (), **more: Any) -> DataConfig:
-    """A configuration over data sets, 128 tokens per row unless said otherwise."""
+    """A configuration over data sets, 128 tokens per sequence unless said otherwise."""
     source_options = more.pop("source_options", {})
     sources = tuple(
         SourceConfig(path=str(folder), weight=weights[i] if weights else 1.0, **source_options)
@@ -88,10 +95,16 @@ def config(*folders: Path, weights: tuple[float, ...] = (), **more: Any) -> Data
     return DataConfig(**{"sources": sources, "sequence_length": 128, "decode_backend": "cpu", **more})
 
 
-LOADER = {
-    "image_size": 32,
-    "tokens_per_image": 9,
-    "global_batch_size": 8,
-    "micro_batch_size": 2,
-    "seed": 5,
-}
+SIDE, TOKENS_PER_IMAGE = 36, 9
+
+
+def run_config(data: DataConfig, *, patch_size: int = 12, **train: Any) -> RunConfig:
+    """A run over `data`: images of 36 pixels take 9 tokens, 8 sequences a step in micro-batches of 2."""
+    vision = VisionConfig(image_size=SIDE, patch_size=patch_size)
+    sizes = {"global_batch_size": 8, "micro_batch_size": 2, "seed": 5, **train}
+    return RunConfig(data=data, model=ModelConfig(vision=vision), train=TrainConfig(**sizes))
+
+
+def open_loader(data: DataConfig, position: dict[str, Any] | None = None, **options: Any) -> StepLoader:
+    """The loader of a single process; `options` as in `run_config`."""
+    return build_loader(run_config(data, **options), DataContext(), small_tokenizer(), position)

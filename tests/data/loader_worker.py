@@ -16,31 +16,31 @@ from typing import Any
 
 import torch.distributed as dist
 
-from corpora import LOADER, config, small_tokenizer
+from corpora import config, run_config, small_tokenizer
 from lcl_mcore.batch import MicroBatch
-from lcl_mcore.data.image_reader import ImageReader
-from lcl_mcore.data.loader import build_loader
+from lcl_mcore.data.decode import ImageReader
+from lcl_mcore.data.loader import DataContext, build_loader
 from lcl_mcore.errors import DataError
 
 
-def row_digests(batch: MicroBatch, row_tokens: int) -> list[str]:
-    """A digest per row of everything in it: ids, positions, targets, crops' pixels, keys, contexts."""
+def sequence_digests(batch: MicroBatch, length: int) -> list[str]:
+    """A digest per sequence of everything in it: ids, positions, targets, crops' pixels, keys, contexts."""
     result = []
-    for r in range(len(batch.sequence_keys)):
-        low, high = r * row_tokens, (r + 1) * row_tokens
+    for b in range(len(batch.sequence_keys)):
+        low, high = b * length, (b + 1) * length
         digest = hashlib.sha256(batch.tokens[low:high].numpy().tobytes())
         digest.update(batch.positions[low:high].numpy().tobytes())
-        digest.update(batch.sequence_keys[r : r + 1].numpy().tobytes())
+        digest.update(batch.sequence_keys[b : b + 1].numpy().tobytes())
         mine = (batch.image_starts >= low) & (batch.image_starts < high)
         if len(batch.images):  # later pipeline stages get none
             digest.update(batch.images[mine].numpy().tobytes())
         digest.update(batch.image_keys[mine].numpy().tobytes())
-        for rows, values in (
+        for places, values in (
             (batch.target_positions, batch.target_labels),
             (batch.context_positions, batch.group_ids),
         ):
-            mine = (rows >= low) & (rows < high)
-            digest.update((rows[mine] - low).numpy().tobytes() + values[mine].numpy().tobytes())
+            mine = (places >= low) & (places < high)
+            digest.update((places[mine] - low).numpy().tobytes() + values[mine].numpy().tobytes())
         result.append(digest.hexdigest()[:16])
     return result
 
@@ -71,30 +71,23 @@ def main() -> None:
     saved = out / "position.json"
     position: dict[str, Any] | None = json.loads(saved.read_text()) if saved.exists() else None
     data = config(*map(Path, options["folders"]), **options.get("config", {}))
-    loader = build_loader(
-        data,
-        **{**LOADER, "micro_batch_size": options.get("micro_batch_size", 2)},
-        tokenizer=small_tokenizer(),
-        dp_rank=dp_rank,
-        dp_size=dp_size,
-        counts_group=counts_group,
-        model_group=model_group,
-        position=position,
-        pixel_ranks=options.get("pixel_ranks"),
-    )
+    run = run_config(data, micro_batch_size=options.get("micro_batch_size", 2))
+    pixel_ranks = tuple(options["pixel_ranks"]) if "pixel_ranks" in options else None
+    context = DataContext(dp_rank, dp_size, counts_group, model_group, pixel_ranks)
+    loader = build_loader(run, context, small_tokenizer(), position)
     if options.get("break_rank") == rank:
         break_reader()
     try:
         first = position["step"] if position else 0
         for step in range(first, options["steps"]):
             batch = next(loader)
-            rows = [d for b in batch.micro_batches for d in row_digests(b, data.sequence_length)]
+            sequences = [d for b in batch.micro_batches for d in sequence_digests(b, data.sequence_length)]
             line = {
                 "attempt": int(os.environ["ATTEMPT"]),
                 "step": step,
                 "dp": dp_rank,
                 "model": model_rank,
-                "rows": rows,
+                "sequences": sequences,
                 "hash": batch.order_hash,
                 "documents": [d for b in batch.micro_batches for d in b.documents],
                 "images": [list(b.images.shape) for b in batch.micro_batches],

@@ -10,12 +10,11 @@ import pytest
 import torch
 from PIL import Image
 
-from corpora import LOADER, config, image_bytes, make_dataset, small_tokenizer
-from lcl_mcore.data import dali
+from corpora import config, image_bytes, make_dataset, open_loader
+from lcl_mcore import optional_packages
 from lcl_mcore.data.crop import Window, centre_window, random_window
-from lcl_mcore.data.decode import CpuDecoder, Decoder, Job, build_decoder
+from lcl_mcore.data.decode import CpuDecoder, DaliDecoder, Decoder, DecodeTask, build_decoder
 from lcl_mcore.data.images import BadImageError, open_image, upright_rgb
-from lcl_mcore.data.loader import build_loader
 from lcl_mcore.errors import ConfigError, DataError
 from lcl_mcore.rng import KeyedRandom
 
@@ -90,8 +89,8 @@ def test_animations_show_their_first_frame() -> None:
     ("content", "reason"),
     [
         (b"", "empty"),
-        (b"<!DOCTYPE html><html>not found</html>", "not a image"),
-        (b"\x00" * 5000, "not a image"),
+        (b"<!DOCTYPE html><html>not found</html>", "not an image"),
+        (b"\x00" * 5000, "not an image"),
         (image_bytes(1)[:900], "undecodable"),
         (image_bytes(1, 200, 150, "PNG")[:4000], "undecodable"),
         (saved(Image.new("L", (20_000, 2_500)), "PNG"), "oversized"),
@@ -119,29 +118,30 @@ def test_windows_follow_the_rule() -> None:
     assert centre_window(100, 60) == Window(20, 0, 60, 60)
 
 
-def jobs(count: int, container: str = "JPEG") -> list[Job]:
+def tasks(count: int, container: str = "JPEG") -> list[DecodeTask]:
     result = []
     for n in range(count):
         width, height = 90 + 37 * (n % 9), 80 + 53 * (n % 7)
         options = {"quality": 90} if container == "JPEG" else {}
         content = image_bytes(n, width, height, container, **options)
         window = random_window(width, height, (0.9, 1.0), (0.75, 4 / 3), KeyedRandom("w", n))
-        result.append(Job(lambda content=content: content, width, height, window))  # type: ignore[misc]
+        result.append(DecodeTask(lambda content=content: content, width, height, window))  # type: ignore[misc]
     return result
 
 
 # DALI is an optional extra of 700 MB; `dali-resize` is the pipeline of a GPU, on the CPU's operators
-BACKENDS = ["cpu", "dali", "dali-resize"] if dali.installed() else ["cpu"]
+BACKENDS = ["cpu", "dali", "dali-resize"] if optional_packages.dali().usable else ["cpu"]
+CPU = torch.device("cpu")
 
 
 def make(backend: str) -> Decoder:
-    return CpuDecoder(2) if backend == "cpu" else dali.DaliDecoder(2, resize_inside=backend == "dali-resize")
+    return CpuDecoder(2) if backend == "cpu" else DaliDecoder(2, CPU, resize_inside=backend == "dali-resize")
 
 
-def exact(job: Job, side: int) -> np.ndarray:
+def exact(task: DecodeTask, side: int) -> np.ndarray:
     """Full decode, bicubic resize of the window: no shortcut for speed."""
-    image = Image.open(io.BytesIO(job.read())).convert("RGB")
-    w = job.window
+    image = Image.open(io.BytesIO(task.read())).convert("RGB")
+    w = task.window
     box = (w.left, w.top, w.left + w.width, w.top + w.height)
     return (
         np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=box))
@@ -155,12 +155,12 @@ def exact(job: Job, side: int) -> np.ndarray:
 def test_decoders_agree_with_a_plain_decode(backend: str, container: str) -> None:
     """The documented tolerance: 1 level of 255 on average per image, whatever the path."""
     decoder = make(backend)
-    work = jobs(24, container)
+    work = tasks(24, container)
     pixels, reasons = decoder.decode(work, 64)
     decoder.close()
     assert reasons == [""] * 24
-    for i, job in enumerate(work):
-        assert np.abs(pixels[i].numpy().astype(int) - exact(job, 64)).mean() < 1.0
+    for i, task in enumerate(work):
+        assert np.abs(pixels[i].numpy().astype(int) - exact(task, 64)).mean() < 1.0
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -172,26 +172,33 @@ def test_decoders_agree_on_a_real_photograph(backend: str, side: int) -> None:
     size = Image.open(io.BytesIO(content)).size
     assert size == (512, 600)
     windows = [random_window(*size, (0.9, 1.0), (0.75, 4 / 3), KeyedRandom("photo", n)) for n in range(12)]
-    work = [Job(lambda: content, *size, window) for window in windows]
+    work = [DecodeTask(lambda: content, *size, window) for window in windows]
     decoder = make(backend)
     pixels, reasons = decoder.decode(work, side)
     decoder.close()
     assert reasons == [""] * 12
-    worst = max(np.abs(pixels[i].numpy().astype(int) - exact(job, side)).mean() for i, job in enumerate(work))
+    worst = max(
+        np.abs(pixels[i].numpy().astype(int) - exact(task, side)).mean() for i, task in enumerate(work)
+    )
     assert worst < 0.7
 
 
 def test_a_missing_dali_is_named_with_its_right_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dali, "installed", lambda: False)
-    with pytest.raises(ConfigError, match="pip install nvidia-dali-cuda130"):
-        build_decoder(config(decode_backend="dali"))
-    assert build_decoder(config(decode_backend="auto")).name == "cpu"
+    missing = optional_packages.Probe("nvidia-dali", False, "", "No module named 'nvidia'")
+    monkeypatch.setattr(optional_packages, "dali", lambda: missing)
+    with pytest.raises(ConfigError) as refused:
+        build_decoder(config(decode_backend="dali"), CPU)
+    assert str(refused.value) == (
+        "data.decode_backend = dali: DALI cannot be imported (No module named 'nvidia'). pip install "
+        "nvidia-dali-cuda130 (or -cuda120); the package named nvidia-dali is not NVIDIA's."
+    )
+    assert build_decoder(config(decode_backend="auto"), torch.device("cuda")).name == "cpu"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
-def test_a_image_does_not_depend_on_its_batch(backend: str) -> None:
+def test_an_image_does_not_depend_on_its_batch(backend: str) -> None:
     decoder = make(backend)
-    work = jobs(12)
+    work = tasks(12)
     together, _ = decoder.decode(work, 48)
     for i in (0, 5, 11):
         alone, _ = decoder.decode([work[i]], 48)
@@ -207,10 +214,10 @@ def test_a_image_does_not_depend_on_its_batch(backend: str) -> None:
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_bad_image_is_grey_and_its_neighbours_are_not(backend: str) -> None:
     decoder = make(backend)
-    work = jobs(6)
+    work = tasks(6)
     broken = work[2].read()[:1500]
     pixels, _ = decoder.decode(work, 48)
-    work[2] = Job(lambda: broken, work[2].width, work[2].height, work[2].window)
+    work[2] = DecodeTask(lambda: broken, work[2].width, work[2].height, work[2].window)
     for _ in range(2):
         after, reasons = decoder.decode(work, 48)
         assert [bool(reason) for reason in reasons] == [False, False, True, False, False, False]
@@ -232,12 +239,11 @@ def flip_bytes(path: Path, names: list[str]) -> None:
 
 
 def test_failed_images_become_placeholders_and_the_order_stays(tmp_path: Path) -> None:
-    options = {**LOADER, "tokenizer": small_tokenizer(), "dp_rank": 0, "dp_size": 1}
     folder = make_dataset(tmp_path / "set", "pair", 30, per_shard=30)
     data = config(folder)
 
     def take(count: int) -> list:
-        loader = build_loader(data, **options)
+        loader = open_loader(data)
         try:
             return [next(loader) for _ in range(count)]
         finally:
@@ -264,13 +270,7 @@ def test_failed_images_become_placeholders_and_the_order_stays(tmp_path: Path) -
 def test_too_many_failures_in_a_row_stop_the_run(tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "set", "pair", 20, per_shard=20)
     flip_bytes(folder / "shard-000.tar", [f"doc-{n:06d}.0.jpg" for n in range(20)])
-    loader = build_loader(
-        config(folder, max_consecutive_failures=5),
-        **LOADER,
-        tokenizer=small_tokenizer(),
-        dp_rank=0,
-        dp_size=1,
-    )
+    loader = open_loader(config(folder, max_consecutive_failures=5))
     with pytest.raises(DataError, match=r"set/shard-000\.tar/doc-\d+\.0\.jpg: the 5th image in a row"):
         next(loader)
     loader.close()

@@ -1,4 +1,4 @@
-"""Loaders on real gloo processes: same rows for every layout, after SIGKILL, and errors on all ranks."""
+"""Loaders on real gloo processes: same sequences for every layout, after SIGKILL, and errors on all ranks."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from corpora import make_dataset
+from corpora import SIDE, make_dataset
 
 WORKER = Path(__file__).with_name("loader_worker.py")
 STEPS = 12
@@ -47,8 +47,8 @@ def finish(processes: list[subprocess.Popen[bytes]], limit: float = 200) -> list
             process.kill()
 
 
-def rows(out: Path, model: int = 0) -> dict[int, tuple[str, list[str], list[str]]]:
-    """Per step: the order hash, the rows of the whole global batch and its documents.
+def steps_of(out: Path, model: int = 0) -> dict[int, tuple[str, list[str], list[str]]]:
+    """Per step: the order hash, the sequences of the whole global batch and its documents.
 
     Of a step that was read again after a kill, the last attempt counts: ranks may have been ahead of the
     saved position, and another number of ranks divides the batch differently.
@@ -67,9 +67,9 @@ def rows(out: Path, model: int = 0) -> dict[int, tuple[str, list[str], list[str]
             seen[step, entry["dp"]] = entry
     result: dict[int, tuple[str, list[str], list[str]]] = {}
     for (step, _), entry in sorted(seen.items()):
-        text, all_rows, documents = result.get(step, (entry["hash"], [], []))
+        text, sequences, documents = result.get(step, (entry["hash"], [], []))
         assert text == entry["hash"]
-        result[step] = (text, all_rows + entry["rows"], documents + entry["documents"])
+        result[step] = (text, sequences + entry["sequences"], documents + entry["documents"])
     return result
 
 
@@ -84,7 +84,7 @@ def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def reference(options: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -> dict[int, Any]:
     out = tmp_path_factory.mktemp("reference")
     assert finish(start(out, 1, options)) == [0]
-    result = rows(out)
+    result = steps_of(out)
     assert sorted(result) == list(range(STEPS))
     assert len(set(result[3][1])) == 8
     return result
@@ -98,7 +98,7 @@ def test_same_batches_for_every_layout(
     more = {**options, "model": model, "micro_batch_size": 1}
     assert finish(start(tmp_path / "run", world, more)) == [0] * world
     for model_rank in range(model):
-        assert rows(tmp_path / "run", model_rank) == reference
+        assert steps_of(tmp_path / "run", model_rank) == reference
 
 
 @pytest.mark.slow
@@ -125,7 +125,7 @@ def test_killed_at_random_points_and_resumed_at_other_sizes(
             process.wait()
     assert kills >= 5
     assert finish(start(out, 2, options)) == [0, 0]
-    assert rows(out) == reference
+    assert steps_of(out) == reference
 
 
 @pytest.mark.slow
@@ -155,7 +155,7 @@ def test_any_exception_on_one_rank_stops_the_others_with_its_cause(
 
 
 def test_later_pipeline_stages_get_no_pixels(options: dict[str, Any], tmp_path: Path) -> None:
-    """Rank 1 of the model group leaves the images out; everything else is the same."""
+    """Rank 1 of the model group gets no images; everything else is the same."""
     out = tmp_path / "run"
     more = {**options, "model": 2, "pixel_ranks": [0], "steps": 3}
     assert finish(start(out, 2, more)) == [0, 0]
@@ -166,4 +166,4 @@ def test_later_pipeline_stages_get_no_pixels(options: dict[str, Any], tmp_path: 
         (e["step"], e["hash"], e["documents"]) for e in last
     ]
     assert all(shape[0] > 0 for e in first for shape in e["images"])
-    assert all(shape == [0, 3, 32, 32] for e in last for shape in e["images"])
+    assert all(shape == [0, 3, SIDE, SIDE] for e in last for shape in e["images"])

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from corpora import LOADER, config, make_dataset, small_tokenizer
+from corpora import SIDE, TOKENS_PER_IMAGE, config, make_dataset, open_loader, run_config, small_tokenizer
 from lcl_mcore.batch import MicroBatch, StepBatch
-from lcl_mcore.data.loader import build_loader
+from lcl_mcore.data.loader import DataContext, build_loader
 from lcl_mcore.errors import ConfigError, DataError
 
 TOKENIZER = small_tokenizer()
-P = LOADER["tokens_per_image"]
+P = TOKENS_PER_IMAGE
 S = 128
 
 
@@ -29,33 +29,32 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
 
 
 def steps(data: Any, count: int, **more: Any) -> list[StepBatch]:
-    options = {**LOADER, "tokenizer": TOKENIZER, "dp_rank": 0, "dp_size": 1, **more}
-    loader = build_loader(data, **options)
+    loader = open_loader(data, **more)
     try:
         return [next(loader) for _ in range(count)]
     finally:
         loader.close()
 
 
-def rows_of(step: StepBatch) -> list[tuple[Any, ...]]:
-    """Each row of a step with its images, independent of how rows are grouped."""
-    rows = []
+def sequences_of(step: StepBatch) -> list[tuple[Any, ...]]:
+    """Each sequence of a step with its images, independent of how they are grouped."""
+    sequences = []
     for batch in step.micro_batches:
-        for r in range(len(batch.sequence_keys)):
-            mine = (batch.image_starts >= r * S) & (batch.image_starts < (r + 1) * S)
-            context = (batch.context_positions >= r * S) & (batch.context_positions < (r + 1) * S)
-            rows.append(
+        for b in range(len(batch.sequence_keys)):
+            mine = (batch.image_starts >= b * S) & (batch.image_starts < (b + 1) * S)
+            context = (batch.context_positions >= b * S) & (batch.context_positions < (b + 1) * S)
+            sequences.append(
                 (
-                    batch.tokens[r * S : (r + 1) * S].tolist(),
-                    batch.positions[r * S : (r + 1) * S].tolist(),
-                    int(batch.sequence_keys[r]),
+                    batch.tokens[b * S : (b + 1) * S].tolist(),
+                    batch.positions[b * S : (b + 1) * S].tolist(),
+                    int(batch.sequence_keys[b]),
                     batch.image_keys[mine].tolist(),
                     batch.images[mine].sum((1, 2, 3)).tolist(),
-                    (batch.context_positions[context] - r * S).tolist(),
+                    (batch.context_positions[context] - b * S).tolist(),
                     batch.group_ids[context].tolist(),
                 )
             )
-    return rows
+    return sequences
 
 
 def check_contract(batch: MicroBatch) -> None:
@@ -82,9 +81,9 @@ def check_contract(batch: MicroBatch) -> None:
         place += length
     assert batch.image_starts.tolist() == starts
     assert batch.context_positions.tolist() == contexts
-    assert batch.image_starts[batch.context_images].tolist() == [row + 1 for row in contexts]
+    assert batch.image_starts[batch.context_images].tolist() == [place + 1 for place in contexts]
     assert list(zip(batch.target_positions.tolist(), batch.target_labels.tolist(), strict=True)) == targets
-    assert batch.images.shape == (len(starts), 3, 32, 32)
+    assert batch.images.shape == (len(starts), 3, SIDE, SIDE)
     assert batch.images.dtype == torch.uint8
     assert len(set(batch.image_keys.tolist())) == len(starts)
     assert len(batch.group_ids) == len(contexts)
@@ -107,14 +106,14 @@ def test_batches_keep_the_contract(folders: list[Path], packing: str) -> None:
 
 def test_order_does_not_depend_on_the_layout(folders: list[Path]) -> None:
     data = config(*folders, weights=(0.5, 0.3, 0.2))
-    wanted = [rows_of(step) for step in steps(data, 5)]
-    assert [rows_of(s) for s in steps(data, 5, micro_batch_size=8)] == wanted
+    wanted = [sequences_of(step) for step in steps(data, 5)]
+    assert [sequences_of(s) for s in steps(data, 5, micro_batch_size=8)] == wanted
     assert [
-        rows_of(s) for s in steps(config(*folders, weights=(0.5, 0.3, 0.2), decode_threads=1), 5)
+        sequences_of(s) for s in steps(config(*folders, weights=(0.5, 0.3, 0.2), decode_threads=1), 5)
     ] == wanted
     other = config(*folders, weights=(0.5, 0.3, 0.2), prefetch_steps=5)
-    assert [rows_of(s) for s in steps(other, 5)] == wanted
-    assert [rows_of(s) for s in steps(data, 5, seed=6)] != wanted
+    assert [sequences_of(s) for s in steps(other, 5)] == wanted
+    assert [sequences_of(s) for s in steps(data, 5, seed=6)] != wanted
 
 
 @pytest.mark.parametrize("packing", ["best_fit", "windows", "off"])
@@ -124,7 +123,7 @@ def test_resume_continues_exactly(folders: list[Path], packing: str) -> None:
     for k in (1, 4, 9):
         position = json.loads(json.dumps(whole[k - 1].position))
         rest = steps(data, 12 - k, position=position)
-        assert [rows_of(s) for s in rest] == [rows_of(s) for s in whole[k:]]
+        assert [sequences_of(s) for s in rest] == [sequences_of(s) for s in whole[k:]]
         assert [s.order_hash for s in rest] == [s.order_hash for s in whole[k:]]
         assert rest[-1].position == whole[-1].position
     assert len(json.dumps(whole[-1].position)) < 4000
@@ -136,7 +135,7 @@ def test_other_settings_are_refused_by_name(folders: list[Path], tmp_path: Path)
     cases = [
         (config(*folders), {"seed": 6}, "seed was 5, is 6"),
         (config(*folders), {"global_batch_size": 4}, "global_batch_size was 8, is 4"),
-        (config(*folders), {"tokens_per_image": 4}, "tokens_per_image was 9, is 4"),
+        (config(*folders), {"patch_size": 18}, "tokens_per_image was 9, is 4"),
         (config(*folders, weights=(2, 1, 1)), {}, "sources.pair.weight was 1.0, is 2.0"),
         (config(*folders, sequence_length=256), {}, "sequence_length was 128, is 256"),
         (config(*folders, crop_scale=(0.5, 1.0)), {}, "crop_scale"),
@@ -148,9 +147,13 @@ def test_other_settings_are_refused_by_name(folders: list[Path], tmp_path: Path)
             steps(data, 1, position=position, **more)
     with pytest.raises(DataError, match="damaged"):
         steps(config(*folders), 1, position={**position, "states": [[1]] * 8})
-    with pytest.raises(ConfigError, match="multiple of micro-batch"):
-        steps(config(*folders), 1, micro_batch_size=3)
-    with pytest.raises(ConfigError, match="must hold an image"):
+    with pytest.raises(ConfigError) as uneven:
+        build_loader(run_config(config(*folders)), DataContext(dp_size=3), TOKENIZER)
+    assert str(uneven.value) == (
+        "train.global_batch_size = 8 with 3 data-parallel ranks and train.micro_batch_size = 2: every rank runs the "
+        "same number of whole micro-batches. Use a multiple of 6."
+    )
+    with pytest.raises(ValueError, match="must hold an image"):
         steps(config(*folders, sequence_length=10), 1)
 
 
@@ -159,16 +162,16 @@ def test_released_variants_differ_as_documented(folders: list[Path]) -> None:
     for step in steps(released, 4):
         for batch in step.micro_batches:
             assert len(batch.documents) == len(batch.sequence_keys)
-            for r in range(len(batch.sequence_keys)):
-                row = batch.tokens[r * S : (r + 1) * S].tolist()
-                text_first = row[0] == TOKENIZER.bos
-                assert text_first or row[0] == TOKENIZER.boi
-                assert (TOKENIZER.eos in row) == (not text_first)
-                texts = sum(token < TOKENIZER.text_size for token in row)
-                mine = (batch.target_positions >= r * S) & (batch.target_positions < (r + 1) * S)
+            for b in range(len(batch.sequence_keys)):
+                tokens = batch.tokens[b * S : (b + 1) * S].tolist()
+                text_first = tokens[0] == TOKENIZER.bos
+                assert text_first or tokens[0] == TOKENIZER.boi
+                assert (TOKENIZER.eos in tokens) == (not text_first)
+                texts = sum(token < TOKENIZER.text_size for token in tokens)
+                mine = (batch.target_positions >= b * S) & (batch.target_positions < (b + 1) * S)
                 assert int(mine.sum()) == texts + 1  # <BoI> if the text is first, else the end token
                 has_context = (
-                    (batch.context_positions >= r * S) & (batch.context_positions < (r + 1) * S)
+                    (batch.context_positions >= b * S) & (batch.context_positions < (b + 1) * S)
                 ).any()
                 assert bool(has_context) == text_first
 
@@ -177,13 +180,13 @@ def test_text_only_batches(tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "sequence", "sequence", 40)
     for step in steps(config(folder, source_options={"max_images": 0}), 3):
         assert step.counts.images == (0,)
-        assert step.micro_batches[0].images.shape == (0, 3, 32, 32)
+        assert step.micro_batches[0].images.shape == (0, 3, SIDE, SIDE)
         assert step.statistics["image_imbalance"] == 1.0
         check_contract(step.micro_batches[0])
 
 
 def test_loader_stops_cleanly_and_repeats_its_error(folders: list[Path]) -> None:
-    loader = build_loader(config(*folders), **LOADER, tokenizer=TOKENIZER, dp_rank=0, dp_size=1)
+    loader = open_loader(config(*folders))
     next(loader)
     loader.close()
     loader.close()
@@ -192,9 +195,9 @@ def test_loader_stops_cleanly_and_repeats_its_error(folders: list[Path]) -> None
 
 
 def test_attention_pairs_are_those_of_the_documents(tmp_path: Path) -> None:
-    """The count that MFU uses: causal pairs within documents, padding left out."""
+    """The count that MFU uses: causal pairs within documents, without padding."""
     folder = make_dataset(tmp_path / "pairs")
-    loader = build_loader(config(folder), tokenizer=small_tokenizer(), dp_rank=0, dp_size=1, **LOADER)
+    loader = open_loader(config(folder))
     try:
         for _ in range(3):
             step = next(loader)

@@ -7,7 +7,7 @@ from collections import Counter
 import numpy as np
 import pytest
 
-from lcl_mcore.data.order import DocumentOrder, SampleIndex, mix_schedule
+from lcl_mcore.data.order import DocumentOrder, SampleIndex, mixture_schedule
 from lcl_mcore.errors import DataError
 from lcl_mcore.rng import KeyedRandom, Permutation, key64
 
@@ -37,46 +37,46 @@ def test_keys_separate_types_and_boundaries() -> None:
 
 
 def test_schedule_follows_weights_everywhere() -> None:
-    schedule = np.array(mix_schedule([0.7, 0.2, 0.1]))
+    schedule = np.array(mixture_schedule([0.7, 0.2, 0.1]))
     for source, share in enumerate([0.7, 0.2, 0.1]):
         given = np.cumsum(schedule == source)
         wanted = share * np.arange(1, len(schedule) + 1)
         assert np.abs(given - wanted).max() < 1.5
     with pytest.raises(DataError, match="smallest share"):
-        mix_schedule([1.0, 1e-6])
+        mixture_schedule([1.0, 1e-6])
 
 
 def test_each_epoch_shows_every_document_once() -> None:
-    order = DocumentOrder([30, 20], [0.5, 0.5], ["a", "b"], lanes=4, seed=3)
-    draws = [order.draw(lane, n) for lane in range(4) for n in range(400)]
-    assert max(Counter(draws).values()) == 1
-    first = {draw.index for draw in draws if draw.source == 1 and draw.epoch == 0}
+    order = DocumentOrder([30, 20], [0.5, 0.5], ["a", "b"], streams=4, seed=3)
+    samples = [order.sample(stream, n) for stream in range(4) for n in range(400)]
+    assert max(Counter(samples).values()) == 1
+    first = {sample.index for sample in samples if sample.source == 1 and sample.epoch == 0}
     assert first == set(range(20))
     epochs = [
-        [d.index for d in (order.draw(0, n) for n in range(2000)) if d == SampleIndex(0, e, d.index)]
+        [s.index for s in (order.sample(0, n) for n in range(2000)) if s == SampleIndex(0, e, s.index)]
         for e in (0, 1)
     ]
     assert epochs[0] != epochs[1]
 
 
-def test_every_lane_sees_the_whole_mix() -> None:
-    order = DocumentOrder([1000, 1000], [0.5, 0.5], ["a", "b"], lanes=2, seed=3)
-    for lane in (0, 1):
-        counts = Counter(order.draw(lane, n).source for n in range(100))
+def test_every_stream_sees_the_whole_mixture() -> None:
+    order = DocumentOrder([1000, 1000], [0.5, 0.5], ["a", "b"], streams=2, seed=3)
+    for stream in (0, 1):
+        counts = Counter(order.sample(stream, n).source for n in range(100))
         assert counts == {0: 50, 1: 50}
 
 
 def test_blocks_of_neighbours_stay_together() -> None:
-    order = DocumentOrder([103], [1.0], ["a"], lanes=1, seed=1, block=10)
-    indices = [order.draw(0, n).index for n in range(103)]
+    order = DocumentOrder([103], [1.0], ["a"], streams=1, seed=1, block=10)
+    indices = [order.sample(0, n).index for n in range(103)]
     assert sorted(indices) == list(range(103))
     assert all(indices[i] + 1 == indices[i + 1] for i in range(100) if i % 10 != 9)
     assert indices[:100] != list(range(100))
 
 
 def test_a_hundred_million_documents_need_no_table() -> None:
-    order = DocumentOrder([100_000_000], [1.0], ["a"], lanes=1024, seed=1)
-    indices = {order.draw(1000, n).index for n in range(2000)}
+    order = DocumentOrder([100_000_000], [1.0], ["a"], streams=1024, seed=1)
+    indices = {order.sample(1000, n).index for n in range(2000)}
     assert len(indices) == 2000
     assert max(indices) > 95_000_000
     assert min(indices) < 5_000_000

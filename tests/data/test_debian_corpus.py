@@ -12,9 +12,9 @@ from PIL import Image
 
 from lcl_mcore.config.schema import DataConfig, SourceConfig
 from lcl_mcore.data.corpora import fetch
-from lcl_mcore.data.dataset import NativeDataset
+from lcl_mcore.data.format import NativeDataset
 from lcl_mcore.data.inspection import Inspector
-from lcl_mcore.data.prepare.engine import Options, prepare
+from lcl_mcore.data.prepare.engine import PrepareOptions, prepare
 from lcl_mcore.data.prepare.html import HtmlReader
 from lcl_mcore.data.tokenizer import train_bpe
 from lcl_mcore.errors import DataError
@@ -33,10 +33,10 @@ def pages() -> Path:
 
 
 @pytest.mark.timeout(600)
-def test_pages_become_full_rows(pages: Path, tmp_path: Path) -> None:
-    """Nothing is lost without a reason, plain webdataset reads the result, and rows of 2048 are full."""
+def test_pages_become_full_sequences(pages: Path, tmp_path: Path) -> None:
+    """Nothing is lost without a reason, plain webdataset reads the result, and sequences of 2048 are full."""
     out = tmp_path / "native"
-    manifest = prepare(HtmlReader(pages), out, Options(max_repeats=30), workers=2, quiet=True)
+    manifest = prepare(HtmlReader(pages), out, PrepareOptions(max_repeats=30), workers=2, quiet=True)
     data = NativeDataset(str(out))
     documents = [data.document(i)[0] for i in range(len(data))]
     samples = list(webdataset.WebDataset(sorted(map(str, out.glob("*.tar"))), shardshuffle=False))
@@ -55,7 +55,7 @@ def test_pages_become_full_rows(pages: Path, tmp_path: Path) -> None:
     assert sum(manifest["dropped_images"].values()) > 0  # the logo on every page
     tokenizer = train_bpe((text for document in documents for text in document.texts), 2000)
     source = SourceConfig(path=str(out))
-    inspector = Inspector(DataConfig(sequence_length=2048), source, tokenizer, image_tokens=196)
+    inspector = Inspector(DataConfig(sequence_length=2048), source, tokenizer, tokens_per_image=196)
     statistics = inspector.statistics()
     inspector.close()
     data.close()

@@ -1,44 +1,61 @@
-"""Runs preparation jobs on several processes; may be killed at any moment and continued.
+"""Prepares a data set part by part on several processes; may be killed at any moment and continued.
 
-A job covers a fixed part of the input and writes shards under names of its own. Its record in the
-`.progress` folder appears after its shards are complete, so a job without record is simply done again.
-When all are recorded, the manifest is written and the records go.
+A reader of one public format divides its input into fixed parts. Each part writes shards under names of its own. Its
+record in the `.progress` folder appears after its shards are complete, so a part without a record is simply done
+again. When all are recorded, the manifest is written and the records go.
+
+Images in too many documents (logos, buttons) are found before, in bounded memory: every part writes the sorted keys
+of its images, each once per document, and the keys are counted range by range.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
-import logging
 import multiprocessing
 import shutil
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from lcl_mcore.data.document import MAX_IMAGES, Document, ImageEntry, Kind
+import numpy as np
+from tqdm import tqdm
+
+from lcl_mcore.data.format import (
+    MANIFEST,
+    MAX_IMAGES,
+    Document,
+    ImageEntry,
+    Kind,
+    ShardInfo,
+    ShardWriter,
+    parse_manifest,
+    write_manifest,
+)
 from lcl_mcore.data.images import BadImageError
 from lcl_mcore.data.prepare.normalise import ImageLimits, entry_for, normalise
-from lcl_mcore.data.prepare.progress import Progress
-from lcl_mcore.data.shards import MANIFEST, ShardInfo, ShardWriter, write_manifest
-from lcl_mcore.data.untrusted_json import BadJsonError, parse_object
+from lcl_mcore.data.untrusted_json import parse_object
 from lcl_mcore.errors import DataError, explain
 from lcl_mcore.storage import atomic_write
 
-logger = logging.getLogger(__name__)
+T = TypeVar("T")
 PROGRESS = ".progress"
+KEY_RANGES = 64
 
 
 @dataclass(frozen=True)
-class Options:
+class PrepareOptions:
     """How documents are prepared, whatever their format.
 
-    limits              what a image must be
-    max_repeats         a image used in more documents than this is dropped everywhere (0: no limit)
-    require_image       documents left without a image are dropped
-    shard_documents, shard_bytes   a shard is closed when it reaches one of these
+    Attributes:
+        limits: what an image must be.
+        max_repeats: an image used in more documents than this is dropped everywhere (0: no limit).
+        require_image: documents left without an image are dropped.
+        shard_documents, shard_bytes: a shard is closed when it reaches one of these.
     """
 
     limits: ImageLimits = field(default_factory=ImageLimits)
@@ -49,17 +66,23 @@ class Options:
 
 
 @dataclass(frozen=True)
-class Job:
-    """A part of the input: `name` begins its shards' names, `part` says to the reader what it is."""
+class InputPart:
+    """A part of the input.
+
+    Attributes:
+        name: begins its shards' names.
+        where: says to the reader what it is; picklable.
+        weight: its share of the work, for the progress bar.
+    """
 
     name: str
-    part: Any
+    where: Any
     weight: int = 1
 
 
 @dataclass(frozen=True)
 class RawImage:
-    """A image as found. `read` may raise `BadImageError`."""
+    """An image as found. `read` may raise `BadImageError`."""
 
     read: Callable[[], bytes]
     text_index: int = 0
@@ -87,10 +110,10 @@ class Dropped:
 class Reader(Protocol):
     """One public format."""
 
-    def jobs(self) -> Sequence[Job]:
+    def parts(self) -> Sequence[InputPart]:
         """All parts of the input, in a fixed order."""
 
-    def documents(self, job: Job) -> Iterator[RawDocument | Dropped]:
+    def documents(self, part: InputPart) -> Iterator[RawDocument | Dropped]:
         """The documents of one part, in a fixed order."""
 
     def describe(self) -> dict[str, Any]:
@@ -101,53 +124,73 @@ class Reader(Protocol):
 class FindsImages(Protocol):
     """A reader that can list images without reading documents in full."""
 
-    def images(self, job: Job) -> Iterator[Sequence[RawImage]]:
+    def images(self, part: InputPart) -> Iterator[Sequence[RawImage]]:
         """The images of each document of one part; more than `documents` has is allowed."""
 
 
 @dataclass
-class JobResult:
-    """What one job wrote and dropped."""
+class PartResult:
+    """What one part wrote and dropped."""
 
     shards: list[ShardInfo]
     documents: Counter[str]
     images: Counter[str]
 
     def to_json(self) -> bytes:
-        """The content of the job's record."""
+        """The content of the part's record."""
         return json.dumps(
             {"shards": [asdict(s) for s in self.shards], "documents": self.documents, "images": self.images}
         ).encode()
 
     @staticmethod
-    def from_json(content: bytes) -> JobResult:
+    def from_json(content: bytes) -> PartResult:
         """The inverse of `to_json`."""
         data = parse_object(content)
         shards = [ShardInfo(**item) for item in data["shards"]]
-        return JobResult(shards, Counter(data["documents"]), Counter(data["images"]))
+        return PartResult(shards, Counter(data["documents"]), Counter(data["images"]))
 
 
 def prepare(
-    reader: Reader, output: Path, options: Options, *, workers: int = 2, quiet: bool = False, **more: Any
+    reader: Reader,
+    output: Path,
+    options: PrepareOptions,
+    *,
+    workers: int = 2,
+    quiet: bool = False,
+    **more: Any,
 ) -> dict[str, Any]:
-    """Write the native data set of a reader's documents to `output`; does nothing if it is there."""
+    """Write the native data set of a reader's documents; does nothing if it is there.
+
+    Args:
+        reader: the input.
+        output: the data set's folder.
+        options: what is kept, and how large shards are.
+        workers: processes.
+        quiet: no progress bar.
+        **more: stored in the manifest.
+
+    Returns:
+        The manifest.
+
+    Raises:
+        DataError: no document is usable, or `output` was made from something else.
+    """
     plan = json.loads(json.dumps({"input": reader.describe(), "options": asdict(options)}))
-    progress_folder = output / PROGRESS
+    records = output / PROGRESS
     done = _existing(output, plan)
     if done is not None:
-        shutil.rmtree(progress_folder, ignore_errors=True)
+        shutil.rmtree(records, ignore_errors=True)
         return done
-    progress_folder.mkdir(parents=True, exist_ok=True)
-    _claim(progress_folder / "plan.json", plan, output)
-    jobs = list(reader.jobs())
+    records.mkdir(parents=True, exist_ok=True)
+    _claim(records / "plan.json", plan, output)
+    parts = list(reader.parts())
     repeated: frozenset[int] = frozenset()
     if options.max_repeats:
-        from lcl_mcore.data.prepare.repeats import find_repeated
-
-        repeated = find_repeated(reader, jobs, progress_folder, options, workers, quiet)
-    run = _Run(reader, output, options, repeated)
-    _run_jobs(run, jobs, progress_folder, workers, quiet)
-    results = [JobResult.from_json((progress_folder / f"{job.name}.json").read_bytes()) for job in jobs]
+        repeated = _find_repeated(reader, parts, records, options.max_repeats, workers, quiet)
+    waiting = [part for part in parts if not (records / f"{part.name}.json").exists()]
+    work = partial(_prepare_part, reader, output, options, repeated)
+    _run(work, waiting, workers, "preparing", _summary, quiet=quiet)
+    results = [PartResult.from_json((records / f"{part.name}.json").read_bytes()) for part in parts]
     shards = [shard for result in results for shard in result.shards]
     if not shards:
         reasons = sum((result.documents for result in results), Counter())
@@ -161,26 +204,23 @@ def prepare(
         plan=plan,
         **more,
     )
-    shutil.rmtree(progress_folder)
+    shutil.rmtree(records)
     return manifest
 
 
 def _existing(output: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
     """The manifest of a complete earlier run; refuses one made from something else."""
-    if not (output / MANIFEST).exists():
+    path = output / MANIFEST
+    if not path.exists():
         return None
-    try:
-        manifest = parse_object((output / MANIFEST).read_bytes(), max_bytes=256 << 20)
-    except BadJsonError as error:
-        remedy = "Delete the folder and prepare it again."
-        raise DataError(explain(output / MANIFEST, f"is damaged: {error}", remedy)) from error
+    manifest = parse_manifest(str(path), path.read_bytes())
     if manifest.get("plan") != plan:
         raise DataError(_other_plan(output))
     return manifest
 
 
 def _claim(path: Path, plan: dict[str, Any], output: Path) -> None:
-    """Note what this folder is being made from, or find that it is just that."""
+    """Record what this folder is being made from, or find that it is just that."""
     if path.exists() and json.loads(path.read_text()) != plan:
         raise DataError(_other_plan(output))
     atomic_write(path, json.dumps(plan).encode())
@@ -191,24 +231,93 @@ def _other_plan(output: Path) -> str:
     return explain(output, rule, "Choose another output folder, or delete this one first.")
 
 
-def _run_jobs(run: _Run, jobs: Iterable[Job], records: Path, workers: int, quiet: bool) -> None:
-    """Every job that has no record yet, on `workers` processes."""
-    waiting = [job for job in jobs if not (records / f"{job.name}.json").exists()]
-    if not waiting:
-        return
-    progress = Progress(sum(job.weight for job in waiting), "preparing", quiet=quiet)
-    if workers == 1 or len(waiting) == 1:
-        for job in waiting:
-            progress.advance(job.weight, _summary(run(job)))
-        return
-    context = multiprocessing.get_context("spawn")  # forking a process with threads can deadlock
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        futures: dict[Future[JobResult], Job] = {pool.submit(run, job): job for job in waiting}
-        for future in as_completed(futures):
-            progress.advance(futures[future].weight, _summary(future.result()))
+def _run(
+    work: Callable[[InputPart], T],
+    waiting: Sequence[InputPart],
+    workers: int,
+    what: str,
+    summary: Callable[[T], dict[str, int]],
+    *,
+    quiet: bool,
+) -> None:
+    """`work` on every waiting part, on `workers` processes; what `summary` counts is added up in the bar."""
+    counts: Counter[str] = Counter()
+    with tqdm(total=sum(part.weight for part in waiting), desc=what, disable=quiet) as bar:
+
+        def advance(part: InputPart, result: T) -> None:
+            counts.update(summary(result))
+            bar.set_postfix(counts, refresh=False)
+            bar.update(part.weight)
+
+        if workers == 1 or len(waiting) <= 1:
+            for part in waiting:
+                advance(part, work(part))
+            return
+        context = multiprocessing.get_context("spawn")  # forking a process with threads can deadlock
+        with ProcessPoolExecutor(workers, mp_context=context) as pool:
+            futures: dict[Future[T], InputPart] = {pool.submit(work, part): part for part in waiting}
+            for future in as_completed(futures):
+                advance(futures[future], future.result())
 
 
-def _summary(result: JobResult) -> dict[str, int]:
+# --- one part ---
+
+
+def _prepare_part(
+    reader: Reader, output: Path, options: PrepareOptions, repeated: frozenset[int], part: InputPart
+) -> PartResult:
+    """Write the shards of one part, then its record."""
+    result = PartResult([], Counter(), Counter())
+    writer: ShardWriter | None = None
+    for ordinal, raw in enumerate(reader.documents(part)):
+        if isinstance(raw, Dropped):
+            result.documents[raw.reason] += 1
+            continue
+        made = _document(f"{part.name}-{ordinal:08d}", raw, options, repeated, result)
+        if made is None:
+            continue
+        if writer is None:
+            writer = ShardWriter(output / f"{part.name}-{len(result.shards):03d}.tar")
+        writer.add(*made, **raw.more)
+        if writer.documents >= options.shard_documents or writer.size >= options.shard_bytes:
+            result.shards.append(writer.close())
+            writer = None
+    if writer is not None:
+        result.shards.append(writer.close())
+    atomic_write(output / PROGRESS / f"{part.name}.json", result.to_json())
+    return result
+
+
+def _document(
+    key: str, raw: RawDocument, options: PrepareOptions, repeated: frozenset[int], result: PartResult
+) -> tuple[Document, list[bytes]] | None:
+    """The document with the images that are kept; None if it is dropped."""
+    if len(raw.images) > MAX_IMAGES:
+        result.documents["too many images"] += 1
+        return None
+    entries: list[ImageEntry] = []
+    contents: list[bytes] = []
+    for image in raw.images:
+        try:
+            content = image.read()
+            if repeated and image_key(content) in repeated:
+                raise BadImageError("over-repeated")
+            stored = normalise(content, options.limits)
+        except BadImageError as error:
+            result.images[error.reason] += 1
+            raw.more.setdefault("dropped_images", []).append(
+                {"source": image.source[:500], "verdict": str(error)[:200]}
+            )
+            continue
+        entries.append(entry_for(len(entries), stored, image.text_index, image.similarity))
+        contents.append(stored[0])
+    if not entries and (options.require_image or not any(raw.texts)):
+        result.documents["no image left"] += 1
+        return None
+    return Document(key=key, kind=raw.kind, texts=raw.texts, images=tuple(entries)), contents
+
+
+def _summary(result: PartResult) -> dict[str, int]:
     return {
         "documents": sum(shard.documents for shard in result.shards),
         "images": sum(shard.images for shard in result.shards),
@@ -217,67 +326,60 @@ def _summary(result: JobResult) -> dict[str, int]:
     }
 
 
-class _Run:
-    """Does one job in whatever process it is called."""
+# --- repeated images ---
 
-    def __init__(self, reader: Reader, output: Path, options: Options, repeated: frozenset[int]) -> None:
-        self._reader = reader
-        self._output = output
-        self._options = options
-        self._repeated = repeated
 
-    def __call__(self, job: Job) -> JobResult:
-        result = JobResult([], Counter(), Counter())
-        writer: ShardWriter | None = None
-        for ordinal, raw in enumerate(self._reader.documents(job)):
-            if isinstance(raw, Dropped):
-                result.documents[raw.reason] += 1
-                continue
-            made = self._document(f"{job.name}-{ordinal:08d}", raw, result)
-            if made is None:
-                continue
-            if writer is None:
-                writer = ShardWriter(self._output / f"{job.name}-{len(result.shards):03d}.tar")
-            writer.add(*made, **raw.more)
-            full = (
-                writer.documents >= self._options.shard_documents or writer.size >= self._options.shard_bytes
-            )
-            if full:
-                result.shards.append(writer.close())
-                writer = None
-        if writer is not None:
-            result.shards.append(writer.close())
-        atomic_write(self._output / PROGRESS / f"{job.name}.json", result.to_json())
-        return result
+def image_key(content: bytes) -> int:
+    """64 bits that identify an image's bytes."""
+    return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
 
-    def _document(self, key: str, raw: RawDocument, result: JobResult) -> tuple[Document, list[bytes]] | None:
-        """The document with the images that are kept; None if it is dropped."""
-        if len(raw.images) > MAX_IMAGES:
-            result.documents["too many images"] += 1
-            return None
-        entries: list[ImageEntry] = []
-        contents: list[bytes] = []
-        for image in raw.images:
+
+def images_of(reader: Reader, part: InputPart) -> Iterator[Sequence[RawImage]]:
+    """The images of each document of one part, found as cheaply as the format allows."""
+    if isinstance(reader, FindsImages):
+        yield from reader.images(part)
+        return
+    for raw in reader.documents(part):
+        if not isinstance(raw, Dropped):
+            yield raw.images
+
+
+def _find_repeated(
+    reader: Reader, parts: Sequence[InputPart], records: Path, limit: int, workers: int, quiet: bool
+) -> frozenset[int]:
+    """Keys of the images used in more than `limit` documents."""
+    waiting = [part for part in parts if not (records / f"{part.name}.keys.npy").exists()]
+    work = partial(_write_keys, reader, records)
+    _run(work, waiting, workers, "hashing images", lambda images: {"images": images}, quiet=quiet)
+    files = [np.load(records / f"{part.name}.keys.npy", mmap_mode="r", allow_pickle=False) for part in parts]
+    repeated: list[int] = []
+    for number in range(KEY_RANGES):
+        low = number << 58
+        bounds = np.array([low, low + ((1 << 58) - 1)], dtype=np.uint64)
+        slices = [keys[slice(*_range(keys, bounds))] for keys in files]
+        keys, counts = np.unique(np.concatenate(slices), return_counts=True)
+        repeated += keys[counts > limit].tolist()
+    return frozenset(repeated)
+
+
+def _range(keys: np.ndarray, bounds: np.ndarray) -> tuple[int, int]:
+    """Where the sorted keys between two bounds lie."""
+    return int(np.searchsorted(keys, bounds[0], "left")), int(np.searchsorted(keys, bounds[1], "right"))
+
+
+def _write_keys(reader: Reader, records: Path, part: InputPart) -> int:
+    """Write the sorted keys of one part's images, each once per document; returns their number."""
+    keys: list[int] = []
+    for images in images_of(reader, part):
+        found = set()
+        for image in images:
             try:
-                stored = self._image(image)
-            except BadImageError as error:
-                result.images[error.reason] += 1
-                raw.more.setdefault("dropped_images", []).append(
-                    {"source": image.source[:500], "verdict": str(error)[:200]}
-                )
+                found.add(image_key(image.read()))
+            except BadImageError:
                 continue
-            entries.append(entry_for(len(entries), stored, image.text_index, image.similarity))
-            contents.append(stored[0])
-        if not entries and (self._options.require_image or not any(raw.texts)):
-            result.documents["no image left"] += 1
-            return None
-        return Document(key=key, kind=raw.kind, texts=raw.texts, images=tuple(entries)), contents
-
-    def _image(self, image: RawImage) -> tuple[bytes, str, int, int]:
-        content = image.read()
-        if self._repeated:
-            from lcl_mcore.data.prepare.repeats import image_key
-
-            if image_key(content) in self._repeated:
-                raise BadImageError("over-repeated")
-        return normalise(content, self._options.limits)
+        keys.extend(found)
+    path = records / f"{part.name}.keys.npy"
+    unfinished = path.with_suffix(".part.npy")
+    np.save(unfinished, np.sort(np.array(keys, dtype=np.uint64)), allow_pickle=False)
+    unfinished.replace(path)
+    return len(keys)

@@ -18,7 +18,7 @@ REMEDY = "Download the file again."
 
 
 def read_image(root: Path, name: str) -> bytes:
-    """A image file below `root`. Names that lead out of it, and links, are refused."""
+    """An image file below `root`. Names that lead out of it, and links, are refused."""
     base = root.resolve()
     path = base / name
     try:

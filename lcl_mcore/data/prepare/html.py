@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from lcl_mcore.data.prepare.engine import Dropped, Job, RawDocument, RawImage
+from lcl_mcore.data.prepare.engine import Dropped, InputPart, RawDocument, RawImage
 from lcl_mcore.data.prepare.files import describe_files, inputs, read_image
 from lcl_mcore.data.untrusted_json import clean_text
 
-PAGES_PER_JOB = 40
+PAGES_PER_PART = 40
 MAX_PAGE_BYTES = 16 << 20
 SKIPPED = re.compile("script|style|nav|header|footer|aside|noscript|template|form|svg|title")
 SKIPPED_CLASSES = re.compile(
@@ -27,37 +27,37 @@ BLOCKS = re.compile(
     "figcaption|br|hr"
 )
 # Possessive, and ending at the next "<": time grows with the page's length only.
-PICTURE_TAG = re.compile(r"""<img\b(?:[^<>"']++|"[^"<]{0,4096}+"|'[^'<]{0,4096}+'){0,64}+>""", re.IGNORECASE)
+IMAGE_TAG = re.compile(r"""<img\b(?:[^<>"']++|"[^"<]{0,4096}+"|'[^'<]{0,4096}+'){0,64}+>""", re.IGNORECASE)
 VOID = re.compile("br|hr|img|input|meta|link|area|base|col|embed|source|track|wbr")
 
 
 class HtmlReader:
-    """Sequence documents: paragraphs and images in page order, navigation left out."""
+    """Sequence documents: paragraphs and images in page order, without navigation."""
 
     def __init__(self, source: Path, *, min_words: int = 20) -> None:
         self._source = source.resolve()
         self._files = inputs(self._source, ".html", ".htm", ".xhtml")
         self._min_words = min_words
 
-    def jobs(self) -> Sequence[Job]:
-        """Some pages per job."""
-        starts = range(0, len(self._files), PAGES_PER_JOB)
+    def parts(self) -> Sequence[InputPart]:
+        """Some pages per part."""
+        starts = range(0, len(self._files), PAGES_PER_PART)
         return [
-            Job(f"pages-{n:05d}", start, min(PAGES_PER_JOB, len(self._files) - start))
+            InputPart(f"pages-{n:05d}", start, min(PAGES_PER_PART, len(self._files) - start))
             for n, start in enumerate(starts)
         ]
 
-    def documents(self, job: Job) -> Iterator[RawDocument | Dropped]:
-        """The pages of one job that have images."""
-        for path in self._files[job.part : job.part + PAGES_PER_JOB]:
+    def documents(self, part: InputPart) -> Iterator[RawDocument | Dropped]:
+        """The pages of one part that have images."""
+        for path in self._files[part.where : part.where + PAGES_PER_PART]:
             yield self._page(path)
 
-    def images(self, job: Job) -> Iterator[Sequence[RawImage]]:
+    def images(self, part: InputPart) -> Iterator[Sequence[RawImage]]:
         """All images of each page, in navigation and headers too, without reading the page in full."""
-        for path in self._files[job.part : job.part + PAGES_PER_JOB]:
+        for path in self._files[part.where : part.where + PAGES_PER_PART]:
             if not path.is_symlink() and path.stat().st_size <= MAX_PAGE_BYTES:
                 page = _Page()
-                for tag in PICTURE_TAG.findall(path.read_bytes().decode("utf-8", "replace")):
+                for tag in IMAGE_TAG.findall(path.read_bytes().decode("utf-8", "replace")):
                     page.feed(tag)
                     page.reset()  # whatever a broken tag left open
                 yield self._images(path, page)
@@ -87,20 +87,24 @@ class HtmlReader:
         images = []
         for place, address in page.images:
             try:
-                parts = urlsplit(address)
+                address_parts = urlsplit(address)
             except ValueError:  # not an address at all
                 continue
-            if parts.scheme or parts.netloc:
+            if address_parts.scheme or address_parts.netloc:
                 continue
             root = self._source if self._source.is_dir() else path.parent
-            local = (path.parent / unquote(parts.path)).resolve() if "\0" not in parts.path else path
+            local = (
+                (path.parent / unquote(address_parts.path)).resolve()
+                if "\0" not in address_parts.path
+                else path
+            )
             name = str(local.relative_to(root)) if local.is_relative_to(root) else "../outside"
             images.append(RawImage(partial(read_image, root, name), place, source=address[:500]))
         return tuple(images)
 
 
 class _Page(HTMLParser):
-    """Collects texts and images; a image's place is the number of texts before it."""
+    """Collects texts and images; an image's place is the number of texts before it."""
 
     def __init__(self) -> None:
         super().__init__(convert_charrefs=True)
@@ -110,7 +114,7 @@ class _Page(HTMLParser):
         self._open: list[tuple[str, bool]] = []  # tag, and whether it hides its content
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """A block ends the running text; a image ends it and takes its place."""
+        """A block ends the running text; an image ends it and takes its place."""
         values = {name: value or "" for name, value in attrs}
         if BLOCKS.fullmatch(tag):
             self.end_text()

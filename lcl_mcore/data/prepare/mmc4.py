@@ -9,13 +9,13 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from lcl_mcore.data.document import MAX_TEXTS, finite_number
+from lcl_mcore.data.format import MAX_TEXTS, finite_number
 from lcl_mcore.data.images import BadImageError
-from lcl_mcore.data.prepare.engine import Dropped, Job, RawDocument, RawImage
+from lcl_mcore.data.prepare.engine import Dropped, InputPart, RawDocument, RawImage
 from lcl_mcore.data.prepare.files import describe_files, inputs, lines, open_lines, read_image
 from lcl_mcore.data.untrusted_json import BadJsonError, clean_text, parse_object
 
-LINES_PER_JOB = 2_000
+LINES_PER_PART = 2_000
 MAX_LISTED = 20_000
 
 
@@ -27,23 +27,23 @@ class Mmc4Reader:
         self._files = inputs(source, ".jsonl", ".jsonl.zip")
         self._images = images or (source if source.is_dir() else source.parent) / "images"
 
-    def jobs(self) -> Sequence[Job]:
+    def parts(self) -> Sequence[InputPart]:
         """Every file in parts of some thousand lines."""
         result = []
         for number, path in enumerate(self._files):
             with open_lines(path) as stream:
                 count = sum(1 for _ in lines(stream))
-            for start in range(0, count, LINES_PER_JOB):
-                name = f"docs-{number:05d}-{start // LINES_PER_JOB:05d}"
-                result.append(Job(name, (str(path), start), min(LINES_PER_JOB, count - start)))
+            for start in range(0, count, LINES_PER_PART):
+                name = f"docs-{number:05d}-{start // LINES_PER_PART:05d}"
+                result.append(InputPart(name, (str(path), start), min(LINES_PER_PART, count - start)))
         return result
 
-    def documents(self, job: Job) -> Iterator[RawDocument | Dropped]:
+    def documents(self, part: InputPart) -> Iterator[RawDocument | Dropped]:
         """The documents of some lines."""
-        path, start = job.part
+        path, start = part.where
         with open_lines(Path(path)) as stream:
             for number, line in enumerate(lines(stream)):
-                if number >= start + LINES_PER_JOB:
+                if number >= start + LINES_PER_PART:
                     return
                 if number >= start:
                     yield self._document(line)

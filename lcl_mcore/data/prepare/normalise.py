@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from PIL import Image
 
-from lcl_mcore.data.document import ImageEntry
+from lcl_mcore.data.format import ImageEntry
 from lcl_mcore.data.images import MAX_PIXELS, ORIENTATION, BadImageError, open_image, upright_rgb
 
 KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
@@ -16,7 +16,7 @@ KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
 @dataclass(frozen=True)
 class ImageLimits:
-    """What a image must be to be kept. `shrink_to`: shorter side after shrinking (0: as it is)."""
+    """What an image must be to be kept. `shrink_to`: shorter side after shrinking (0: as it is)."""
 
     max_pixels: int = MAX_PIXELS
     min_side: int = 64

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from lcl_mcore.data.images import MAX_BYTES
-from lcl_mcore.data.prepare.engine import Dropped, Job, RawDocument, RawImage
+from lcl_mcore.data.prepare.engine import Dropped, InputPart, RawDocument, RawImage
 from lcl_mcore.data.prepare.files import describe_files, inputs
 from lcl_mcore.data.untrusted_json import BadJsonError, clean_text, parse_object
 
-PICTURES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
+IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
 TEXTS = ("txt", "json", "caption")
 
 
@@ -23,26 +23,26 @@ class PairReader:
         self._source = source
         self._files = inputs(source, ".tar")
 
-    def jobs(self) -> Sequence[Job]:
-        """One job per tar, weighted by size."""
+    def parts(self) -> Sequence[InputPart]:
+        """One part per tar, weighted by size."""
         return [
-            Job(f"pairs-{number:05d}", str(path), max(1, path.stat().st_size >> 20))
+            InputPart(f"pairs-{number:05d}", str(path), max(1, path.stat().st_size >> 20))
             for number, path in enumerate(self._files)
         ]
 
-    def documents(self, job: Job) -> Iterator[RawDocument | Dropped]:
+    def documents(self, part: InputPart) -> Iterator[RawDocument | Dropped]:
         """The pairs of one tar, in its order."""
         seen: set[str] = set()
         key = ""
         members: dict[str, bytes] = {}
-        size = Path(job.part).stat().st_size
+        size = Path(part.where).stat().st_size
         try:
-            with tarfile.open(job.part, "r:") as tar:
+            with tarfile.open(part.where, "r:") as tar:
                 for member in tar:
                     if member.offset_data + member.size > size:
                         raise EOFError
                     stem, extension = _split(member.name)
-                    if not member.isfile() or extension not in PICTURES + TEXTS:
+                    if not member.isfile() or extension not in IMAGES + TEXTS:
                         continue
                     if stem != key:
                         yield from self._pair(key, members, seen)
@@ -70,7 +70,7 @@ class PairReader:
             yield Dropped("a key stands twice")
             return
         seen.add(key)
-        image = next((members[e] for e in PICTURES if e in members), None)
+        image = next((members[e] for e in IMAGES if e in members), None)
         if image is None:
             yield Dropped("no image in the sample")
             return

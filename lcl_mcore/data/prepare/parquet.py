@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from lcl_mcore.data.images import BadImageError
-from lcl_mcore.data.prepare.engine import Dropped, Job, RawDocument, RawImage
+from lcl_mcore.data.prepare.engine import Dropped, InputPart, RawDocument, RawImage
 from lcl_mcore.data.prepare.files import describe_files, inputs, read_image
 from lcl_mcore.data.untrusted_json import BadJsonError, clean_text
 from lcl_mcore.errors import DataError, explain
@@ -26,7 +26,7 @@ ROWS_PER_BATCH = 256
 
 
 class ParquetReader:
-    """Sequence documents; `max_duplicates` uses OmniCorpus's own count of a image's copies."""
+    """Sequence documents; `max_duplicates` uses OmniCorpus's own count of an image's copies."""
 
     def __init__(self, source: Path, images: Path | None = None, *, max_duplicates: int = 0) -> None:
         try:
@@ -39,8 +39,8 @@ class ParquetReader:
         self._max_duplicates = max_duplicates
         self._table: dict[str, str] | None = None
 
-    def jobs(self) -> Sequence[Job]:
-        """One job per row group."""
+    def parts(self) -> Sequence[InputPart]:
+        """One part per row group."""
         import pyarrow
         import pyarrow.parquet as parquet
 
@@ -53,14 +53,14 @@ class ParquetReader:
                 raise DataError(message) from error
             for group in range(metadata.num_row_groups):
                 rows = metadata.row_group(group).num_rows
-                result.append(Job(f"rows-{number:05d}-{group:05d}", (str(path), group), max(rows, 1)))
+                result.append(InputPart(f"rows-{number:05d}-{group:05d}", (str(path), group), max(rows, 1)))
         return result
 
-    def documents(self, job: Job) -> Iterator[RawDocument | Dropped]:
+    def documents(self, part: InputPart) -> Iterator[RawDocument | Dropped]:
         """The documents of one row group. `END_OF_DOCUMENT...` inside a text begins a new document."""
         import pyarrow.parquet as parquet
 
-        path, group = job.part
+        path, group = part.where
         with parquet.ParquetFile(path) as file:
             names = [name for name in ("images", "texts", "metadata") if name in file.schema_arrow.names]
             for batch in file.iter_batches(ROWS_PER_BATCH, row_groups=[group], columns=names):
@@ -89,10 +89,10 @@ class ParquetReader:
                     read = partial(self._read, clean_text(url), details[place] if details else None)
                     images.append(RawImage(read, len(made_texts), source=url[:500]))
                     continue
-                parts = clean_text(text).split(END_OF_DOCUMENT)
-                for last, part in [*((False, p) for p in parts[:-1]), (True, parts[-1])]:
-                    if part.strip():
-                        made_texts.append(part.strip())
+                pieces = clean_text(text).split(END_OF_DOCUMENT)
+                for last, piece in [*((False, p) for p in pieces[:-1]), (True, pieces[-1])]:
+                    if piece.strip():
+                        made_texts.append(piece.strip())
                     if not last and (made_texts or images):
                         yield RawDocument("sequence", tuple(made_texts), tuple(images))
                         made_texts, images = [], []

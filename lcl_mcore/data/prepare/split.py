@@ -11,10 +11,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from lcl_mcore.data.dataset import ImageDamagedError, NativeDataset
-from lcl_mcore.data.document import Document
-from lcl_mcore.data.prepare.progress import Progress
-from lcl_mcore.data.shards import MANIFEST, ShardInfo, ShardWriter, write_manifest
+from tqdm import tqdm
+
+from lcl_mcore.data.format import (
+    MANIFEST,
+    Document,
+    ImageDamagedError,
+    NativeDataset,
+    ShardInfo,
+    ShardWriter,
+    parse_manifest,
+    write_manifest,
+)
 from lcl_mcore.data.untrusted_json import parse_object
 from lcl_mcore.errors import DataError, explain
 from lcl_mcore.rng import key64
@@ -29,8 +37,18 @@ def split(
 ) -> dict[str, Any]:
     """Write `output/train` and `output/heldout`; does nothing if both are there.
 
-    Returns the sizes of both parts. Raises `DataError` for a share outside 0..1, if one part would be
-    empty, or if `output` holds another split.
+    Args:
+        source: a prepared data set.
+        output: the folder of both parts.
+        heldout_share: of the documents, between 0 and 1.
+        seed: keys which documents are held out.
+        quiet: no progress bar.
+
+    Returns:
+        Documents, images and fingerprint of both parts.
+
+    Raises:
+        DataError: a share outside 0..1, a part that would be empty, or another split in `output`.
     """
     if not 0.0 < heldout_share < 1.0:
         raise DataError(explain(f"heldout share {heldout_share}", "must lie between 0 and 1", "Try 0.1."))
@@ -91,17 +109,15 @@ def _write(data: NativeDataset, output: Path, plan: dict[str, Any], *, quiet: bo
     if not heldout or len(heldout) == len(images):
         rule = f"of {len(images)} documents {len(heldout)} would be held out"
         raise DataError(explain(data.path, rule, "Change the share, or lower --max-repeats when preparing."))
-    progress = Progress(len(images), "splitting", quiet=quiet)
-    writers = [_Part(output / part) for part in PARTS]
-    for index in range(len(images)):
+    writers = [_SplitWriter(output / part) for part in PARTS]
+    for index in tqdm(range(len(images)), "splitting", disable=quiet):
         writers[index in heldout].add(data, index)
-        progress.advance(1, {"documents": 1})
     for writer in reversed(writers):
         writer.close(plan)
 
 
-class _Part:
-    """Writes one part, shard by shard."""
+class _SplitWriter:
+    """Writes one side of the split, shard by shard."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -128,7 +144,7 @@ class _Part:
             self._writer = None
 
     def close(self, plan: dict[str, Any]) -> None:
-        """Complete the part: only now does it count as there."""
+        """Complete it: only now does it count as there."""
         if self._writer is not None:
             self._shards.append(self._writer.close())
         write_manifest(
@@ -147,4 +163,5 @@ def _done(output: Path, plan: dict[str, Any]) -> bool:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    return parse_object((folder / MANIFEST).read_bytes(), max_bytes=256 << 20)
+    path = folder / MANIFEST
+    return parse_manifest(str(path), path.read_bytes())
