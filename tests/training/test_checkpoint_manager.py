@@ -77,7 +77,7 @@ def test_steps_and_clocks_say_when_to_save(
     assert slurm.manager.out_of_time()
     slurm.now = 4879.0
     assert not slurm.manager.out_of_time()
-    with pytest.raises(ValueError, match=r"checkpoint\.minutes = -1"):
+    with pytest.raises(ValueError, match="minutes\n  Input should be greater than or equal to 0"):
         CheckpointConfig(minutes=-1)
 
 
