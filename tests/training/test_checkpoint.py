@@ -7,12 +7,15 @@ import os
 import pickle
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from launch import torchrun
+from lcl_mcore.checkpoint.consolidate import consolidate, consolidated_weights, load_weights
 from lcl_mcore.checkpoint.dcp import METADATA
 from lcl_mcore.checkpoint.store import (
     MANIFEST,
@@ -21,18 +24,28 @@ from lcl_mcore.checkpoint.store import (
     parse_manifest,
     verify,
 )
+from lcl_mcore.config.files import read_config
+from lcl_mcore.errors import CheckpointError
+from lcl_mcore.interop.init_from import start_from
+from lcl_mcore.interop.weights_file import (
+    consolidated_state,
+    read_consolidated,
+    without_vocabulary_padding,
+    write_consolidated,
+)
 from runs import assert_same_run, records
 
 pytestmark = pytest.mark.slow
 Arguments = Callable[..., list[str]]
 Tool = Callable[..., Any]
+LAYER_SCALE = "model.vision.layer_scale=0.5"
 
 
 @pytest.fixture(scope="module")
 def finished(arguments: Arguments, run_tool: Tool, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one process with checkpoints at steps 6 and 8."""
     out = tmp_path_factory.mktemp("checkpoints") / "run"
-    done = run_tool(*arguments(out))
+    done = run_tool(*arguments(out, LAYER_SCALE))
     assert done.returncode == 0, done.stdout + done.stderr
     assert [p.name for p in complete_checkpoints(out / "checkpoints")] == ["step-00000006", "step-00000008"]
     return out
@@ -81,12 +94,97 @@ def test_a_damaged_checkpoint_is_skipped_for_the_previous_one(
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 4
     shard.write_bytes(content)
-    done = run_tool(*arguments(out, "--resume"))
+    done = run_tool(*arguments(out, "--resume", LAYER_SCALE))
     assert done.returncode == 0, done.stderr
     assert f"{newest}: damaged, skipped: {shard.name}: content changed" in done.stdout
     assert "6 steps done" in done.stdout
     assert verify(newest) == []  # written again
     assert_same_run(finished, out)
+
+
+def give_old_names(checkpoint: Path) -> list[str]:
+    """Rewrite a checkpoint under the names of before the layer scale was called gamma; returns these names."""
+    metadata = pickle.loads((checkpoint / METADATA).read_bytes())
+
+    def old(name: str) -> str:
+        return name.replace("_bda.gamma", "_bda.gain")
+
+    tensors, places = metadata.state_dict_metadata, metadata.storage_data
+    metadata.state_dict_metadata = {old(name): tensor for name, tensor in tensors.items()}
+    metadata.storage_data = {replace(index, fqn=old(index.fqn)): place for index, place in places.items()}
+    vouch_for(checkpoint, METADATA, pickle.dumps(metadata))
+    return sorted(set(metadata.state_dict_metadata) - set(tensors))
+
+
+def vouch_for(checkpoint: Path, name: str, content: bytes) -> None:
+    """Replace a file of a checkpoint, and its entry in the manifest."""
+    (checkpoint / name).write_bytes(content)
+    entries = parse_manifest((checkpoint / MANIFEST).read_bytes())
+    entries[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (checkpoint / MANIFEST).write_bytes(manifest_bytes(entries))
+
+
+def test_a_checkpoint_with_old_parameter_names_continues_bitwise(
+    finished: Path, arguments: Arguments, run_tool: Tool, tmp_path: Path
+) -> None:
+    """Weights and both moments of the layer scale are found under their old names; new checkpoints have the new."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    oldest, newest = complete_checkpoints(out / "checkpoints")
+    shutil.rmtree(newest)
+    assert give_old_names(oldest) == [
+        f"{kind}/vision.blocks.layers.{layer}.{branch}_bda.gain"
+        for kind in ("exp_avg", "exp_avg_sq", "weights")
+        for layer in (0, 1)
+        for branch in ("mlp", "self_attn")
+    ]
+    done = run_tool(*arguments(out, "--resume", LAYER_SCALE))
+    assert done.returncode == 0, done.stderr
+    assert f"resume: {oldest}, 6 steps done" in done.stdout
+    assert_same_run(finished, out)
+    written = (newest / METADATA).read_bytes()
+    assert b"_bda.gamma" in written
+    assert b"_bda.gain" not in written
+
+
+def test_weights_with_old_parameter_names_are_found(
+    finished: Path, build: Callable[..., Any], tmp_path: Path
+) -> None:
+    """For evaluation, for consolidation, and in a weights file that was consolidated before the change."""
+    original = complete_checkpoints(finished / "checkpoints")[-1]
+    copy = tmp_path / original.name
+    shutil.copytree(original, copy)
+    assert len(give_old_names(copy)) == 12
+    wanted = consolidated_weights(original)
+    found = read_consolidated(consolidate(str(copy), tmp_path / "weights"))
+    vocabulary = read_config(original / "config.yaml").model.language.vocab_size
+    assert_equal(found, without_vocabulary_padding(wanted, vocabulary))
+
+    shape = read_config(original / "config.yaml").model
+    model, other = build(shape, seed=1), build(shape, seed=2)
+    load_weights(copy, model)
+    assert_equal(consolidated_state(model), found)
+    old = {name.replace("_bda.gamma", "_bda.gain"): tensor for name, tensor in found.items()}
+    assert old.keys() != found.keys()
+    start_from(other, write_consolidated(old, shape, tmp_path / "old"), 0, 1)
+    assert_equal(consolidated_state(other), found)
+
+
+def assert_equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+def test_a_tensor_under_both_names_is_refused(finished: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "copy"
+    shutil.copytree(complete_checkpoints(finished / "checkpoints")[-1], copy)
+    tensors = pickle.loads((copy / METADATA).read_bytes())
+    name = "weights/vision.blocks.layers.0.mlp_bda.gamma"
+    tensors.state_dict_metadata[name.replace("gamma", "gain")] = tensors.state_dict_metadata[name]
+    vouch_for(copy, METADATA, pickle.dumps(tensors))
+    with pytest.raises(CheckpointError, match="it holds a tensor under an old and under its present name"):
+        consolidated_weights(copy)
 
 
 class _Payload:
@@ -107,11 +205,8 @@ def test_a_malicious_checkpoint_does_not_run(
     shutil.copytree(finished, out)
     newest = complete_checkpoints(out / "checkpoints")[-1]
     forged = pickle.dumps(_Payload(str(proof)))
-    (newest / METADATA).write_bytes(forged)
-    entries = parse_manifest((newest / MANIFEST).read_bytes())
-    entries[METADATA] = {"bytes": len(forged), "sha256": hashlib.sha256(forged).hexdigest()}
-    (newest / MANIFEST).write_bytes(manifest_bytes(entries))
-    done = run_tool(*arguments(out, "--resume"))
+    vouch_for(newest, METADATA, forged)
+    done = run_tool(*arguments(out, "--resume", LAYER_SCALE))
     assert not proof.exists()
     assert done.returncode == 2
     assert "refers to posix.mkdir" in done.stderr
