@@ -80,10 +80,9 @@ def starts_like_a_command(words: list[str]) -> bool:
 
 
 def options(text: Text) -> set[str]:
-    """`--option` of every piece of code."""
-    return {
-        name for code in (*text.blocks, *text.inline) for name in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)
-    }
+    """`--option` and `--section.option` of every piece of code."""
+    code = "\n".join((*text.blocks, *text.inline))
+    return set(re.findall(r"(?<![\w-])--[a-z][\w-]*(?:\.[a-z][\w-]*)*", code))
 
 
 def settings(text: Text) -> set[str]:
