@@ -7,18 +7,8 @@ python tools/evaluate.py {retrieval,caption} MODEL --data dataset_coco.json --im
 python tools/evaluate.py zeroshot MODEL --data imagenet --classnames names.txt
 """
 
-from __future__ import annotations
-
-import sys
-
 from lcl_mcore.commands.entry import run_main
-from lcl_mcore.evaluation.commands import parse, run
-
-
-def main() -> int:
-    run(parse(sys.argv[1:]))
-    return 0
-
+from lcl_mcore.commands.evaluate import main
 
 if __name__ == "__main__":
     run_main(main)

@@ -10,12 +10,13 @@ from __future__ import annotations
 import contextlib
 import difflib
 import functools
+import inspect
 import io
 import itertools
 import sys
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import MISSING as NO_DEFAULT
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -69,15 +70,34 @@ def parse(cls: type[T], arguments: Sequence[str] | None = None) -> T:
     """Read the command line of a command.
 
     Args:
-        cls: the command's options, made by `config_dataclass`, or a union of such classes for sub-commands. The
-            docstring is the head of --help.
+        cls: the command's options, made by `config_dataclass`; its docstring is the head of --help.
         arguments: the words; None: those of this process.
 
     Raises:
         ConfigError: a flag or value is refused.
     """
-    given = parse_unchecked(cls, arguments)
-    return from_dict(given.cls, given.tree())
+    return checked(cls, parse_unchecked(cls, arguments).tree())
+
+
+def parse_commands(
+    commands: Mapping[str, type[T]], arguments: Sequence[str] | None = None, about: str | None = None
+) -> T:
+    """Read the command line of a command that has sub-commands.
+
+    Args:
+        commands: options by name of the sub-command.
+        arguments: as for `parse`.
+        about: head of --help.
+
+    Returns:
+        The options of the sub-command that was named.
+
+    Raises:
+        ConfigError: a flag or value is refused.
+    """
+    members = tuple(Annotated[cls, tyro.conf.subcommand(name)] for name, cls in commands.items())
+    given = parse_unchecked(typing.Union[members], arguments, about)  # noqa: UP007  # made of a tuple
+    return checked(given.cls, given.tree())
 
 
 def parse_unchecked(
@@ -89,7 +109,7 @@ def parse_unchecked(
     """`parse` without the last step, for a caller that still changes values.
 
     Args:
-        cls: as for `parse`.
+        cls: as for `parse`, or a union of such classes for sub-commands.
         arguments: as for `parse`.
         about: head of --help instead of the docstring.
         defaults: for a class of a section, the instance whose values are the defaults.
@@ -104,7 +124,7 @@ def parse_unchecked(
             given, unknown = tyro.cli(
                 cls,
                 args=joined(sys.argv[1:] if arguments is None else arguments, flags),
-                description=about,
+                description=about or inspect.cleandoc(cls.__doc__ or ""),
                 registry=_registry(defaults or {}),
                 return_unknown_args=True,
                 config=(tyro.conf.PositionalMetavarFromFieldName,),
@@ -120,6 +140,18 @@ def parse_unchecked(
         raise ConfigError(explain(word, rule, f"Did you mean {near[0]}?" if near else "See --help."))
     assert isinstance(given, Given)
     return given
+
+
+def checked(cls: type[T], tree: dict[str, Any]) -> T:
+    """The options that the values of a command line make; a mistake is named by its flag.
+
+    Raises:
+        ConfigError: a value or combination is refused.
+    """
+    spelled: dict[str, str] = {}
+    for flag, field in flags_of(cls).items():
+        spelled.setdefault(field.path, flag)
+    return from_dict(cls, tree, flags=spelled)
 
 
 def flags_of(cls: Any, prefix: str = "", path: str = "") -> dict[str, Flag]:
@@ -247,7 +279,7 @@ def _registry(defaults: dict[type, Any]) -> ConstructorRegistry:
                 is_instance=lambda value: True,
                 str_from_instance=lambda value: [str(value)],
             )
-        width = len(typing.get_args(members[0])) or 1
+        width = len(typing.get_args(members[0])) if typing.get_origin(members[0]) is tuple else 1
         return PrimitiveConstructorSpec(
             nargs="*" if ... in members else len(members),
             metavar=f"[{metavar} ...]" if ... in members else " ".join(_metavar(m) for m in members),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, TypeVar, dataclass_transform
 
 import pydantic
@@ -50,13 +50,16 @@ def to_dict(config: Any) -> dict[str, Any]:
     return result
 
 
-def from_dict(cls: type[T], data: dict[str, Any], source: str = "") -> T:
+def from_dict(
+    cls: type[T], data: dict[str, Any], source: str = "", flags: Mapping[str, str] | None = None
+) -> T:
     """Build a configuration from a nested dict.
 
     Args:
         cls: a class made by `config_dataclass`.
         data: its fields; sections may be dicts or finished configurations.
         source: the file that the values come from, named in front of every mistake.
+        flags: how a field is spelled on the command line, by its path, for classes that are only read from there.
 
     Raises:
         ConfigError: one line for each mistake, `MOST_LINES` at most: the value, the rule, the remedy.
@@ -65,7 +68,7 @@ def from_dict(cls: type[T], data: dict[str, Any], source: str = "") -> T:
         return pydantic.TypeAdapter(cls).validate_python(data)
     except pydantic.ValidationError as error:
         prefix = f"{source}: " if source else ""
-        lines = [prefix + _describe(cls, item) for item in error.errors()]
+        lines = [prefix + _describe(cls, item, flags or {}) for item in error.errors()]
         if len(lines) > MOST_LINES:
             more = len(lines) - MOST_LINES + 1
             lines[MOST_LINES - 1 :] = [f"and {more} more mistakes."]
@@ -125,7 +128,7 @@ _KINDS = {
 }
 
 
-def _describe(cls: type, item: Any) -> str:
+def _describe(cls: type, item: Any, flags: Mapping[str, str]) -> str:
     """One mistake that pydantic reports, as value, rule and remedy."""
     kind, context, value = item["type"], item.get("ctx", {}), item["input"]
     if kind == "value_error" and isinstance(context["error"], ConfigError):
@@ -133,7 +136,8 @@ def _describe(cls: type, item: Any) -> str:
     where = ".".join(str(part) for part in item["loc"])
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         return explain(where, "no setting has this name", _nearest(cls, where))
-    given = f"{where} = {_shown(value)}"
+    flag = flags.get(".".join(part for part in item["loc"] if isinstance(part, str)))
+    given = f"{flag} {_shown(value)}" if flag else f"{where} = {_shown(value)}"
     if kind in _RULES:
         bound, rule = _RULES[kind]
         limit = context.get(bound, "")

@@ -11,7 +11,7 @@ from typing import Annotated, Any, TypeVar
 import tyro
 import yaml
 
-from lcl_mcore.config.arguments import last_value, parse_unchecked
+from lcl_mcore.config import arguments
 from lcl_mcore.config.base import config_dataclass, from_dict, require
 from lcl_mcore.config.files import read_config
 from lcl_mcore.config.recipes import RECIPES, load_recipe, source_options
@@ -46,7 +46,7 @@ _SHORT = {
 """One word for several flags."""
 
 
-def parse_run(cls: type[Options], arguments: Sequence[str] | None = None) -> Options:
+def parse_run(cls: type[Options], words: Sequence[str] | None = None) -> Options:
     """Read a command line whose flags change a recipe or a file.
 
     In this order, later over earlier: the recipe or file, the flags, `--set`.
@@ -54,19 +54,19 @@ def parse_run(cls: type[Options], arguments: Sequence[str] | None = None) -> Opt
     Args:
         cls: the command's options; `run` is the training configuration. A field `data` of PATH[:WEIGHT] gives its data
             sources.
-        arguments: the words; None: those of this process.
+        words: the command line; None: that of this process.
 
     Raises:
         ConfigError: neither or both of --recipe and --config, or a value or combination is refused.
     """
     words = [
         part
-        for word in (sys.argv[1:] if arguments is None else arguments)
+        for word in (sys.argv[1:] if words is None else words)
         for part in _SHORT.get(word.replace("_", "-"), (word,))
     ]
     base, name = _base(words)
     about = f"{inspect.cleandoc(cls.__doc__ or '')}\n\nDefaults are those of {name}."
-    tree = parse_unchecked(cls, words, about, {RunConfig: base}).tree()
+    tree = arguments.parse_unchecked(cls, words, about, {RunConfig: base}).tree()
     require(
         (tree["recipe"] is None) != (tree["config"] is None),
         f"{'both' if tree['recipe'] else 'neither'} of --recipe and --config",
@@ -82,12 +82,12 @@ def parse_run(cls: type[Options], arguments: Sequence[str] | None = None) -> Opt
     for assignment in tree["set"]:
         _assign(run, assignment)
     tree["run"] = from_dict(RunConfig, with_current_names(run))
-    return from_dict(cls, tree)
+    return arguments.checked(cls, tree)
 
 
 def _base(words: Sequence[str]) -> tuple[RunConfig, str]:
     """What the flags change, and what it is called."""
-    recipe, file = last_value(words, "--recipe"), last_value(words, "--config")
+    recipe, file = arguments.last_value(words, "--recipe"), arguments.last_value(words, "--config")
     if recipe is not None:
         return load_recipe(recipe), f"recipe {recipe}"
     if file is not None:

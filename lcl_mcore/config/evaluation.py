@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Annotated, Literal
 
+import tyro
 from pydantic import NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
 
 from lcl_mcore.config.base import config_dataclass, require
@@ -54,6 +55,8 @@ class ProbeConfig(FitConfig):
 class PairsConfig(FitConfig):
     """Training on images with captions."""
 
+    transfer: Annotated[Literal["frozen", "full"], tyro.conf.Suppress] = "frozen"
+    """As for every head; on the command line it may also be zeroshot, so the command has the flag."""
     steps: PositiveInt = 5000
     """Optimizer steps."""
     encoder_lr: PositiveFloat = 1e-5

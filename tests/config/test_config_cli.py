@@ -11,9 +11,12 @@ from typing import Any
 
 import pytest
 
+from command_options import command_options
 from lcl_mcore.commands.pretrain import PretrainOptions, parse_options
+from lcl_mcore.config import arguments
 from lcl_mcore.config.arguments import flags_of
 from lcl_mcore.config.base import to_dict
+from lcl_mcore.config.cli import RunOptions, parse_run
 from lcl_mcore.config.files import read_config, write_config
 from lcl_mcore.config.recipes import RECIPES, load_recipe
 from lcl_mcore.config.schema import RunConfig
@@ -181,3 +184,51 @@ def test_help_imports_nothing_heavy() -> None:
         [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
     )
     assert done.stdout.splitlines()[-1] == "[]"
+
+
+SEQUENCES = {
+    (name, flag)
+    for name, cls in command_options().items()
+    for flag, field in flags_of(cls).items()
+    if field.appends
+}
+
+
+def test_the_flags_that_take_any_number_of_values() -> None:
+    """Which they are, so that a new one is met by the test below with values that it accepts."""
+    runs = {
+        (name, flag)
+        for name in ("describe.DescribeOptions", "plan.PlanOptions", "pretrain.PretrainOptions")
+        for flag in ("--set", "--stage-layers", "--faults.skip-batches")
+    }
+    assert runs | {("pretrain.PretrainOptions", "--data"), ("export.ExportOptions", "--formats")} == SEQUENCES
+
+
+VALUES = {
+    "--set": ["train.steps=7", "log.every=3", "train.seed=2"],
+    "--stage-layers": ["0", "1", "1"],
+    "--faults.skip-batches": ["1", "2", "5", "9"],
+    "--data": ["a:2", "b", "c"],
+    "--formats": ["timm", "full", "released"],
+}
+REST = {
+    "describe.DescribeOptions": "--recipe demo --pp 3",
+    "plan.PlanOptions": "--recipe demo --pp 3 --gpus 3",
+    "pretrain.PretrainOptions": "--recipe demo --pp 3",
+    "export.ExportOptions": "--out o m",
+}
+
+
+@pytest.mark.parametrize(("name", "flag"), sorted(SEQUENCES))
+def test_repeating_a_flag_appends(name: str, flag: str) -> None:
+    """In one go, one by one, with other flags between, and with `=`: the same options."""
+    cls, rest, given = command_options()[name], REST[name].split(), VALUES[flag]
+
+    def parse(*words: str) -> Any:
+        return parse_run(cls, words) if issubclass(cls, RunOptions) else arguments.parse(cls, words)
+
+    together = parse(*rest, flag, *given)
+    assert together != parse(*rest)
+    assert parse(flag, given[0], *rest, *(word for value in given[1:] for word in (flag, value))) == together
+    assert parse(*rest, *(f"{flag}={value}" for value in given)) == together
+    assert parse(*rest, flag, *given[:2], f"{flag}={given[2]}", flag, *given[3:]) == together

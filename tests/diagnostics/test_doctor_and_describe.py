@@ -31,7 +31,7 @@ def test_describe_prints_the_released_sizes() -> None:
     assert report["tokens_per_image"] == {"encoder": 50, "language_model": 49, "with_markers": 51}
     text = run_script("tools/describe.py", "--recipe", "released-b32-mmc4").stdout
     assert "178,642,945" in text
-    assert "tokens per row         2048" in text
+    assert "tokens per sequence    2048" in text
 
 
 def test_describe_imports_nothing_heavy() -> None:

@@ -15,6 +15,7 @@ import runpy
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -23,6 +24,10 @@ import torch.distributed as dist
 from megatron.core import parallel_state
 from torch.distributed.run import get_args_parser
 
+from lcl_mcore.config import arguments as command_line
+
+READ = "the command line is read"
+"""A job of this `until` ends when its command line has been read."""
 STEPS = "steps"
 """A job of this `until` starts no process: the commands that it would start are read in its place."""
 
@@ -44,16 +49,21 @@ def script_of(words: list[str]) -> tuple[list[str], dict[str, str]]:
 
 
 def stop_at(until: str) -> contextlib.AbstractContextManager[Any]:
-    """The real function reads the command line, everything else is not called at all."""
-    if until != "argparse.ArgumentParser.parse_args":
+    """At `READ` the command line is read, by our commands' reader or a script's own; anything else is not called."""
+    if until != READ:
         return mock.patch(until, reached)
-    original = argparse.ArgumentParser.parse_args
 
-    def read_and_stop(*args: Any, **kwargs: Any) -> None:
-        original(*args, **kwargs)
-        raise Reached
+    def then_stop(original: Callable[..., Any]) -> Callable[..., Any]:
+        def read_and_stop(*args: Any, **kwargs: Any) -> None:
+            original(*args, **kwargs)
+            raise Reached
 
-    return mock.patch(until, read_and_stop)
+        return read_and_stop
+
+    stack = contextlib.ExitStack()
+    for owner, name in ((argparse.ArgumentParser, "parse_args"), (command_line, "checked")):
+        stack.enter_context(mock.patch.object(owner, name, then_stop(getattr(owner, name))))
+    return stack
 
 
 def recording(started: list[list[str]]) -> contextlib.AbstractContextManager[Any]:
@@ -105,7 +115,7 @@ def step(words: list[str]) -> dict[str, Any]:
     """The job that reads a command which a script starts with its own interpreter."""
     assert words[0] == sys.executable, words
     if words[1:3] != ["-m", "torch.distributed.run"]:
-        return {"words": words, "until": "argparse.ArgumentParser.parse_args", "world": 1}
+        return {"words": words, "until": READ, "world": 1}
     count = int(words[words.index("--nproc-per-node") + 1])
     return {
         "words": ["torchrun", *words[3:]],

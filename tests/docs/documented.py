@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-ARGUMENTS = "argparse.ArgumentParser.parse_args"
+ARGUMENTS = "the command line is read"
 START = "lcl_mcore.distributed.context.start"
 # A model of seconds; the flags of the documents stay as they are.
 TINY = (

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import argparse
 import ast
-import io
 import json
 import os
 import re
@@ -14,10 +12,8 @@ import sys
 import tomllib
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import pytest
 from packaging.requirements import Requirement
@@ -25,6 +21,7 @@ from packaging.requirements import Requirement
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE)]
 
+from command_options import command_options  # noqa: E402
 from doc_commands import DOCUMENTS, ROOT, Text, commands, links, options, settings, take_apart  # noqa: E402
 from docs_workspace import build  # noqa: E402
 from documented import ENTRIES, Entry  # noqa: E402
@@ -175,27 +172,11 @@ def assert_installable(wanted: Requirement) -> None:
 
 
 def flags_of_tools() -> set[str]:
-    """Options of everything that the documents start: from its dataclass, its parser, or its source."""
-    from lcl_mcore.commands.plan import PlanOptions
-    from lcl_mcore.commands.pretrain import PretrainOptions
+    """Options of everything that the documents start: from its dataclass, or its source."""
     from lcl_mcore.config.arguments import flags_of
-    from lcl_mcore.evaluation.commands import parse
 
-    found = {"--help", "--no-overlap", *flags_of(PretrainOptions), *flags_of(PlanOptions)}
-    original = argparse.ArgumentParser.add_argument
-
-    def note(parser: argparse.ArgumentParser, *names: str, **more: Any) -> argparse.Action:
-        found.update(name for name in names if name.startswith("--"))
-        return original(parser, *names, **more)
-
-    with (
-        mock.patch.object(argparse.ArgumentParser, "add_argument", note),
-        redirect_stdout(io.StringIO()),
-        pytest.raises(SystemExit),
-    ):
-        parse(["--help"])
+    found = {"--help", "--no-overlap"}.union(*(flags_of(cls) for cls in command_options().values()))
     scripts = (
-        "tools/*.py",
         "benchmarks/*.py",
         "examples/*/run.py",
         "campaigns/*.py",

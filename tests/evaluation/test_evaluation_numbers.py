@@ -12,12 +12,12 @@ import pytest
 import torch
 from PIL import Image
 
+from lcl_mcore.commands.evaluate import ClassifyOptions, HeldoutOptions, parse_options
 from lcl_mcore.config.evaluation import ProbeConfig
 from lcl_mcore.config.schema import EvaluationConfig
-from lcl_mcore.errors import DataError
+from lcl_mcore.errors import ConfigError, DataError
 from lcl_mcore.evaluation.captioning import scores, words
 from lcl_mcore.evaluation.classification import AttentionProbe, accuracy, fit_classifier
-from lcl_mcore.evaluation.commands import parse
 from lcl_mcore.evaluation.datasets import open_caption_dataset, open_classification_dataset
 from lcl_mcore.evaluation.embedding_metrics import effective_rank, mean_cosine
 from lcl_mcore.evaluation.retrieval import retrieval_scores
@@ -166,8 +166,11 @@ def test_probe_learns_where_to_look() -> None:
 def test_settings_and_command_lines_are_checked() -> None:
     with pytest.raises(ValueError, match="there is nothing to evaluate on"):
         EvaluationConfig(every=10)
-    with pytest.raises(ValueError, match=r"probe\.lr = 0\.0: must be positive"):
-        ProbeConfig(lr=0.0)
-    assert parse(["runs/demo", "--data", "x"]).command == "heldout"
-    flags = parse(["classify", "runs/demo", "--data", "x", "--transfer", "full", "--lr", "0.1"])
-    assert (flags.command, flags.transfer, flags.lr) == ("classify", "full", 0.1)
+    classify = ["classify", "runs/demo", "--data", "x"]
+    with pytest.raises(ConfigError) as caught:
+        parse_options([*classify, "--lr", "0"])
+    assert str(caught.value) == "--lr 0: must be positive. For example 0.0001."
+    assert parse_options(["runs/demo", "--data", "x"]) == HeldoutOptions(model=Path("runs/demo"), data="x")
+    options = parse_options([*classify, "--transfer", "full", "--lr", "0.1"])
+    assert isinstance(options, ClassifyOptions)
+    assert options.probe == ProbeConfig(transfer="full", lr=0.1)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -16,12 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from lcl_mcore.config.evaluation import CaptionConfig, PairsConfig, RetrievalConfig
+from lcl_mcore.commands.evaluate import RetrievalOptions, both_pairs, parse_options, transfer_settings
+from lcl_mcore.config.evaluation import CaptionConfig, RetrievalConfig
 from lcl_mcore.config.recipes import load_recipe
 from lcl_mcore.config.schema import LanguageConfig, ModelConfig, TokenizerConfig, VisionConfig
 from lcl_mcore.errors import ConfigError, NonFiniteError
 from lcl_mcore.evaluation import captioning, retrieval
-from lcl_mcore.evaluation.commands import _both_pairs, parse, transfer_settings
 from lcl_mcore.evaluation.datasets import CaptionDataset
 from lcl_mcore.evaluation.load import LoadedModel
 from lcl_mcore.evaluation.transfer import ImageEncoder, drop_path, require_disjoint, vit
@@ -312,37 +311,53 @@ def test_both_splits_of_one_file(tmp_path: Path) -> None:
     file = tmp_path / "k.json"
     file.write_text(json.dumps({"images": images}))
     loaded = SimpleNamespace(config=SimpleNamespace(model=SHAPE))
-    words = ["retrieval", "m", "--data", str(file), "--train", str(file)]
-    train, test = _both_pairs(parse([*words, "--train-split", "train,restval"]), loaded, 0)
+
+    def split(*words: str) -> tuple[CaptionDataset, CaptionDataset]:
+        options = parse_options(["retrieval", "m", "--data", str(file), "--train", str(file), *words])
+        assert isinstance(options, RetrievalOptions)
+        return both_pairs(options, loaded, 0)
+
+    train, test = split("--train-split", "train,restval")
     assert (list(train.captions), list(test.captions)) == ([("caption 1",), ("caption 2",)], [("caption 0",)])
     assert train.fetch([1]).unique().tolist() == [100]
-    assert len(_both_pairs(parse(words), loaded, 0)[0]) == 1
+    assert len(split()[0]) == 1
     with pytest.raises(ConfigError, match="must not be the test pairs"):
-        _both_pairs(parse([*words, "--train-split", "test"]), loaded, 0)
+        split("--train-split", "test")
 
 
 def test_what_is_refused(loaded: LoadedModel) -> None:
-    def settings(*words: str) -> dict[str, Any] | None:
-        flags: argparse.Namespace = parse(["retrieval", "runs/x", "--data", "d", *words])
-        return transfer_settings(flags)
+    def settings(*words: str) -> RetrievalConfig | None:
+        options = parse_options(["retrieval", "runs/x", "--data", "d", *words])
+        assert isinstance(options, RetrievalOptions)
+        return transfer_settings(options, options.training)
 
     assert settings() is None
-    assert settings("--train", "t", "--lr", "0.1") == {"transfer": "frozen", "lr": 0.1}
-    assert settings("--train", "t", "--transfer", "full") == {"transfer": "full"}
+    assert settings("--train", "t", "--lr", "0.1") == RetrievalConfig(transfer="frozen", lr=0.1)
+    assert settings("--train", "t", "--transfer", "full") == RetrievalConfig(transfer="full")
     for words, message in (
-        (("--transfer", "full"), "new parts learn from pairs"),
-        (("--train", "t", "--transfer", "zeroshot"), "zero-shot trains nothing"),
-        (("--steps", "3"), r"--steps without a transfer: zero-shot trains nothing"),
+        (
+            ("--transfer", "full"),
+            "--transfer full without --train: a head learns from pairs. "
+            "Give --train: a prepared data set, Karpathy's or COCO-style JSON.",
+        ),
+        (
+            ("--train", "t", "--transfer", "zeroshot"),
+            "--train without a transfer: zero-shot trains nothing. Use --transfer frozen or full.",
+        ),
+        (
+            ("--steps", "3"),
+            "--steps without a transfer: zero-shot trains nothing. Give --train, or leave it out.",
+        ),
+        (("--train", "t", "--steps", "0"), "--steps 0: must be positive. For example 5000."),
     ):
-        with pytest.raises(ConfigError, match=message):
+        with pytest.raises(ConfigError) as caught:
             settings(*words)
+        assert str(caught.value) == message
     with pytest.raises(ConfigError, match="must not be the test pairs"):
         require_disjoint(coloured(1, 0), coloured(1, 0), same_file=True)
     require_disjoint(coloured(1, 0), coloured(1, 0), same_file=False)
     with pytest.raises(ValueError, match="cannot write"):
         CaptionConfig(freeze_language_model=True)
-    with pytest.raises(ValueError, match=r"transfer\.steps = 0: must be positive"):
-        PairsConfig(steps=0)
     with pytest.raises(ConfigError, match=r"LM has 48 positions\. Use --text-tokens 41"):
         captioning.make_decoder(loaded, CaptionConfig(), None)
     with pytest.raises(ConfigError, match="is neither fresh, pretrained nor a folder"):
