@@ -28,7 +28,7 @@ from typing import Any
 from jobs import HERE, arguments_of, end_all, facts, make_corpus, quantiles, start, workers, write
 
 from lcl_mcore.checkpoint.store import complete_checkpoints, step_of
-from lcl_mcore.fault_tolerance.restart import EVENTS
+from lcl_mcore.fault_tolerance.events import EVENTS
 
 NOTICED, TRAINING = 2.0, 30.0
 PATIENCE = 300.0

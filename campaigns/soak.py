@@ -54,7 +54,7 @@ from jobs import (
     write,
 )
 
-from lcl_mcore.fault_tolerance.restart import EVENTS
+from lcl_mcore.fault_tolerance.events import EVENTS
 
 PATIENCE = 240.0  # seconds without a new step, after which the run counts as stuck
 FAULTS = ("rank", "rank", "rank", "writer", "writer", "job", "stop", "freeze")

@@ -28,7 +28,7 @@ from lcl_mcore.distributed.context import Context
 from lcl_mcore.losses.gradcache import cache_gradients
 from lcl_mcore.models.lcl import ImageFeatures, LclModel
 from lcl_mcore.optimizer import Optimizer
-from lcl_mcore.train_step import DeviceMicroBatch, StepInput, StepObserver, TrainStep
+from lcl_mcore.train_step import DeviceMicroBatch, RegionTimer, StepInput, StepObserver, TrainStep
 
 
 @dataclass
@@ -82,6 +82,12 @@ class PipelineStage(TrainStep):
     ) -> None:
         super().__init__(config, context, model, ddp, optimizer, observer)
         self.stage = model.stage
+        transfer, other = RegionTimer(self.observe, "pipeline_transfer"), RegionTimer()
+
+        def timers(name: str, log_level: int | None = None) -> RegionTimer:
+            return transfer if name.endswith(("-recv", "-send")) else other
+
+        model.config.timers = timers  # megatron's own way to say where its schedule waits for another stage
         self.p2p = P2PCommunicator(context.groups.pp, model.config)
 
     def forward_backward(self, inputs: StepInput) -> tuple[Tensor, Tensor]:
@@ -122,12 +128,14 @@ class PipelineStage(TrainStep):
             arrival = None
             d_image = torch.empty_like(own)
             if len(own):
-                dist.broadcast(own, group_src=0, group=ends)
+                with self.observe("pipeline_transfer"):
+                    dist.broadcast(own, group_src=0, group=ends)
                 arrival = dist.broadcast(d_image, group_src=1, group=ends, async_op=True)
             return none, StageGradients(d_image.split(sizes), arrival=arrival)
         images = torch.empty_like(own)
         if len(own):
-            dist.broadcast(images, group_src=0, group=ends)
+            with self.observe("pipeline_transfer"):
+                dist.broadcast(images, group_src=0, group=ends)
         pending = self.begin_contrastive(inputs.batch.counts.contexts, inputs.micro_batches)
 
         def loss(image: Tensor, context: Tensor, scale: Tensor) -> Tensor:

@@ -7,8 +7,8 @@ randomness is keyed by (seed, step, identity), so the feature pass and the secon
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -33,7 +33,8 @@ class StepObserver(Protocol):
 
     def region(self, name: str) -> AbstractContextManager[object]:
         """Entered around "encode_images", "forward_language", "image_embeds", "context_embeds",
-        "contrastive_loss", "generation_loss" and "optimizer"."""
+        "contrastive_loss", "generation_loss", "parameter_gather", "gradient_sync", "optimizer" and
+        "pipeline_transfer"."""
 
 
 class NoObserver:
@@ -41,6 +42,24 @@ class NoObserver:
 
     def region(self, name: str) -> AbstractContextManager[object]:
         return nullcontext()
+
+
+class RegionTimer:
+    """A region whose beginning and end are two calls of torch or megatron, with arguments of theirs."""
+
+    def __init__(
+        self, observe: Callable[[str], AbstractContextManager[object]] | None = None, name: str = ""
+    ) -> None:
+        """`observe` is an observer's `region`; None: the calls do nothing."""
+        self.observe, self.name = observe, name
+        self.entered = ExitStack()
+
+    def start(self, *_: object, **options: object) -> None:
+        if self.observe is not None:
+            self.entered.enter_context(self.observe(self.name))
+
+    def stop(self, *_: object, **options: object) -> None:
+        self.entered.close()
 
 
 @dataclass(frozen=True)
@@ -84,6 +103,8 @@ class TrainStep(ABC):
         self.groups, self.device = context.groups, context.device.device
         self.model, self.ddp, self.optimizer = model, ddp, optimizer
         self.observe = (observer or NoObserver()).region
+        if observer is not None and ddp.ddp_config.overlap_param_gather:
+            self.observe_parameter_gather()
         self.contrastive = make_contrastive(
             config.loss, self.groups, half=context.device.is_cuda and config.train.precision != "fp32"
         )
@@ -91,6 +112,14 @@ class TrainStep(ABC):
         """Whether what this rank computed in the last step was finite; on the device, read only after a failure."""
         self.trains_contrastive = self.loss.contrastive_weight > 0
         self.trains_generation = self.loss.generation_weight > 0
+
+    def observe_parameter_gather(self) -> None:
+        """Observe megatron's hooks, which wait before a module's forward for the parameters of other ranks."""
+        timer = RegionTimer(self.observe, "parameter_gather")
+        for module in self.model.modules():
+            if next(module.parameters(recurse=False), None) is not None:
+                module.register_forward_pre_hook(timer.start, prepend=True)
+                module.register_forward_pre_hook(timer.stop)
 
     def run(
         self, step: int, batch: StepBatch, lr: float, *, stop: bool = False, save: bool = False
@@ -111,7 +140,8 @@ class TrainStep(ABC):
         self.ddp.train()
         self.optimizer.zero_grad()
         contrastive, generation = self.forward_backward(self.prepare(step, batch))
-        finalize_model_grads([self.ddp], pg_collection=self.groups.megatron)
+        with self.observe("gradient_sync"):
+            finalize_model_grads([self.ddp], pg_collection=self.groups.megatron)
         copies = self.groups.tp.size()
         everyone = copies * self.groups.dp.size()  # of the ranks that know the contrastive loss and the scale
         scale = torch.zeros((), device=self.device)

@@ -17,10 +17,10 @@ from lcl_mcore.data.tokenizer import build_tokenizer
 from lcl_mcore.distributed.context import Context
 from lcl_mcore.errors import ConfigError, LclError, explain
 from lcl_mcore.evaluation.heldout import periodic_evaluation
+from lcl_mcore.fault_tolerance.events import EventLog
 from lcl_mcore.fault_tolerance.goodput import Goodput
 from lcl_mcore.fault_tolerance.recovery import Action, Recovery, batches_seen, skipped_ranges
 from lcl_mcore.fault_tolerance.signals import StopRequest
-from lcl_mcore.fault_tolerance.stragglers import Comparison
 from lcl_mcore.fault_tolerance.watchdog import Watchdog, explained
 from lcl_mcore.lr_schedule import cosine_with_warmup
 from lcl_mcore.metrics import DeferredStats, FinishedStep, RunLog, Speed, StepRecord, Stopwatch, step_metrics
@@ -45,14 +45,8 @@ class Trainer:
     ) -> None:
         self.config, self.context = config, context
         self.stop = StopRequest()
-        self.watchdog = Watchdog(
-            context.store,
-            context.rank,
-            context.world_size,
-            config.parallel.timeout_seconds,
-            config.faults.straggler_ratio,
-        )
-        training = build_training(config, context, init_from=init_from)
+        self.watchdog = Watchdog(config, context)
+        training = build_training(config, context, init_from=init_from, observer=self.watchdog.stragglers)
         self.model, self.ddp, self.optimizer = training.model, training.ddp, training.optimizer
         self.step, self.choices = training.step, training.choices
 
@@ -84,17 +78,14 @@ class Trainer:
             config, context.device.name, DTYPES[config.train.precision], context.world_size
         )
         self.log = RunLog(config, context, self.state.step)
+        self.events = EventLog(context.run_folder, enabled=context.rank == 0)
+        layout = layout_name(config, context)
         self.goodput = Goodput(
-            context.run_folder,
-            context.rank == 0,
-            self.state.step,
-            context.world_size,
-            layout_name(config, context),
+            self.events, step=self.state.step, world_size=context.world_size, layout=layout
         )
-        self.goodput.lost(self.log.lost_seconds)
+        self.goodput.add_recomputed(self.log.lost_seconds)
         self.stats, self.speed = DeferredStats(context.device, config.loss), Speed()
         self.watch = Stopwatch()
-        self.straggler: Comparison | None = None
         self.stopping = self.saving = False
         """Some rank asked to end the run, or for a checkpoint, with the last step that was accounted for."""
 
@@ -139,15 +130,15 @@ class Trainer:
         waited = Stopwatch()
         batch = self.next_batch()
         data_seconds = waited.lap()
-        self.goodput.begin()
-        self.watchdog.mark("step", step)
+        self.goodput.start_step()
+        self.watchdog.set_phase("step", step)
         optim = self.config.optim
         lr = cosine_with_warmup(step, self.config.train.steps, optim.warmup_steps, optim.lr, optim.min_lr)
-        self.watchdog.own.enter()
+        self.watchdog.stragglers.start_step()
         output = self.step.run(
             step, batch, lr, stop=self.stop_requested(), save=self.checkpoints.time_to_save()
         )
-        self.watchdog.own.leave(self.loader.read_seconds)
+        self.watchdog.stragglers.end_step(self.loader.read_seconds)
         self.state = replace(
             before,
             step=step + 1,
@@ -163,7 +154,7 @@ class Trainer:
     def next_batch(self) -> StepBatch:
         """The next batch that is to be trained on."""
         while True:
-            self.watchdog.mark("data", self.state.step)
+            self.watchdog.set_phase("data", self.state.step)
             batch = next(self.loader)
             if not self.recovery.skips(batch):
                 return batch
@@ -193,30 +184,11 @@ class Trainer:
         """Write a step's metrics."""
         record = done.record
         self.speed.add(record.seconds, record.data_seconds)
-        self.goodput.step(record.seconds, record.data_seconds)
+        self.goodput.add_step(record.seconds, record.data_seconds)
         mfu = self.flops.mfu(record.batch, self.speed.step_seconds)
         metrics = step_metrics(self.config, done, self.speed, mfu)
-        self.log.step(metrics | {"ettr": self.goodput.total().ettr, **self.straggler_metrics()})
-
-    def straggler_metrics(self) -> dict[str, float]:
-        """The slowest rank of the newest comparison; a straggler is also logged once."""
-        found = self.watchdog.comparison
-        if found is None:
-            return {}
-        before, self.straggler = self.straggler, found
-        named = None if before is None else (before.slowest, before.kind)
-        if found.kind and (found.slowest, found.kind) != named:
-            work = "works" if found.kind == "own" else "reads its data for"
-            self.log.info(
-                f"straggler  rank {found.slowest} {work} {found.seconds:.3f} s a step, the others {found.median:.3f} s "
-                f"({found.ratio:.1f} times; over {found.steps} steps)"
-            )
-            self.goodput.event("straggler", **vars(found))
-        return {
-            "slowest_rank": found.slowest,
-            "slowest_seconds": found.seconds,
-            "slowest_ratio": found.ratio,
-        }
+        slowest = self.watchdog.stragglers.metrics(self.log.info, self.events)
+        self.log.step({**metrics, "ettr": self.goodput.total().ettr, **slowest})
 
     def evaluate(self) -> None:
         """Measure on held-out documents; a stop request that arrives meanwhile ends training after one more step."""
@@ -226,7 +198,7 @@ class Trainer:
         step = self.state.step
 
         def stop() -> bool:
-            self.watchdog.mark("evaluate", step - 1)
+            self.watchdog.set_phase("evaluate", step - 1)
             return bool(self.stop)
 
         self.evaluation.run(self.model, step, stop, self.log)
@@ -240,7 +212,7 @@ class Trainer:
         newest = (late[-1] if late else bad).record
         skipped = self.recovery.skip(bad, newest)
         self.log.info(skipped.text)
-        self.goodput.event(
+        self.events.record(
             "skip", batches=[skipped.first, skipped.last], step=bad.stats.step + 1, why=skipped.reason
         )
         if bad.stats.skipped:
@@ -258,7 +230,7 @@ class Trainer:
     def roll_back(self, batch: int) -> bool:
         """Continue from the newest checkpoint that has not seen `batch`; False if there is none."""
         self.recovery.count_rollback(batch)
-        self.watchdog.mark("restore", self.state.step)
+        self.watchdog.set_phase("restore", self.state.step)
         if self.ddp.ddp_config.overlap_param_gather:
             self.ddp.start_param_sync(force_sync=True)
         earlier = self.checkpoints.go_back(lambda state: batches_seen(state) <= batch)
@@ -268,8 +240,8 @@ class Trainer:
         self.loader.close()
         self.recovery.restore(self.state.position)
         self.loader = build_loader(self.config, self.data_context, self.tokenizer, self.state.position)
-        self.goodput.lost(self.log.rewind(self.state.step))
-        self.goodput.event("rollback", step=self.state.step, checkpoint=checkpoint_name(self.state.step))
+        self.goodput.add_recomputed(self.log.rewind(self.state.step))
+        self.events.record("rollback", step=self.state.step, checkpoint=checkpoint_name(self.state.step))
         return True
 
     # --- checkpoints ---
@@ -289,9 +261,9 @@ class Trainer:
     def save(self) -> None:
         """Begin a checkpoint of the present state; the last one of a run is also completed."""
         final, self.saving = self.stopping or self.state.step == self.config.train.steps, False
-        self.watchdog.mark("save", self.state.step - 1)
+        self.watchdog.set_phase("save", self.state.step - 1)
         if self.state.position is not None:  # something was trained on
             position = self.recovery.position(self.state.position)
             digest = config_digest(self.config)
             self.checkpoints.save(replace(self.state, position=position, config_digest=digest), final=final)
-        self.goodput.stall(self.watch.lap())
+        self.goodput.add_checkpoint_stall(self.watch.lap())

@@ -1,4 +1,4 @@
-"""Which collectives are under way on this rank, from torch's flight recorder (gloo and NCCL alike)."""
+"""Which collectives are pending on this rank, from torch's flight recorder (gloo and NCCL alike)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch._C import _distributed_c10d as c10d
 from lcl_mcore.errors import CheckpointError, DataError
 
 ENTRIES = 512
-_SIGNS = (
+_COMMUNICATION_ERRORS = (
     "gloo/transport",
     "ProcessGroupGloo",
     "NCCL error",
@@ -35,18 +35,19 @@ def is_communication_error(error: BaseException) -> bool:
     """Whether an error says that another rank did not answer, rather than that this one did something wrong."""
     if not isinstance(error, (RuntimeError, OSError, CheckpointError, DataError)):
         return False  # the last two may repeat what a collective said
-    return any(sign in str(error) for sign in _SIGNS)
+    return any(part in str(error) for part in _COMMUNICATION_ERRORS)
 
 
-def under_way() -> list[str]:
+def pending_collectives() -> list[str]:
     """Collectives that were started and not finished; failing that the newest one of all.
 
-    Each reads `all_reduce of [10] in group host-control (its 7th)`.
+    Returns:
+        Each reads `all_reduce of [10] in group host-control (its number 7)`.
     """
     dumped: dict[str, Any] = json.loads(c10d._dump_fr_trace_json(True, False))  # type: ignore[attr-defined]
     entries = sorted(dumped.get("entries", []), key=lambda e: e["record_id"])
-    open_ones = [e for e in entries if not e["retired"]]
-    return [_describe(entry) for entry in (open_ones[:4] or entries[-1:])]
+    pending = [e for e in entries if not e["retired"]]
+    return [_describe(entry) for entry in (pending[:4] or entries[-1:])]
 
 
 def _describe(entry: dict[str, Any]) -> str:

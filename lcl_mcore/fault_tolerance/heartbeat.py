@@ -1,4 +1,4 @@
-"""Heartbeats: each rank publishes where it stands; survivors of a fault say who is missing and where it was."""
+"""Heartbeats: each rank publishes where it stands; survivors of a fault find out who is missing and where it was."""
 
 from __future__ import annotations
 
@@ -14,23 +14,38 @@ from pathlib import Path
 import torch.distributed as dist
 
 ENDED = ("done", "failed")
+"""Phases of a rank that has left the job."""
 
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """One sign of life of one rank."""
+    """What one rank says about itself.
+
+    Attributes:
+        rank: its number in the job.
+        count: heartbeats so far.
+        phases: phases entered so far; a rank with fewer is behind.
+        phase: what the training thread is doing.
+        step: 1-based, as in the log.
+        seconds: how long it has been in this phase.
+        host: name of the machine.
+        namespace: equal for processes that see each other in /proc.
+        pid: process id in that namespace.
+        error: why the rank failed, in phase "failed".
+        timings: sums of its step times, see `stragglers.StepTimes`.
+    """
 
     rank: int
-    count: int  # signs of life so far
-    marks: int  # phases entered so far: who has fewer is behind
+    count: int
+    phases: int
     phase: str
-    step: int  # 1-based, as in the log
-    seconds: float  # in this phase
+    step: int
+    seconds: float
     host: str
-    machine: str  # equal for processes that can see each other in /proc
+    namespace: str
     pid: int
     error: str = ""
-    totals: dict[str, float] = field(default_factory=dict)
+    timings: dict[str, float] = field(default_factory=dict)
 
     def name(self) -> str:
         return f"rank {self.rank} ({self.host}, pid {self.pid})"
@@ -39,7 +54,7 @@ class Heartbeat:
         return f"in step {self.step}, phase {self.phase}, for {self.seconds:.1f} s"
 
 
-def machine() -> str:
+def process_namespace() -> str:
     """Identity of the process namespace that /proc shows."""
     return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
 
@@ -55,67 +70,73 @@ def process_state(pid: int) -> str:
 
 
 class HeartbeatStore:
-    """The signs of life of all ranks, in the job's store."""
+    """The newest heartbeat of every rank, and why the job ends, in the job's key-value store."""
 
-    def __init__(self, store: dist.Store, world: int) -> None:
-        self.store, self.world = store, world
+    def __init__(self, store: dist.Store, world_size: int) -> None:
+        self.store, self.world_size = store, world_size
 
-    def publish(self, beat: Heartbeat) -> None:
-        self.store.set(f"beat/{beat.rank}", json.dumps(asdict(beat)))
+    def publish(self, heartbeat: Heartbeat) -> None:
+        self.store.set(f"heartbeat/{heartbeat.rank}", json.dumps(asdict(heartbeat)))
 
     def read(self, ranks: Iterable[int]) -> dict[int, Heartbeat]:
-        """Newest signs of the ranks that ever gave one."""
-        known = [rank for rank in ranks if self.store.check([f"beat/{rank}"])]
+        """Newest heartbeats of those of the ranks that ever published one."""
+        known = [rank for rank in ranks if self.store.check([f"heartbeat/{rank}"])]
         if not known:
             return {}
-        texts = self.store.multi_get([f"beat/{rank}" for rank in known])
+        texts = self.store.multi_get([f"heartbeat/{rank}" for rank in known])
         return {rank: Heartbeat(**json.loads(text)) for rank, text in zip(known, texts, strict=True)}
 
-    def verdict(self, text: str) -> str:
-        """Publish why the job ends; the first rank's text counts and is returned to all."""
-        return self.store.compare_set("verdict", "", text).decode()
+    def publish_failure(self, reason: str) -> str:
+        """Publish why the job ends; the first rank's reason counts and is returned to all."""
+        return self.store.compare_set("failure_reason", "", reason).decode()
 
-    def published_verdict(self) -> str:
-        return self.store.get("verdict").decode() if self.store.check(["verdict"]) else ""
+    def failure_reason(self) -> str:
+        """Why the job ends; empty while it does not."""
+        return self.store.get("failure_reason").decode() if self.store.check(["failure_reason"]) else ""
 
 
 @dataclass(frozen=True)
-class Missing:
-    """What is wrong with other ranks, in words, and those of them that are there but do nothing."""
+class Diagnosis:
+    """What is wrong with other ranks, in words, and those of them that are there but do not respond."""
 
     text: str
-    idle: tuple[Heartbeat, ...] = ()
+    unresponsive: tuple[Heartbeat, ...] = ()
 
 
-def find_missing(signs: HeartbeatStore, own: Heartbeat, interval: float) -> Missing:
-    """Who is gone, stopped, silent, ended or behind; waits about a second when /proc does not tell.
+def diagnose(heartbeats: HeartbeatStore, own: Heartbeat, interval: float) -> Diagnosis:
+    """Find out who is gone, stopped, silent, ended or behind; waits about a second when /proc does not tell.
 
-    `own` is this rank's place, and `interval` the seconds between two signs of life of a healthy rank.
+    Args:
+        heartbeats: of the whole job.
+        own: this rank's.
+        interval: seconds between two heartbeats of a healthy rank.
     """
-    others = [rank for rank in range(signs.world) if rank != own.rank]
-    before = signs.read(others)
-    found = [f"rank {rank} never gave a sign of life" for rank in others if rank not in before]
-    found += [text for beat in before.values() if (text := _seen_from_here(beat, own.machine))]
+    others = [rank for rank in range(heartbeats.world_size) if rank != own.rank]
+    before = heartbeats.read(others)
+    found = [f"rank {rank} never sent a heartbeat" for rank in others if rank not in before]
+    found += [text for beat in before.values() if (text := _visible_problem(beat, own.namespace))]
     if found:
-        stopped = tuple(b for b in before.values() if b.machine == own.machine and _stopped(b.pid))
-        return Missing("; ".join(found), stopped)
+        stopped = tuple(b for b in before.values() if b.namespace == own.namespace and _stopped(b.pid))
+        return Diagnosis("; ".join(found), stopped)
     time.sleep(2 * interval + 0.2)
-    now = signs.read(others)
+    now = heartbeats.read(others)
     silent = tuple(beat for rank, beat in now.items() if beat.count == before[rank].count)
     if silent:
-        text = "; ".join(f"no sign of life from {beat.name()}, last seen {beat.where()}" for beat in silent)
-        return Missing(text, silent)
-    behind = [beat for beat in now.values() if beat.marks < own.marks]
+        text = "; ".join(f"no heartbeat from {beat.name()}, last seen {beat.where()}" for beat in silent)
+        return Diagnosis(text, silent)
+    behind = [beat for beat in now.values() if beat.phases < own.phases]
     if behind:
-        least = min(beat.marks for beat in behind)
-        return Missing("; ".join(f"{b.name()} is behind, {b.where()}" for b in behind if b.marks == least))
-    return Missing("all ranks are alive and none is behind")
+        fewest = min(beat.phases for beat in behind)
+        return Diagnosis(
+            "; ".join(f"{b.name()} is behind, {b.where()}" for b in behind if b.phases == fewest)
+        )
+    return Diagnosis("all ranks are alive and none is behind")
 
 
-def end_idle(missing: Missing, here: str) -> None:
+def kill_unresponsive(diagnosis: Diagnosis, namespace: str) -> None:
     """Kill the ranks of this machine that cannot react to torchrun's SIGTERM: it would wait 30 s for them."""
-    for beat in missing.idle:
-        if beat.machine == here and process_state(beat.pid):
+    for beat in diagnosis.unresponsive:
+        if beat.namespace == namespace and process_state(beat.pid):
             os.kill(beat.pid, signal.SIGKILL)
 
 
@@ -123,13 +144,13 @@ def _stopped(pid: int) -> bool:
     return process_state(pid) in ("T", "t")
 
 
-def _seen_from_here(beat: Heartbeat, here: str) -> str:
-    """What is wrong with a rank, as far as its last sign and /proc tell; empty if nothing is."""
+def _visible_problem(beat: Heartbeat, namespace: str) -> str:
+    """What is wrong with a rank, as far as its last heartbeat and /proc tell; empty if nothing is."""
     if beat.phase == "failed":
         return f"{beat.name()} ended in step {beat.step}: {beat.error}"
     if beat.phase == "done":
         return f"{beat.name()} has already left the job"
-    if beat.machine != here:
+    if beat.namespace != namespace:
         return ""
     if not process_state(beat.pid):
         return f"{beat.name()} is gone: it was killed, or crashed without a message; last seen {beat.where()}"

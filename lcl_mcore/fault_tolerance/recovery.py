@@ -18,12 +18,11 @@ from lcl_mcore.checkpoint.store import TrainState
 from lcl_mcore.config.schema import FaultConfig
 from lcl_mcore.distributed.context import Context
 from lcl_mcore.errors import NonFiniteError, explain
-from lcl_mcore.fault_tolerance.goodput import read_events
+from lcl_mcore.fault_tolerance.events import read_events
 from lcl_mcore.metrics import FinishedStep, StepRecord
 
 KEY = "faults"  # of the saved data position
 HORIZON = 50  # losses that the running mean remembers
-SKIP_EVENTS = ("skip", "leave-out")  # of `events.jsonl`; the second one in runs of older versions
 
 Action = Literal["continue", "skip", "rollback"]
 """What the trainer does after a step: nothing, or go on without its batches here, or from an earlier checkpoint."""
@@ -209,7 +208,7 @@ def skipped_ranges(context: Context) -> list[list[int]]:
     ranges: list[Any] = [None]
     if context.rank == 0:
         events = read_events(context.run_folder)
-        ranges = [[event["batches"] for event in events if event["event"] in SKIP_EVENTS]]
+        ranges = [[event["batches"] for event in events if event["event"] == "skip"]]
     dist.broadcast_object_list(ranges, group_src=0, group=context.groups.host_control)
     found: list[list[int]] = ranges[0]
     return found

@@ -10,7 +10,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from itertools import pairwise
 from typing import Any, NamedTuple
@@ -106,6 +106,8 @@ class StepCounter(TorchDispatchMode):
             return self.within(part="optimizer", phase="optimizer")
         if name == "generation_loss":
             return self.within(part="loss", phase="forward")
+        if name in ("parameter_gather", "gradient_sync", "pipeline_transfer"):
+            return nullcontext()
         return self.within(phase="forward" if torch.is_grad_enabled() else "first pass")
 
     @property

@@ -3,7 +3,7 @@
     faults_worker.py PLAN.json --recipe ... (the flags of tools/pretrain_lcl.py)
 
 PLAN.json is a list of faults, each with "kind" and some of
-    attempt  of torchrun's restarts, default 0      rank     who is struck
+    attempt  of torchrun's restarts, default 0      rank     in which it is injected
     step     1-based, as in the log                 phase    "data", "step", "save" or "evaluate"
     delay    seconds after the phase began          signal   SIGKILL, SIGSTOP, SIGTERM, SIGUSR2
 kind "signal" sends the signal to the rank itself, once; "writer" kills it when its part of the checkpoint of `step` is
@@ -30,7 +30,7 @@ from lcl_mcore.commands.entry import run_main
 from lcl_mcore.commands.pretrain import parse_options
 from lcl_mcore.config.files import check_folder, write_config
 from lcl_mcore.data.loader import StepReader
-from lcl_mcore.fault_tolerance.restart import is_restart
+from lcl_mcore.fault_tolerance.events import is_restart
 from lcl_mcore.fault_tolerance.watchdog import Watchdog
 from lcl_mcore.trainer import Trainer
 
@@ -44,24 +44,24 @@ def plan_for(path: Path, rank: int) -> list[dict[str, Any]]:
     ]
 
 
-def strike_by_signal(faults: list[dict[str, Any]]) -> None:
+def inject_signals(faults: list[dict[str, Any]]) -> None:
     """Signals sent by a timer thread when a phase of a step has begun; says when, for the reports."""
-    mark, waiting = Watchdog.mark, [fault for fault in faults if fault["kind"] == "signal"]
+    set_phase, waiting = Watchdog.set_phase, [fault for fault in faults if fault["kind"] == "signal"]
 
-    def marked(self: Watchdog, phase: str, step: int) -> None:
-        mark(self, phase, step)
+    def observed(self: Watchdog, phase: str, step: int) -> None:
+        set_phase(self, phase, step)
         for fault in list(waiting):
             if (phase, step + 1) == (fault["phase"], fault["step"]):
                 waiting.remove(fault)
                 number = getattr(signal, fault["signal"])
 
-                def strike(number: int = number, phase: str = phase, step: int = step + 1) -> None:
-                    print(f"STRIKE {time.time():.3f} {number} {phase} {step}", flush=True)
+                def inject(number: int = number, phase: str = phase, step: int = step + 1) -> None:
+                    print(f"INJECTED FAULT {time.time():.3f} {number} {phase} {step}", flush=True)
                     os.kill(os.getpid(), number)
 
-                threading.Timer(fault.get("delay", 0.0), strike).start()
+                threading.Timer(fault.get("delay", 0.0), inject).start()
 
-    Watchdog.mark = marked  # type: ignore[method-assign]
+    Watchdog.set_phase = observed  # type: ignore[method-assign]
 
 
 def kill_the_writer(faults: list[dict[str, Any]]) -> None:
@@ -71,7 +71,7 @@ def kill_the_writer(faults: list[dict[str, Any]]) -> None:
         entries = write(folder, *rest)
         for fault in faults:
             if fault["kind"] == "writer" and f"step-{fault['step']:08d}" in folder.name:
-                print(f"STRIKE {time.time():.3f} 9 writer {fault['step']}", flush=True)
+                print(f"INJECTED FAULT {time.time():.3f} 9 writer {fault['step']}", flush=True)
                 os.kill(os.getpid(), signal.SIGKILL)
         return entries
 
@@ -128,7 +128,7 @@ def main() -> int:
     if context.rank == 0:
         write_config(config, options.out)
     faults = plan_for(Path(plan), context.rank)
-    strike_by_signal(faults)
+    inject_signals(faults)
     slow_reading(faults)
     kill_the_writer(faults)
     trainer = Trainer(config, context, resume=resume)

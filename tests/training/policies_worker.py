@@ -24,7 +24,7 @@ from lcl_mcore.commands.entry import run_main
 from lcl_mcore.commands.pretrain import parse_options
 from lcl_mcore.config.schema import FaultConfig
 from lcl_mcore.errors import NonFiniteError
-from lcl_mcore.fault_tolerance.goodput import read_events
+from lcl_mcore.fault_tolerance.events import read_events
 from lcl_mcore.fused_adam import FusedAdam, build_adam
 from lcl_mcore.trainer import Trainer
 
@@ -109,7 +109,7 @@ def main() -> int:
             trainer.train()
         except NonFiniteError as error:
             notes.append(f"error: {error}")
-            if name == "stop":  # nothing recovers: compared where the run ended
+            if name in ("stop", "limit"):  # nothing recovers from its last step: compared where the run ended
                 unchanged.append(same(before, tensors(trainer)))
         flags = torch.tensor([len(unchanged), sum(unchanged)])
         everyone = [torch.zeros_like(flags) for _ in range(context.world_size)]

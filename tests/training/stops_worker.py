@@ -17,7 +17,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from faults_worker import slow_reading, strike_by_signal
+from faults_worker import inject_signals, slow_reading
 from lcl_mcore import trainer as loop
 from lcl_mcore.checkpoint.manager import Checkpointer, Outcome
 from lcl_mcore.checkpoint.store import TrainState
@@ -35,8 +35,8 @@ def full_disk(faults: list[dict[str, Any]]) -> None:
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
     def started(self: Checkpointer, state: TrainState) -> None:
-        struck = any(fault["kind"] == "disk" and fault["step"] == state.step for fault in faults)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000 if struck else hard, hard))
+        full = any(fault["kind"] == "disk" and fault["step"] == state.step for fault in faults)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000 if full else hard, hard))
         start(self, state)
 
     Checkpointer.start = started  # type: ignore[method-assign]
@@ -58,7 +58,7 @@ def main() -> int:
         [f for f in faults if f["rank"] == context.rank] for faults in json.loads(Path(rounds).read_text())
     ]
     everything = [fault for faults in plan for fault in faults]
-    strike_by_signal(everything)
+    inject_signals(everything)
     slow_reading(everything)
     full_disk(everything)
     report = []

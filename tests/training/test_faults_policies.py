@@ -13,7 +13,7 @@ from launch import torchrun
 from lcl_mcore.batch import GlobalCounts, StepBatch
 from lcl_mcore.config.schema import FaultConfig
 from lcl_mcore.errors import NonFiniteError
-from lcl_mcore.fault_tolerance.goodput import read_events
+from lcl_mcore.fault_tolerance.events import read_events
 from lcl_mcore.fault_tolerance.recovery import Recovery, SpikeDetector
 from runs import assert_same_run, records
 
@@ -101,4 +101,4 @@ def test_nan_and_spike_on_two_ranks(arguments: Callable[..., list[str]], tmp_pat
     assert first <= 12 < last  # the harmful batch is among those left out
     assert spike[1]["step"] <= first
     assert_same_run(tmp_path / "never_there", tmp_path / "spike")
-    assert read_events(tmp_path / "rollback")[-1]["redone"] > 0
+    assert read_events(tmp_path / "rollback")[-1]["recomputed"] > 0
