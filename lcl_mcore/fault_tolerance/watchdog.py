@@ -21,7 +21,7 @@ from typing import ParamSpec, TypeVar
 
 import torch.distributed as dist
 
-from lcl_mcore.config.run import RunConfig
+from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.distributed.context import Context
 from lcl_mcore.errors import LclError, PeerError
 from lcl_mcore.fault_tolerance.flight_recorder import is_communication_error, pending_collectives
