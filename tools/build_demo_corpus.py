@@ -15,5 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples" / "demo"
 
 from openmoji import main
 
+from lcl_mcore.commands.entry import run_main
+
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

@@ -20,7 +20,7 @@ from corpus import PACKAGES, WORDS, build
 from study import FULL, ROOT, SETTINGS, VOCABULARY, Study
 from summary import write
 
-from lcl_mcore.data.corpora import fetch
+from lcl_mcore.commands.fetch_corpora import fetch
 from lcl_mcore.diagnostics.environment import source_commit
 from lcl_mcore.distributed.device import cpu_name
 

@@ -12,7 +12,6 @@ import argparse
 import io
 import json
 import re
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -22,6 +21,7 @@ from typing import Any
 
 from PIL import Image
 
+from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config.schema import TokenizerConfig
 from lcl_mcore.data.prepare.engine import (
     Dropped,
@@ -33,7 +33,7 @@ from lcl_mcore.data.prepare.engine import (
 )
 from lcl_mcore.data.prepare.normalise import ImageLimits
 from lcl_mcore.data.tokenizer import build_tokenizer, train_bpe
-from lcl_mcore.errors import DataError, LclError, explain
+from lcl_mcore.errors import DataError, explain
 from lcl_mcore.rng import key64
 from lcl_mcore.storage import atomic_write
 
@@ -238,21 +238,17 @@ def main() -> int:
     parser.add_argument("--workers", type=int, default=2, help="processes")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     args = parser.parse_args()
-    try:
-        result = build(
-            args.output,
-            heldout_share=args.heldout_share,
-            variants=args.variants,
-            vocabulary=args.vocabulary,
-            workers=args.workers,
-            quiet=args.quiet,
-        )
-    except LclError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
+    result = build(
+        args.output,
+        heldout_share=args.heldout_share,
+        variants=args.variants,
+        vocabulary=args.vocabulary,
+        workers=args.workers,
+        quiet=args.quiet,
+    )
     print(json.dumps(result, indent=1))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_main(main)

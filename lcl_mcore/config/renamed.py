@@ -14,8 +14,12 @@ RENAMED = {
     "parallel.fuse_gradients": "parallel.gradient_accumulation_fusion",
     "loss.mean": "loss.averaging",
     "optim.backend": "optim.optimizer_backend",
+    "data.packing_rows": "data.packing_buffer",
 }
 """Old path -> path."""
+
+SOURCE_VALUES = {"cut_rule": {"pieces": "segments"}}
+"""Setting of a data source -> old value -> value."""
 
 WITHDRAWN: dict[str, tuple[Any, str]] = {
     "parallel.context": (1, "Leave it out: there is no context parallelism."),
@@ -44,4 +48,15 @@ def with_current_names(tree: dict[str, Any]) -> dict[str, Any]:
             value = result[section].pop(name)
             same = str(value).lower() == str(only).lower()  # --set gives text
             require(same, f"{path} = {value}", "no longer exists", remedy)
+    data = result.get("data")
+    if isinstance(data, dict) and isinstance(data.get("sources"), list):
+        data["sources"] = [_source_with_current_values(source) for source in data["sources"]]
     return result
+
+
+def _source_with_current_values(source: Any) -> Any:
+    if not isinstance(source, dict):
+        return source
+    return source | {
+        name: values[source[name]] for name, values in SOURCE_VALUES.items() if source.get(name) in values
+    }

@@ -200,9 +200,9 @@ class SourceConfig:
     long_documents: Literal["auto", "cut", "split"] = "auto"
     """cut: what exceeds a packed sequence is dropped, in whole segments; split: it goes on in another one; auto: split
     for documents that are sequences, cut otherwise."""
-    cut_rule: Literal["pieces", "tokens"] = "pieces"
-    """Where a long document is cut: pieces, between whole texts (the paper); tokens, anywhere in a text, with the end
-    token forced at the last place (released code)."""
+    cut_rule: Literal["segments", "tokens"] = "segments"
+    """Where a long document is cut: segments, between whole texts and images (the paper); tokens, anywhere in a text,
+    with the end token forced at the last place (released code)."""
     ends: Literal["document", "released"] = "document"
     """document: every document has begin and end tokens; released: a pair with the image first has no begin token, one
     with the text first has no end token."""
@@ -218,7 +218,7 @@ class SourceConfig:
             not (self.cut_rule == "tokens" and self.long_documents == "split"),
             "data.sources: cut_rule = tokens with long_documents = split",
             "a document is cut at a token only where its rest is dropped",
-            "Use cut_rule = pieces, or long_documents = cut.",
+            "Use cut_rule = segments, or long_documents = cut.",
         )
 
     @property
@@ -240,7 +240,7 @@ class DataConfig:
     """best_fit: whole documents are chosen so that sequences are full, and one is split between segments when min_fill
     needs it; windows: documents end to end, cut every sequence_length tokens, images moved whole (OBELICS in the
     paper); off: one document per sequence."""
-    packing_rows: Annotated[int, Field(ge=2)] = 8
+    packing_buffer: Annotated[int, Field(ge=2)] = 8
     """best_fit: how many sequences' worth of documents a sample stream chooses from."""
     min_fill: Share = 0.98
     """best_fit: share of a sequence below which a document is split; 0: never."""
@@ -259,7 +259,7 @@ class DataConfig:
     crop_ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 4.0 / 3.0)
     """Random resized crop: smallest and largest aspect ratio of the window (paper: 3/4 4/3)."""
     decode_backend: Literal["auto", "cpu", "dali"] = "auto"
-    """auto: DALI with a GPU and an installed DALI, else cpu (Pillow)."""
+    """auto: DALI with a GPU and an installed DALI, else cpu (libjpeg-turbo and Pillow)."""
     decode_threads: PositiveInt = 2
     """Threads that read and decode images."""
     prefetch_steps: PositiveInt = 2

@@ -1,1 +1,1 @@
-"""Documents on disk to packed micro-batches, in an order that depends only on seed, mix and data."""
+"""Documents on disk to packed micro-batches, in an order that depends only on seed, mixture and data."""

@@ -104,7 +104,7 @@ class ImageReader:
             logger.warning("%s: %s; a grey image takes its place", image.where, reason)
             if self._consecutive >= self._config.max_consecutive_failures:
                 remedy = "Check the storage, or prepare the data set again."
-                rule = f"the {self._consecutive}th image in a row that cannot be used, last: {reason}"
+                rule = f"the {self._consecutive}th image in succession that cannot be used, last: {reason}"
                 raise DataError(explain(image.where, rule, remedy))
         return pixels, [bool(reason) for reason in reasons]
 

@@ -314,8 +314,7 @@ class StepReceiver:
 
 # --- the saved position: small plain JSON that says where the run was and what it was reading ---
 
-# What changes which documents, tokens or crop windows come: a position fits only equal values. Positions keep the
-# names under which they were first saved.
+# What changes which documents, tokens or crop windows come: a position fits only equal values.
 SOURCE_RULES = (
     "weight",
     "min_similarity",
@@ -332,7 +331,7 @@ SOURCE_RULES = (
 DATA_RULES = (
     "sequence_length",
     "packing",
-    "packing_rows",
+    "packing_buffer",
     "min_fill",
     "balance_images",
     "context_rule",
@@ -341,6 +340,11 @@ DATA_RULES = (
     "crop_scale",
     "crop_ratio",
 )
+
+
+# Positions keep the words with which they were first saved.
+SAVED_NAMES = {"packing_buffer": "packing_rows"}
+SAVED_VALUES = {"cut_rule": {"segments": "pieces"}}
 
 
 @dataclass(frozen=True)
@@ -358,7 +362,7 @@ def describe_run(config: RunConfig, mixture: Mixture, tokenizer: Tokenizer) -> d
         source.label: {
             "fingerprint": mixture.datasets[source.label].fingerprint,
             "documents": len(mixture.datasets[source.label]),
-            **{name: getattr(source, name) for name in SOURCE_RULES},
+            **{name: _saved_value(name, getattr(source, name)) for name in SOURCE_RULES},
         }
         for source in config.data.sources
     }
@@ -370,10 +374,14 @@ def describe_run(config: RunConfig, mixture: Mixture, tokenizer: Tokenizer) -> d
         "tokenizer": tokenizer.fingerprint,
         "sources": sources,
         "source_order": list(sources),
-        **{name: getattr(config.data, name) for name in DATA_RULES},
+        **{SAVED_NAMES.get(name, name): getattr(config.data, name) for name in DATA_RULES},
     }
     result: dict[str, Any] = json.loads(json.dumps(description))
     return result
+
+
+def _saved_value(name: str, value: Any) -> Any:
+    return SAVED_VALUES.get(name, {}).get(value, value)
 
 
 def read_position(position: dict[str, Any] | None, run: dict[str, Any]) -> StartPosition:

@@ -4,7 +4,7 @@ A sample stream is the endless succession of packed sequences at one place of th
 by block. The oldest waiting document always comes first, so none waits for ever; among all subsets of the others the
 one that fills the sequence best is found by dynamic programming on the bits of one integer. A sequence that is still
 not full enough takes the leading segments of one more document, whose rest waits for a later sequence. `windows`
-cuts documents laid end to end; `off` gives every document a sequence of its own.
+puts documents end to end and cuts them every sequence; `off` gives every document a sequence of its own.
 """
 
 from __future__ import annotations
@@ -187,23 +187,23 @@ def best_subset(spans: Sequence[Span], room: int, wanted_images: float | None, e
     """
     if room <= 0 or not spans:
         return []
-    # Bit `images * lane + tokens` of `reachable` says that such a subset exists. A lane is wide enough
-    # that adding one span never spills into the next; `valid` then clears what exceeds the room.
-    lane = 2 * (room + 1)
+    # Bit `images * stride + tokens` of `reachable` says that such a subset exists. The stride is wide enough
+    # that adding one span never spills into the next number of images; `valid` then clears what exceeds the room.
+    stride = 2 * (room + 1)
     count = _image_counter(wanted_images)
-    lanes = sum(count(span) for span in spans) + 1
-    valid = sum(((1 << (room + 1)) - 1) << (lane * i) for i in range(lanes))
+    image_counts = sum(count(span) for span in spans) + 1
+    valid = sum(((1 << (room + 1)) - 1) << (stride * i) for i in range(image_counts))
     history = [1]
     for span in spans:
         before = history[-1]
-        shift = count(span) * lane + span.length
+        shift = count(span) * stride + span.length
         history.append(before if span.length > room else before | (before << shift & valid))
-    target = _best_bit(history[-1], lane, lanes, room, wanted_images, enough)
+    target = _best_bit(history[-1], stride, image_counts, room, wanted_images, enough)
     chosen = []
     for i in reversed(range(len(spans))):
         if not history[i] >> target & 1:
             chosen.append(i)
-            target -= count(spans[i]) * lane + spans[i].length
+            target -= count(spans[i]) * stride + spans[i].length
     return chosen[::-1]
 
 
@@ -211,16 +211,18 @@ def _image_counter(wanted_images: float | None) -> Callable[[Span], int]:
     return (lambda span: 0) if wanted_images is None else (lambda span: span.images)
 
 
-def _best_bit(reachable: int, lane: int, lanes: int, room: int, wanted: float | None, enough: int) -> int:
+def _best_bit(
+    reachable: int, stride: int, image_counts: int, room: int, wanted: float | None, enough: int
+) -> int:
     """The bit of the best subset: nearest the wanted images if full enough, else the fullest."""
     mask = (1 << (room + 1)) - 1
-    fullest = [((reachable >> (lane * images)) & mask).bit_length() - 1 for images in range(lanes)]
-    candidates = [images for images in range(lanes) if fullest[images] >= max(enough, 0)]
+    fullest = [((reachable >> (stride * images)) & mask).bit_length() - 1 for images in range(image_counts)]
+    candidates = [images for images in range(image_counts) if fullest[images] >= max(enough, 0)]
     if wanted is not None and candidates:
         images = min(candidates, key=lambda c: (abs(c - wanted), -fullest[c]))
     else:
-        images = max(range(lanes), key=lambda c: (fullest[c], -c))
-    return images * lane + fullest[images]
+        images = max(range(image_counts), key=lambda c: (fullest[c], -c))
+    return images * stride + fullest[images]
 
 
 @dataclass(frozen=True)
@@ -283,7 +285,7 @@ class SampleStream:
         self._next_block = {"best_fit": self._best_fit, "windows": self._window, "off": self._single}[
             config.packing
         ]
-        self._block_tokens = config.packing_rows * config.sequence_length
+        self._block_tokens = config.packing_buffer * config.sequence_length
         self._start = state
         self._block: list[PackedSequence] | None = None
         self._after = state
@@ -328,7 +330,7 @@ class SampleStream:
         return sequences, StreamState(next_sample, 0, _carry(rest))
 
     def _window(self, state: StreamState) -> tuple[list[PackedSequence], StreamState]:
-        """The next `sequence_length` tokens of the documents laid end to end; images are never cut."""
+        """The next `sequence_length` tokens of the documents put end to end; images are never cut."""
         room = self._packer.sequence_length
         sequence: list[Span] = []
         next_sample, carry = state.next_sample, state.carry

@@ -158,7 +158,7 @@ OF_DEMO = {
     ),
     "--set data.sources=[{path:_a,cut_rule:_tokens,long_documents:_split}]": (
         "data.sources: cut_rule = tokens with long_documents = split: a document is cut at a token only where its rest "
-        "is dropped. Use cut_rule = pieces, or long_documents = cut."
+        "is dropped. Use cut_rule = segments, or long_documents = cut."
     ),
     "--set data.sources=[{path:_a,min_images:_9}]": (
         "data.sources: min_images = 9 with max_images = 6: at least as many images are kept as a document must have. "

@@ -271,6 +271,6 @@ def test_too_many_failures_in_a_row_stop_the_run(tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "set", "pair", 20, per_shard=20)
     flip_bytes(folder / "shard-000.tar", [f"doc-{n:06d}.0.jpg" for n in range(20)])
     loader = open_loader(config(folder, max_consecutive_failures=5))
-    with pytest.raises(DataError, match=r"set/shard-000\.tar/doc-\d+\.0\.jpg: the 5th image in a row"):
+    with pytest.raises(DataError, match=r"set/shard-000\.tar/doc-\d+\.0\.jpg: the 5th image in succession"):
         next(loader)
     loader.close()

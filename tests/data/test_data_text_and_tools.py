@@ -14,8 +14,8 @@ import torch
 
 from corpora import WORDS, config, make_dataset, run_config, small_tokenizer
 from lcl_mcore.batch import MicroBatch
+from lcl_mcore.commands.fetch_corpora import fetch
 from lcl_mcore.config.schema import TokenizerConfig
-from lcl_mcore.data.corpora import fetch
 from lcl_mcore.data.evaluation_data import eval_documents, with_blank_images, with_shuffled_images
 from lcl_mcore.data.format import NativeDataset
 from lcl_mcore.data.loader import DataContext

@@ -10,8 +10,8 @@ import pytest
 import webdataset
 from PIL import Image
 
+from lcl_mcore.commands.fetch_corpora import fetch
 from lcl_mcore.config.schema import DataConfig, SourceConfig
-from lcl_mcore.data.corpora import fetch
 from lcl_mcore.data.format import NativeDataset
 from lcl_mcore.data.inspection import Inspector
 from lcl_mcore.data.prepare.engine import PrepareOptions, prepare
