@@ -13,9 +13,9 @@ from lcl_mcore.checkpoint.store import TrainState, checkpoint_name
 from lcl_mcore.config.files import config_digest
 from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.data.loader import DataContext, build_loader
-from lcl_mcore.data.tokenizer import build_tokenizer
+from lcl_mcore.data.tokenizer import tokenizer_for
 from lcl_mcore.distributed.context import Context
-from lcl_mcore.errors import ConfigError, LclError, explain
+from lcl_mcore.errors import LclError
 from lcl_mcore.evaluation.heldout import periodic_evaluation
 from lcl_mcore.fault_tolerance.events import EventLog
 from lcl_mcore.fault_tolerance.goodput import Goodput
@@ -60,18 +60,8 @@ class Trainer:
             skipped_ranges(context) if resume else [],
             context.groups.host_control,
         )
-        self.data_context = DataContext.of(config, context)
-        self.tokenizer = tokenizer = build_tokenizer(config.data.tokenizer)
-        self.loader = build_loader(config, self.data_context, tokenizer, self.state.position)
-        if tokenizer.vocab_size > config.model.language.vocab_size:
-            raise ConfigError(
-                explain(
-                    f"a tokenizer of {tokenizer.vocab_size} entries with model.language.vocab_size = "
-                    f"{config.model.language.vocab_size}",
-                    "every id needs a row of the embedding",
-                    "Raise the model's vocab_size or train a smaller tokenizer.",
-                )
-            )
+        self.data_context, self.tokenizer = DataContext.of(config, context), tokenizer_for(config)
+        self.loader = build_loader(config, self.data_context, self.tokenizer, self.state.position)
         self.evaluation = periodic_evaluation(config, context)
 
         self.flops = FlopCounter(

@@ -16,7 +16,8 @@ import tokenizers
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import decoders as hf_decoders
 
-from lcl_mcore.config.schema import TokenizerConfig
+from lcl_mcore.config.base import require
+from lcl_mcore.config.schema import RunConfig, TokenizerConfig
 from lcl_mcore.errors import DataError, explain
 
 CLIP_MERGES = 48_894
@@ -111,6 +112,23 @@ class Tokenizer:
         if self._clip_cleaning:
             text = " ".join(html.unescape(html.unescape(text)).split())
         return text
+
+
+def tokenizer_for(config: RunConfig) -> Tokenizer:
+    """The tokenizer of a run.
+
+    Raises:
+        ConfigError: it has more entries than the model's embedding.
+    """
+    tokenizer = build_tokenizer(config.data.tokenizer)
+    rows = config.model.language.vocab_size
+    require(
+        tokenizer.vocab_size <= rows,
+        f"a tokenizer of {tokenizer.vocab_size} entries with model.language.vocab_size = {rows}",
+        "every id needs a row of the embedding",
+        "Raise the model's vocab_size or train a smaller tokenizer.",
+    )
+    return tokenizer
 
 
 def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
