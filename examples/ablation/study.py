@@ -53,9 +53,10 @@ SETTINGS = (
 class Budget:
     """What every run gets.
 
-    steps           optimizer steps of 4 rows of 512 tokens
-    probe_images  images for training and for testing the probe
-    probe_epochs    passes of the probe over its training images
+    Attributes:
+        steps: optimizer steps of 4 sequences of 512 tokens.
+        probe_images: for training and for testing the probe.
+        probe_epochs: passes of the probe over its training images.
     """
 
     steps: int
@@ -68,7 +69,7 @@ FULL = Budget(steps=250, probe_images=4000, probe_epochs=12, seeds=3)
 
 
 def config_of(setting: Setting, seed: int, corpus: Path, budget: Budget) -> RunConfig:
-    """The demo's towers on rows of 512 tokens, the same for every setting but for the weights."""
+    """The demo's towers on sequences of 512 tokens, the same for every setting but for the weights."""
     base = load_recipe("demo")
     source = SourceConfig(path=str(corpus / "train"), max_images=24)
     language = replace(base.model.language, vocab_size=2048, max_positions=512)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 import tarfile
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from lcl_mcore.errors import ConfigError, DataError
 from lcl_mcore.evaluation.captioning import scores, words
 from lcl_mcore.evaluation.classification import AttentionProbe, accuracy, fit_classifier
 from lcl_mcore.evaluation.datasets import open_caption_dataset, open_classification_dataset
-from lcl_mcore.evaluation.embedding_metrics import effective_rank, mean_cosine
+from lcl_mcore.evaluation.embedding_metrics import effective_rank, mean_cosine, recall_at
+from lcl_mcore.evaluation.heldout import HeldoutResult, PairEmbeds
+from lcl_mcore.evaluation.report import write_report
 from lcl_mcore.evaluation.retrieval import retrieval_scores
 from lcl_mcore.lr_schedule import cosine_with_warmup
 
@@ -42,6 +45,18 @@ def test_effective_rank() -> None:
         float((unit @ unit.T).fill_diagonal_(0).sum() / (5000 * 4999)), abs=1e-6
     )
     assert mean_cosine(torch.ones(7, 4) / 2) == pytest.approx(1.0)
+
+
+def test_recall_of_pairs_and_of_nothing() -> None:
+    similar = torch.tensor([[1.0, 0.0], [0.8, 0.6], [0.0, 1.0]])
+    recall = recall_at(similar, similar[[1, 1, 2]], (1, 2))
+    # Captions 0 and 1 are the same vector: each ties with the other for images 0 and 1.
+    assert recall.image_to_text == {1: 1 / 3, 2: 1.0}
+    assert recall.text_to_image == {1: 2 / 3, 2: 1.0}
+    assert (recall.images, recall.mean(1)) == (3, 0.5)
+    nothing = recall_at(torch.zeros(0, 2), torch.zeros(0, 2), (1,))
+    assert nothing.images == 0
+    assert math.isnan(nothing.mean(1))
 
 
 def test_recall_with_several_captions() -> None:
@@ -161,6 +176,40 @@ def test_probe_learns_where_to_look() -> None:
     assert factors[9] == 1.0
     assert factors[0] == pytest.approx(0.1)
     assert factors[99] < 0.001
+
+
+def test_the_report_escapes_what_it_shows(tmp_path: Path) -> None:
+    """Captions come from data sets; two images are nearest to each other's caption."""
+    texts = ("<script>alert(1)</script> & one", "two")
+    embeds = PairEmbeds(torch.eye(2), torch.eye(2), torch.zeros(2, 3, 4, 4, dtype=torch.uint8))
+    numbers = {f"{prefix}R@{k}": 0.25 for prefix in ("", "image_to_text_", "text_to_image_") for k in (1, 5)}
+    summary = {
+        "run": "runs/<x>",
+        "steps": 3,
+        "images_seen": 12,
+        "heldout": "data/heldout",
+        "hardware": "a CPU",
+        "candidates": 2,
+        "retrieval": {"trained": numbers, "untrained": numbers, "chance": {"R@1": 0.5, "R@5": 1.0}},
+        "r5_over_chance": 0.25,
+        "generation": {"right": 1.0, "shuffled": 2.0, "none": 3.0},
+    }
+    records = [{"step": i, "loss": 2.0, "contrastive": 1.0, "generation": 1.0, "lr": 0.1} for i in (1, 2)]
+    write_report(tmp_path, HeldoutResult(summary, embeds, texts), records)
+    page = (tmp_path / "report.html").read_text()
+    assert "<script>" not in page
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt; &amp; one") == 2
+    assert page.count('<span class="own">') == 2
+    assert page.count("data:image/png;base64,") == 2
+    assert page.count("<svg") == 1
+    assert "<h1>runs/&lt;x&gt;</h1>" in page
+    assert "<tr><td>chance</td><td>0.500</td><td>1.000</td></tr>" in page
+    assert "<tr><td>with a blank image</td><td>3.000</td></tr>" in page
+    report = json.loads((tmp_path / "report.json").read_text())
+    assert report == {
+        **summary,
+        "curves": [{"step": i, "loss": 2.0, "contrastive": 1.0, "generation": 1.0} for i in (1, 2)],
+    }
 
 
 def test_settings_and_command_lines_are_checked() -> None:

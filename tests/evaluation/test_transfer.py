@@ -216,13 +216,13 @@ def test_the_loss_of_the_runs_own_decoder_is_that_of_the_plain_model(loaded: Loa
     assert same([*pretrained], [p.detach() for p in decoder.language.parameters()])
     latents = torch.randn(2, 4, 32, generator=torch.Generator().manual_seed(0))
     ids = decoder.encode(CAPTIONS[:2])
-    assert [row[-1] for row in ids] == [loaded.tokenizer().eos] * 2
+    assert [text[-1] for text in ids] == [loaded.tokenizer().eos] * 2
     expected = 0.0
-    for i, row in enumerate(ids):
-        hidden, _ = decoder._hidden(latents[i : i + 1], [row])
+    for i, text in enumerate(ids):
+        hidden, _ = decoder._hidden(latents[i : i + 1], [text])
         logits = decoder.language.norm_final(hidden) @ decoder.language.head_weight[:306].T
-        steps = range(len(decoder.prompt) - 1, len(decoder.prompt) + len(row) - 1)
-        expected -= sum(float(logits[s].detach().log_softmax(0)[t]) for s, t in zip(steps, row, strict=True))
+        steps = range(len(decoder.prompt) - 1, len(decoder.prompt) + len(text) - 1)
+        expected -= sum(float(logits[s].detach().log_softmax(0)[t]) for s, t in zip(steps, text, strict=True))
     assert decoder.loss_sum(latents, ids).item() == pytest.approx(expected, rel=1e-5)
 
 
@@ -262,14 +262,14 @@ def test_a_hugging_face_lm_reads_latents_like_tokens(loaded: LoadedModel, local_
     tokens = torch.tensor([[5, 6, 7], [8, 9, 10]])
     latents = decoder.model.get_input_embeddings()(tokens)
     ids = decoder.encode(["red cat", "the old house by the tree"])
-    assert [row[-1] for row in ids] == [decoder.end] * 2
+    assert [text[-1] for text in ids] == [decoder.end] * 2
     begin, expected = decoder.tokenizer.bos_token_id, 0.0
-    for prefix, row in zip(tokens.tolist(), ids, strict=True):
-        whole = torch.tensor([[begin, *prefix, *row]])
+    for prefix, text in zip(tokens.tolist(), ids, strict=True):
+        whole = torch.tensor([[begin, *prefix, *text]])
         loss = decoder.model(
             input_ids=whole, labels=torch.where(torch.arange(whole.shape[1]) < 4, -100, whole)
         ).loss
-        expected += loss.item() * len(row)
+        expected += loss.item() * len(text)
     assert decoder.loss_sum(latents, ids).item() == pytest.approx(expected, rel=1e-5)
     greedy = decoder.model.generate(
         torch.cat((torch.full((2, 1), begin), tokens), 1),

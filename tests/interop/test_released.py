@@ -86,10 +86,10 @@ def released_state(shape: ModelConfig = SHAPE) -> dict[str, Tensor]:
 
 
 def released_batch(rank: int) -> MicroBatch:
-    """The sequences of a rank, one a row, with the released rules for targets and contexts."""
+    """The sequences of a rank, each padded to one length, with the released rules for targets and contexts."""
     tokens: list[int] = []
     starts: list[int] = []
-    lengths, contexts, context_images, rows, labels = [], [], [], [], []
+    lengths, contexts, context_images, targets, labels = [], [], [], [], []
     for sequence in SEQUENCES[rank]:
         base = len(tokens)
         for i, token in enumerate(sequence):
@@ -99,7 +99,7 @@ def released_batch(rank: int) -> MicroBatch:
                     context_images.append(len(starts))
                 starts.append(base + i + 1)
             if i > 0 and token not in (HOLE, EOI, 0):
-                rows.append(base + i - 1)
+                targets.append(base + i - 1)
                 labels.append(token)
         tokens += sequence + [0] * (LENGTH - len(sequence))
         lengths += [len(sequence), LENGTH - len(sequence)]
@@ -113,7 +113,7 @@ def released_batch(rank: int) -> MicroBatch:
         image_starts=torch.tensor(starts),
         context_positions=torch.tensor(contexts),
         context_images=torch.tensor(context_images),
-        target_positions=torch.tensor(rows),
+        target_positions=torch.tensor(targets),
         target_labels=torch.tensor(labels),
         image_keys=torch.arange(len(starts)),
         sequence_keys=torch.arange(count),
