@@ -107,7 +107,7 @@ class LclDecoder(TransferHead):
                     f"Use --text-tokens {max(positions - len(self.prompt), 1)}.",
                 )
             )
-        self.initialize_weights(key63(config.seed, "writer"))  # the key decides all random numbers
+        self.initialize_weights(key63(config.seed, "caption decoder"))
         if weights is not None:
             with torch.no_grad():
                 for parameter, value in zip(self.language.parameters(), weights, strict=True):

@@ -43,6 +43,11 @@ class LoadedModel:
         """The vocabulary that the model was trained with."""
         return build_tokenizer(self.config.data.tokenizer)
 
+    @property
+    def results(self) -> Path:
+        """Folder of the run that holds the JSON files of evaluations."""
+        return self.folder / "results"
+
     def facts(self) -> dict[str, Any]:
         """What every result says about the model that it belongs to."""
         return {
@@ -66,7 +71,7 @@ def open_model(path: Path, context: Context | None = None) -> LoadedModel:
         ConfigError: the configuration beside it is missing or invalid.
     """
     folder, weights = locate(path)
-    config = single_process_config(folder)
+    config = evaluation_config(folder)
     context = context or start(config, folder)
     model = build_model(config, context)
     if weights.name == WEIGHTS_FILE:
@@ -95,9 +100,9 @@ def locate(path: Path) -> tuple[Path, Path]:
     return path, checkpoints[-1]
 
 
-def single_process_config(run: Path) -> RunConfig:
+def evaluation_config(folder: Path) -> RunConfig:
     """The run's configuration for one process; FP8 becomes BF16."""
-    config = read_config(run / CONFIG_FILE)
+    config = read_config(folder / CONFIG_FILE)
     precision = "bf16" if config.train.precision == "fp8" else config.train.precision
     train = replace(config.train, precision=precision, global_batch_size=config.train.micro_batch_size)
     return replace(config, parallel=ParallelConfig(), train=train)

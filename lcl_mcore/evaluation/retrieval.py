@@ -152,7 +152,7 @@ class DualEncoder(TransferHead):
         self.temperature = Temperature(self.device)
         vision = vision_transformer_config(self.config, self.device)
         self.pool = AttentionPool(vision, self.shape, self.groups)
-        self.initialize_weights(key63(config.seed, "two towers"))  # the key decides all random numbers
+        self.initialize_weights(key63(config.seed, "dual encoder"))
 
     def image_embeds(self, tokens: Tensor) -> Tensor:
         """[n, P, h] -> unit vectors fp32 [n, D]."""

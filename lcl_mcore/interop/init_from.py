@@ -15,7 +15,12 @@ from torch import Tensor, nn
 from lcl_mcore.config.schema import VisionConfig
 from lcl_mcore.errors import CheckpointError, explain
 from lcl_mcore.interop.vit_formats import OTHER_SHAPE, from_format, recognise
-from lcl_mcore.interop.weights_file import is_consolidated, load_consolidated, read_consolidated
+from lcl_mcore.interop.weights_file import (
+    is_consolidated,
+    load_consolidated,
+    read_consolidated,
+    tensor_parallel_share,
+)
 from lcl_mcore.models.lcl import LclModel
 
 
@@ -91,8 +96,5 @@ def check_stated(folder: Path, shape: VisionConfig) -> None:
 def load_encoder(model: nn.Module, state: Mapping[str, Tensor], tp_rank: int, tp_size: int) -> None:
     """Copy this tensor-parallel rank's share of an encoder state dict into the `vision.*` parameters of a model."""
     for name, parameter in model.named_parameters():
-        if not name.startswith("vision."):
-            continue
-        whole, axis = state[name], getattr(parameter, "partition_dim", 0)
-        split = bool(getattr(parameter, "tensor_model_parallel", False)) and tp_size > 1
-        parameter.copy_(whole.chunk(tp_size, axis)[tp_rank] if split else whole)
+        if name.startswith("vision."):
+            parameter.copy_(tensor_parallel_share(state[name], parameter, tp_rank, tp_size))

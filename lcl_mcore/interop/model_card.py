@@ -15,8 +15,6 @@ from lcl_mcore.interop.export_formats import FORMATS
 from lcl_mcore.models.vision import PIXEL_MEAN, PIXEL_STD
 from lcl_mcore.templates import render
 
-RESULTS = "results"  # folder of a run in which tools/evaluate.py leaves its JSON files
-
 
 def write_card(loaded: LoadedModel, summary: dict[str, Any], out: Path) -> None:
     """Write `out/README.md`.
@@ -45,9 +43,7 @@ def write_card(loaded: LoadedModel, summary: dict[str, Any], out: Path) -> None:
         ],
         skipped=summary["skipped"],
         fingerprints=data_fingerprints(loaded.config),
-        results=[
-            {"name": name, "numbers": numbers(content)} for name, content in results(loaded.folder).items()
-        ],
+        results=[{"name": name, "numbers": numbers(content)} for name, content in results(loaded).items()],
         config=yaml.safe_dump(to_dict(loaded.config), sort_keys=False).rstrip(),
     )
     (out / "README.md").write_text(text, encoding="utf-8")
@@ -65,10 +61,10 @@ def data_fingerprints(config: RunConfig) -> dict[str, str]:
     return found
 
 
-def results(folder: Path) -> dict[str, Any]:
+def results(loaded: LoadedModel) -> dict[str, Any]:
     """Results that lie beside a run: `report.json` and `results/*.json`, by name."""
     found = {}
-    for path in [folder / "report.json", *sorted((folder / RESULTS).glob("*.json"))]:
+    for path in [loaded.folder / "report.json", *sorted(loaded.results.glob("*.json"))]:
         if path.is_file():
             content = json.loads(path.read_text(encoding="utf-8"))
             found[path.stem] = {key: value for key, value in content.items() if key != "curves"}

@@ -50,6 +50,13 @@ def consolidated_state(model: LclModel) -> dict[str, Tensor]:
     return without_vocabulary_padding(state, model.shape.language.vocab_size)
 
 
+def tensor_parallel_share(whole: Tensor, parameter: Tensor, tp_rank: int, tp_size: int) -> Tensor:
+    """The block of a whole tensor that a parameter holds on this rank."""
+    if tp_size > 1 and getattr(parameter, "tensor_model_parallel", False):
+        return whole.chunk(tp_size, getattr(parameter, "partition_dim", 0))[tp_rank]
+    return whole
+
+
 @torch.no_grad()
 def load_consolidated(model: LclModel, state: Mapping[str, Tensor], tp_rank: int, tp_size: int) -> None:
     """Copy this rank's share of a consolidated state dict into an `LclModel`, whole or one stage of a pipeline.
@@ -68,16 +75,14 @@ def load_consolidated(model: LclModel, state: Mapping[str, Tensor], tp_rank: int
         if name not in state:
             continue
         whole, size = state[name], list(parameter.shape)
-        axis = getattr(parameter, "partition_dim", 0)
-        split = bool(getattr(parameter, "tensor_model_parallel", False)) and tp_size > 1
-        if split:
-            size[axis] *= tp_size
+        if tp_size > 1 and getattr(parameter, "tensor_model_parallel", False):
+            size[getattr(parameter, "partition_dim", 0)] *= tp_size
         if name in VOCABULARY and whole.shape[0] < size[0]:
             whole = torch.cat((whole, whole.new_zeros(size[0] - whole.shape[0], *whole.shape[1:])))
         if list(whole.shape) != size:
             problems.append(f"shape: {name} is {tuple(whole.shape)}, the model has {tuple(size)}")
             continue
-        shares[name] = whole.chunk(tp_size, axis)[tp_rank] if split else whole
+        shares[name] = tensor_parallel_share(whole, parameter, tp_rank, tp_size)
     if problems:
         raise misfit("weights", problems, "Use the config.yaml beside it.")
     for name, share in shares.items():

@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from lcl_mcore.commands.evaluate import ClassifyOptions, HeldoutOptions, parse_options
+from lcl_mcore.config.base import from_dict
 from lcl_mcore.config.evaluation import ProbeConfig
 from lcl_mcore.config.schema import EvaluationConfig
 from lcl_mcore.errors import ConfigError, DataError
@@ -213,8 +214,12 @@ def test_the_report_escapes_what_it_shows(tmp_path: Path) -> None:
 
 
 def test_settings_and_command_lines_are_checked() -> None:
-    with pytest.raises(ValueError, match="there is nothing to evaluate on"):
-        EvaluationConfig(every=10)
+    with pytest.raises(ConfigError) as refused:
+        from_dict(EvaluationConfig, {"every": 10})
+    assert str(refused.value) == (
+        "evaluation.every = 10 without evaluation.data: there is nothing to evaluate on. "
+        "Give a prepared held-out data set."
+    )
     classify = ["classify", "runs/demo", "--data", "x"]
     with pytest.raises(ConfigError) as caught:
         parse_options([*classify, "--lr", "0"])

@@ -16,6 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from lcl_mcore.commands.evaluate import RetrievalOptions, both_pairs, parse_options, transfer_settings
+from lcl_mcore.config.base import from_dict
 from lcl_mcore.config.evaluation import CaptionConfig, RetrievalConfig
 from lcl_mcore.config.recipes import load_recipe
 from lcl_mcore.config.schema import LanguageConfig, ModelConfig, TokenizerConfig, VisionConfig
@@ -356,8 +357,12 @@ def test_what_is_refused(loaded: LoadedModel) -> None:
     with pytest.raises(ConfigError, match="must not be the test pairs"):
         require_disjoint(coloured(1, 0), coloured(1, 0), same_file=True)
     require_disjoint(coloured(1, 0), coloured(1, 0), same_file=False)
-    with pytest.raises(ValueError, match="cannot write"):
-        CaptionConfig(freeze_language_model=True)
+    with pytest.raises(ConfigError) as refused:
+        from_dict(CaptionConfig, {"freeze_language_model": True})
+    assert str(refused.value) == (
+        "freeze_language_model with language_model = fresh: random weights that do not learn cannot write. "
+        "Give --language-model pretrained or a folder, or let it learn."
+    )
     with pytest.raises(ConfigError, match=r"LM has 48 positions\. Use --text-tokens 41"):
         captioning.make_decoder(loaded, CaptionConfig(), None)
     with pytest.raises(ConfigError, match="is neither fresh, pretrained nor a folder"):
