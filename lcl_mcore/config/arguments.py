@@ -42,7 +42,12 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Given:
-    """What the command line gives to a configuration class, not checked yet; a section is a `Given` itself."""
+    """What the command line gives to a configuration class, not checked yet.
+
+    Attributes:
+        cls: the class.
+        values: by field; a section is a `Given` itself.
+    """
 
     cls: type
     values: dict[str, Any]
@@ -58,8 +63,9 @@ class Given:
 class Flag:
     """One spelling of a flag.
 
-    path      dotted path of its field
-    appends   it takes any number of values, and repeating it appends
+    Attributes:
+        path: dotted path of its field.
+        appends: it takes any number of values, and repeating it appends.
     """
 
     path: str
@@ -283,11 +289,7 @@ def _registry(defaults: dict[type, Any]) -> ConstructorRegistry:
         return PrimitiveConstructorSpec(
             nargs="*" if ... in members else len(members),
             metavar=f"[{metavar} ...]" if ... in members else " ".join(_metavar(m) for m in members),
-            instance_from_str=lambda given: (
-                tuple(given)
-                if width == 1
-                else tuple(tuple(given[i : i + width]) for i in range(0, len(given), width))
-            ),
+            instance_from_str=lambda given: None if optional and given == ["none"] else _tuples(given, width),
             is_instance=lambda value: True,
             str_from_instance=lambda value: [
                 str(v) for part in value or () for v in (part if isinstance(part, tuple) else (part,))
@@ -295,6 +297,13 @@ def _registry(defaults: dict[type, Any]) -> ConstructorRegistry:
         )
 
     return registry
+
+
+def _tuples(words: list[str], width: int) -> tuple[Any, ...]:
+    """The words, or with a width above 1 as many to a tuple."""
+    if width == 1:
+        return tuple(words)
+    return tuple(tuple(words[i : i + width]) for i in range(0, len(words), width))
 
 
 def _metavar(kind: Any) -> str:

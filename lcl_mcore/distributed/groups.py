@@ -70,15 +70,9 @@ def _own(members: list[list[int]], backend: str | None, timeout: timedelta, name
 def make_groups(tp: int, pp: int, timeout_seconds: float, seed: int) -> Groups:
     """Split the job into groups. Collective over all ranks; the process group must be initialised.
 
-    Raises:
-        ValueError: the number of ranks is not a multiple of tp * pp.
+    `RunConfig.check_processes` has accepted the number of ranks.
     """
     world, timeout = dist.get_world_size(), timedelta(seconds=timeout_seconds)
-    if world % (tp * pp):
-        raise ValueError(
-            f"{world} processes with tp = {tp}, pp = {pp}: the product of tp and pp must divide the number of "
-            f"processes. Start a multiple of {tp * pp} processes."
-        )
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=tp,
         pipeline_model_parallel_size=pp,

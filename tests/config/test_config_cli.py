@@ -6,6 +6,7 @@ import dataclasses
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from command_options import command_options
 from lcl_mcore.commands.pretrain import PretrainOptions, parse_options
 from lcl_mcore.config import arguments
 from lcl_mcore.config.arguments import flags_of
-from lcl_mcore.config.base import to_dict
+from lcl_mcore.config.base import fields_of, help_of, section_in, to_dict
 from lcl_mcore.config.cli import RunOptions, parse_run
 from lcl_mcore.config.files import read_config, write_config
 from lcl_mcore.config.recipes import RECIPES, load_recipe
@@ -135,9 +136,11 @@ def test_values_of_a_repeated_flag_append() -> None:
     assert [s.label for s in config.data.sources] == ["a", "b", "c", "d"]
     config = run_of("--recipe demo --pp 3 --stage-layers 0 --stage-layers 1 1")
     assert config.parallel.stage_layers == (0, 1, 1)
+    assert run_of("--recipe demo --stage-layers none").parallel.stage_layers is None
+    assert run_of("--recipe paper-l14 --model.vision.layer-scale none").model.vision.layer_scale is None
 
 
-def help_of(tool: str, *words: str) -> str:
+def printed_help(tool: str, *words: str) -> str:
     done = subprocess.run(
         [sys.executable, str(ROOT / "tools" / tool), *words, "--help"],
         capture_output=True,
@@ -149,7 +152,7 @@ def help_of(tool: str, *words: str) -> str:
 
 
 def test_help_shows_recipes_sections_and_real_values() -> None:
-    text = help_of("pretrain_lcl.py", "--recipe", "paper-l14")
+    text = printed_help("pretrain_lcl.py", "--recipe", "paper-l14")
     for part in (
         "Pre-train a vision encoder by latent compression learning.",
         "Defaults are those of recipe paper-l14.",
@@ -167,10 +170,41 @@ def test_help_shows_recipes_sections_and_real_values() -> None:
         "--out PATH Folder of the run; by default runs/RECIPE. --resume",
     ):
         assert part in text, part
-    assert "None" not in text
-    assert "Defaults are those of no recipe; with --recipe NAME its own are shown." in help_of(
+    assert "(default: None)" not in text
+    assert "Defaults are those of no recipe; with --recipe NAME its own are shown." in printed_help(
         "pretrain_lcl.py"
     )
+
+
+@pytest.mark.parametrize("name", command_options())
+def test_help_of_every_command(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """All flags are there, each with its help, and with a real default where it has one."""
+    cls = command_options()[name]
+    for owner in sections(cls):
+        for field in fields_of(owner):
+            assert (
+                help_of(owner, field)
+                or section_in(fields_of(owner)[field].annotation)
+                or field in ("recipe", "packages")
+            ), field
+    with pytest.raises(SystemExit) as caught:
+        arguments.parse(cls, ["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    shown = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", text))
+    assert {flag for flag in flags_of(cls) if not re.search(r"--(.*\.)?no-", flag)} <= shown | {
+        "--no-baselines"
+    }
+    assert "(default: None)" not in text
+
+
+def sections(cls: type) -> Iterator[type]:
+    """The class and the classes of its sections, however deep."""
+    yield cls
+    for field in fields_of(cls).values():
+        section = section_in(field.annotation)
+        if section is not None:
+            yield from sections(section)
 
 
 def test_help_imports_nothing_heavy() -> None:
