@@ -231,7 +231,7 @@ def figures(timed: TimedStep, seconds: float) -> dict[str, Any]:
     config, counts = timed.config, timed.batch.counts
     assert timed.last is not None
     stats = timed.last.read(timed.done - 1)
-    counter = FlopCounter(config, timed.device.name, DTYPES[config.train.precision], 1)
+    counter = FlopCounter(config, timed.device, DTYPES[config.train.precision], 1)
     flops = counter.flops(timed.batch)
     positions = config.train.global_batch_size * config.data.sequence_length
     return {

@@ -9,6 +9,7 @@ import difflib
 import math
 import re
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -16,6 +17,8 @@ from lcl_mcore.errors import ConfigError, explain
 
 if TYPE_CHECKING:
     import torch
+
+    from lcl_mcore.distributed.device import Device
 
 TERA, GB, GIB = 1e12, 1e9, 2**30
 
@@ -145,23 +148,28 @@ def peak_flops(device_name: str, precision: str) -> Peak | None:
     return None
 
 
-def measured_peak(device: torch.device | str, dtype: torch.dtype, size: int = 1024, repeats: int = 5) -> Peak:
-    """The best rate of a few square matmuls on `device`, well below a second on a CPU."""
+def measured_peak(device: Device, dtype: torch.dtype, size: int | None = None, repeats: int = 5) -> Peak:
+    """The best rate of a few square matmuls, well below a second on a CPU.
+
+    Args:
+        size: rows and columns [4096 on CUDA, 1024 on a CPU].
+    """
     import torch
 
-    on = torch.device(device)
-    a, b = (torch.randn(size, size).to(on, dtype) for _ in range(2))
+    size = size or (4096 if device.is_cuda else 1024)
+    a, b = (torch.randn(size, size).to(device.device, dtype) for _ in range(2))
+    seconds = best_seconds(lambda: torch.mm(a, b), device, repeats)
+    name = str(dtype).removeprefix("torch.")
+    return Peak(2.0 * size**3 / seconds, f"measured, {name} matmuls of {size} x {size}")
 
-    def finish() -> None:
-        if on.type == "cuda":
-            torch.cuda.synchronize(on)
 
+def best_seconds(function: Callable[[], object], device: Device, repeats: int) -> float:
+    """Seconds of the fastest of several calls, after one more to warm up."""
     best = math.inf
     for _ in range(repeats + 1):
-        finish()
+        device.synchronize()
         started = time.perf_counter()
-        torch.mm(a, b)
-        finish()
+        function()
+        device.synchronize()
         best = min(best, time.perf_counter() - started)
-    name = str(dtype).removeprefix("torch.")
-    return Peak(2.0 * size**3 / best, f"measured, {name} matmuls of {size} x {size}")
+    return best

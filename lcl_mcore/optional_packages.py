@@ -1,4 +1,7 @@
-"""Optional packages, looked for in one place; each answer carries its reason."""
+"""Optional packages, looked for in this one place; each answer carries its reason.
+
+Nothing else in the package probes for them. `lcl_kernels` stands alone and looks for Triton itself.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,17 @@ import importlib.util
 import inspect
 from dataclasses import dataclass
 
-import torch
-
 
 @dataclass(frozen=True)
 class Probe:
-    """Whether an optional package can be used, which version, and if not, why."""
+    """What is known about an optional package.
+
+    Attributes:
+        name: as the doctor prints it.
+        usable: whether it can be used here.
+        version: of the installed distribution; empty if there is none.
+        reason: why it cannot be used, or "ok".
+    """
 
     name: str
     usable: bool
@@ -47,11 +55,24 @@ def _version(distributions: tuple[str, ...]) -> str:
 def _probe(
     name: str, module: str, attribute: str | None, distributions: tuple[str, ...], cuda: bool
 ) -> Probe:
+    """Import `module` and look for `attribute` in it.
+
+    Args:
+        distributions: names under which the package may be installed.
+        cuda: whether it is of use only where there is a CUDA device.
+    """
     version = _version(distributions)
     reason = _import(module, attribute)
-    if reason is None and cuda and not torch.cuda.is_available():
+    if reason is None and cuda and not cuda_capability():
         reason = "installed, but no CUDA device is visible"
     return Probe(name, reason is None, version, reason or "ok")
+
+
+def cuda_capability() -> tuple[int, int] | None:
+    """Compute capability of this process's GPU; None where there is none."""
+    import torch
+
+    return torch.cuda.get_device_capability() if torch.cuda.is_available() else None
 
 
 @functools.cache
@@ -76,7 +97,8 @@ def torch_varlen() -> Probe:
     probe = _probe(
         "torch varlen attention", "torch.nn.attention.varlen", "varlen_attn", ("torch",), cuda=True
     )
-    if probe.usable and torch.cuda.get_device_capability()[0] < 8:
+    capability = cuda_capability()
+    if probe.usable and capability is not None and capability < (8, 0):
         return Probe(probe.name, False, probe.version, "needs a GPU of compute capability 8.0 or newer")
     return probe
 
@@ -148,7 +170,10 @@ def dali() -> Probe:
 
 def installed(name: str, module: str, distribution: str) -> Probe:
     """Whether a package is there, without importing it: these take seconds to import and are seldom used."""
-    found = importlib.util.find_spec(module) is not None
+    try:
+        found = importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # the package that `module` is in
+        found = False
     return Probe(name, found, _version((distribution,)), "ok" if found else f"{module} is not installed")
 
 

@@ -64,9 +64,7 @@ class Trainer:
         self.loader = build_loader(config, self.data_context, self.tokenizer, self.state.position)
         self.evaluation = periodic_evaluation(config, context)
 
-        self.flops = FlopCounter(
-            config, context.device.name, DTYPES[config.train.precision], context.world_size
-        )
+        self.flops = FlopCounter(config, context.device, DTYPES[config.train.precision], context.world_size)
         self.log = RunLog(config, context, self.state.step)
         self.events = EventLog(context.run_folder, enabled=context.rank == 0)
         layout = layout_name(config, context)

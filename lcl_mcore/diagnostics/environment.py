@@ -14,10 +14,11 @@ import os
 import platform
 import subprocess
 import sys
-import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lcl_mcore.distributed.device import Device
 
 DRIVER_MODULE = Path("/proc/driver/nvidia/version")
 
@@ -132,54 +133,43 @@ def rates() -> dict[str, Any]:
     """FLOP/s of large matmuls in each precision, and bytes/s of a copy, measured; missing ones say why."""
     import torch
 
-    from lcl_mcore.hardware import measured_peak, peak_flops
+    from lcl_mcore.distributed.device import pick_device
+    from lcl_mcore.hardware import best_seconds, measured_peak, peak_flops
 
-    found = gpus()
-    device = "cuda" if found else "cpu"
+    device, found, repeats = pick_device(), gpus(), 10
     size = 8192 if found else 512
     result: dict[str, Any] = {"status": "ok", "dry": not found, "size": size}
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)):
-        result[name] = {"flops_per_second": measured_peak(device, dtype, size, repeats=10).flops}
-    result["fp8"] = _fp8_rate(size, found[0]["capability"]) if found else {"reason": "FP8 needs a GPU"}
-    source = torch.empty(size * size * 4, dtype=torch.uint8, device=device)
+        result[name] = {"flops_per_second": measured_peak(device, dtype, size, repeats).flops}
+    if not found:
+        result["fp8"] = {"reason": "FP8 needs a GPU"}
+    elif tuple(map(int, found[0]["capability"].split("."))) < (8, 9):
+        result["fp8"] = {"reason": "needs compute capability 8.9 or newer"}
+    else:
+        result["fp8"] = _fp8_rate(device, size, repeats)
+    source = torch.empty(size * size * 4, dtype=torch.uint8, device=device.device)
     target = torch.empty_like(source)
-    seconds = _best(lambda: target.copy_(source), device)
+    seconds = best_seconds(lambda: target.copy_(source), device, repeats)
     result["copy"] = {"bytes_per_second": 2 * source.numel() / seconds}
-    sheet = peak_flops(found[0]["name"], "bf16") if found else None
+    sheet = peak_flops(device.name, "bf16")
     result["data_sheet_bf16"] = sheet.flops if sheet else None
     return result
 
 
-def _fp8_rate(size: int, capability: str) -> dict[str, Any]:
+def _fp8_rate(device: Device, size: int, repeats: int) -> dict[str, Any]:
     """torch's own scaled matmul, without Transformer Engine."""
     import torch
 
-    if tuple(map(int, capability.split("."))) < (8, 9):
-        return {"reason": "needs compute capability 8.9 or newer"}
+    from lcl_mcore.hardware import best_seconds
+
+    matmul: Any = torch._scaled_mm
     try:
-        a, b = (torch.randn(size, size, device="cuda").to(torch.float8_e4m3fn) for _ in range(2))
-        one = torch.ones((), device="cuda")
-        matmul: Any = torch._scaled_mm
-        seconds = _best(lambda: matmul(a, b.T, one, one, out_dtype=torch.bfloat16), "cuda")
+        a, b = (torch.randn(size, size, device=device.device).to(torch.float8_e4m3fn) for _ in range(2))
+        one = torch.ones((), device=device.device)
+        seconds = best_seconds(lambda: matmul(a, b.T, one, one, out_dtype=torch.bfloat16), device, repeats)
     except (RuntimeError, TypeError, AttributeError) as error:
         return {"reason": f"torch._scaled_mm: {str(error).splitlines()[0]}"}
     return {"flops_per_second": 2 * size**3 / seconds, "by": "torch._scaled_mm, one scale per tensor"}
-
-
-def _best(function: Callable[[], object], device: str, repeats: int = 10) -> float:
-    """Seconds of the fastest of several calls."""
-    import torch
-
-    best = float("inf")
-    for _ in range(repeats + 1):
-        if device == "cuda":
-            torch.cuda.synchronize()
-        started = time.perf_counter()
-        function()
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return best
 
 
 if __name__ == "__main__":

@@ -97,7 +97,8 @@ def choose_layers(dtype: torch.dtype, requested: str = "auto") -> tuple[LayerBac
     if te.usable and requested != "torch" and dtype != torch.float32:
         why = f"transformer-engine {te.version}"
         attention = Choice("attention", "transformer-engine", why)
-        if torch.cuda.get_device_capability() < (9, 0):  # its packed attention needs sm_90 or flash-attn
+        capability = probe.cuda_capability()
+        if capability is None or capability < (9, 0):  # its packed attention needs sm_90 or flash-attn
             attention = choose_attention(dtype)
         layers, norm = (Choice(part, "transformer-engine", why) for part in ("layers", "norm"))
         return _te_backend(attention), [layers, attention, norm]

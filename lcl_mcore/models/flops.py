@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 
     from lcl_mcore.batch import MicroBatch, StepBatch
     from lcl_mcore.config.schema import RunConfig
+    from lcl_mcore.distributed.device import Device
 
 
 def _block_parameters(width: int, mlp_width: int) -> int:
@@ -159,19 +160,13 @@ class FlopCounter:
 
     The rate of reference is a data sheet's where the device is known. Otherwise it is measured once at
     start, by all processes at the same time, as they share the machine's cores; such a figure says how
-    close the run comes to this machine's matrix products, not to what is printed on its box.
+    close the run comes to this machine's matmuls, not to what is printed on its box.
     """
 
-    def __init__(self, config: RunConfig, device_name: str, dtype: torch.dtype, world: int) -> None:
-        import torch
-
+    def __init__(self, config: RunConfig, device: Device, dtype: torch.dtype, world: int) -> None:
         self.shape, self.world = config.model, world
         self.micro_negatives = config.loss.negatives == "micro_batch"
-        peak = peak_flops(device_name, config.train.precision)
-        if peak is None:
-            on_gpu = torch.cuda.is_available() and torch.cuda.get_device_name() == device_name
-            peak = measured_peak("cuda" if on_gpu else "cpu", dtype, 4096 if on_gpu else 1024)
-        self.peak = peak
+        self.peak = peak_flops(device.name, config.train.precision) or measured_peak(device, dtype)
 
     def flops(self, batch: StepBatch) -> int:
         """Forward and backward of the whole global batch, from its counts of all data-parallel ranks.

@@ -1,8 +1,9 @@
-"""Imports go one way, file by file: the whole graph, imports inside functions included, has no circle."""
+"""The package as a whole: imports exist and go one way, and each kind of question about the machine has one place."""
 
 from __future__ import annotations
 
 import ast
+from collections.abc import Callable
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
@@ -33,8 +34,105 @@ def imported(path: Path) -> set[str]:
     return found & FILES.keys()
 
 
+def bound_names(path: Path) -> set[str]:
+    """Names that a module defines or imports, wherever in it."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+        match node:
+            case ast.FunctionDef(name=name) | ast.ClassDef(name=name) | ast.Name(id=name, ctx=ast.Store()):
+                found.add(name)
+            case ast.alias(name=name, asname=other):
+                found.add(other or name.partition(".")[0])
+    return found
+
+
+def test_what_is_imported_exists() -> None:
+    """mypy does not report a module of our own that is gone: missing imports are ignored for optional packages."""
+    names = {module: bound_names(path) for module, path in FILES.items()}
+    missing = []
+    scripts = ("tools", "benchmarks", "campaigns", "examples", "tests")
+    paths = [*FILES.values(), *(path for folder in scripts for path in (ROOT / folder).rglob("*.py"))]
+    for path in paths:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            wanted: list[tuple[str, str]] = []
+            if isinstance(node, ast.Import):
+                wanted = [(alias.name, "") for alias in node.names]
+            elif isinstance(node, ast.ImportFrom) and node.module and not node.level:
+                wanted = [(node.module, alias.name) for alias in node.names]
+            for module, name in wanted:
+                ours = module.partition(".")[0] in ("lcl_mcore", "lcl_kernels")
+                there = module in names and (not name or name in names[module] or f"{module}.{name}" in names)
+                if ours and not there:
+                    missing.append(f"{path.relative_to(ROOT)}: {module} {name}".rstrip())
+    assert missing == []
+
+
 def test_imports_have_no_circle() -> None:
     try:
         list(TopologicalSorter({name: imported(path) for name, path in FILES.items()}).static_order())
     except CycleError as error:
         pytest.fail(f"files import each other in a circle: {' -> '.join(error.args[1])}")
+
+
+# Modules that tell CUDA from CPU or ask torch.cuda, each with its reason. `distributed/device.py` is the place for it.
+CUDA_MODULES = {
+    "distributed/device.py": "the one place",
+    "distributed/cpu.py": "stands in for torch.cuda where there is no GPU",
+    "diagnostics/environment.py": "reports on the GPUs themselves",
+    "diagnostics/preflight.py": "a trial all-reduce of a size that suits the links",
+    "hardware.py": "trial matmuls of a size that suits the device",
+    "optional_packages.py": "some packages are of use only with a GPU, or with a new one",
+    "batch.py": "only host tensors can be pinned",
+    "metrics.py": "on CUDA a step's numbers are read one step late",
+    "train_step.py": "on CUDA the contrastive loss exchanges halves",
+    "fused_adam.py": "fused optimizers work on CUDA only",
+    "models/backends.py": "gradient accumulation fusion works on CUDA only",
+    "models/layers.py": "megatron-core's layers take the current CUDA device unless told otherwise",
+    "models/transformer_config.py": "tells them",
+    "checkpoint/shards.py": "one event behind the copies of all shards",
+    "data/decode.py": "DALI decodes on a GPU or on the CPU",
+    "data/loader.py": "the current CUDA device is a thread's own",
+    "planning/counter.py": "copies to the device are counted as such",
+    "planning/counting.py": "on the CPU nothing is copied to the device",
+}
+
+# Modules that look for packages, each with its reason. `optional_packages.py` is the place for it.
+PROBING_MODULES = {
+    "optional_packages.py": "the one place",
+    "diagnostics/doctor.py": "reports on required packages, which may be broken or missing",
+    "diagnostics/environment.py": "versions of packages, for reports",
+    "distributed/cpu.py": "reads in torchvision's folder which operators to declare",
+    "storage.py": "fsspec imports the package of a URL's protocol, and raises if it is missing",
+}
+
+
+def asks_cuda(node: ast.AST) -> bool:
+    """`torch.cuda`, `x.is_cuda`, or a comparison of a device's type with "cuda" or "cpu"."""
+    match node:
+        case ast.Attribute(attr="is_cuda") | ast.Attribute(attr="cuda", value=ast.Name(id="torch")):
+            return True
+        case ast.Compare(
+            left=ast.Attribute(attr="type" | "kind"), comparators=[ast.Constant(value="cuda" | "cpu")]
+        ):
+            return True
+    return False
+
+
+def probes(node: ast.AST) -> bool:
+    """A look for a package that may be missing."""
+    names = {"find_spec", "ImportError", "ModuleNotFoundError", "PackageNotFoundError"}
+    return getattr(node, "id", None) in names or getattr(node, "attr", None) in names
+
+
+@pytest.mark.parametrize(("found_by", "allowed"), [(asks_cuda, CUDA_MODULES), (probes, PROBING_MODULES)])
+def test_each_kind_of_question_has_one_place(
+    found_by: Callable[[ast.AST], bool], allowed: dict[str, str]
+) -> None:
+    """CUDA or CPU, and whether an optional package is here; `lcl_kernels` stands alone and answers for itself."""
+    package = ROOT / "lcl_mcore"
+    asking = {
+        str(path.relative_to(package))
+        for path in package.rglob("*.py")
+        if any(found_by(node) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
+    }
+    assert asking == allowed.keys()

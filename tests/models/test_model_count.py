@@ -18,6 +18,7 @@ from batches import CLIP, OPT, SHAPES, Document, micro_batch
 from lcl_mcore.batch import GlobalCounts, MicroBatch, StepBatch
 from lcl_mcore.config.recipes import RECIPES, load_recipe
 from lcl_mcore.config.schema import DataConfig, ModelConfig, RunConfig, VisionConfig
+from lcl_mcore.distributed.device import Device
 from lcl_mcore.hardware import measured_peak, peak_flops
 from lcl_mcore.models import attention as segments
 from lcl_mcore.models.flops import (
@@ -33,6 +34,8 @@ from lcl_mcore.models.lcl import LclModel
 
 Build = Callable[..., LclModel]
 
+H100 = Device("cuda", torch.device("cuda"), "nccl", "NVIDIA H100 80GB HBM3")
+CPU = Device("cpu", torch.device("cpu"), "gloo", "a CPU")
 L14 = VisionConfig(patch_size=14, width=1024, layers=24, heads=16, mlp_width=4096)
 
 
@@ -215,7 +218,7 @@ def test_the_trainers_counter_adds_up_and_is_cheap(build: Build) -> None:
     )
     batch = StepBatch(tuple(micro), counts, {}, "")
     config = RunConfig(model=OPT, data=DataConfig(sequence_length=64))
-    counter = FlopCounter(config, "NVIDIA H100 80GB HBM3", torch.float32, 4)
+    counter = FlopCounter(config, H100, torch.float32, 4)
     expected = step_flops(
         OPT,
         images=2,
@@ -253,7 +256,7 @@ def test_peak_rates_of_known_devices(device: str, precision: str, tflops: float 
 
 
 def test_the_measured_rate_is_labelled_as_such() -> None:
-    peak = measured_peak("cpu", torch.float32, size=256)
+    peak = measured_peak(CPU, torch.float32, size=256)
     assert 1e8 < peak.flops < 1e14
     assert peak.source.startswith("measured")
 

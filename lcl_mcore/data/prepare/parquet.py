@@ -19,6 +19,7 @@ from lcl_mcore.data.prepare.engine import Dropped, InputPart, RawDocument, RawIm
 from lcl_mcore.data.prepare.files import describe_files, inputs, read_image
 from lcl_mcore.data.untrusted_json import BadJsonError, clean_text
 from lcl_mcore.errors import DataError, explain
+from lcl_mcore.optional_packages import installed
 
 END_OF_DOCUMENT = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"
 EXTENSIONS = ("", ".jpg", ".jpeg", ".png", ".webp", ".gif")
@@ -29,10 +30,8 @@ class ParquetReader:
     """Sequence documents; `max_duplicates` uses OmniCorpus's own count of an image's copies."""
 
     def __init__(self, source: Path, images: Path | None = None, *, max_duplicates: int = 0) -> None:
-        try:
-            import pyarrow.parquet  # noqa: F401
-        except ImportError as error:
-            raise DataError(explain("parquet input", "needs pyarrow", "pip install pyarrow.")) from error
+        if not installed("pyarrow", "pyarrow.parquet", "pyarrow").usable:
+            raise DataError(explain("parquet input", "needs pyarrow", "pip install pyarrow."))
         self._source = source
         self._files = inputs(source, ".parquet")
         self._images = images or (source if source.is_dir() else source.parent) / "images"
