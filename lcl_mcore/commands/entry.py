@@ -30,9 +30,6 @@ def run_main(main: Callable[[], int]) -> None:
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
-    except BrokenPipeError:  # whoever read our output left, as `head` does
-        code = 141
-        sys.stdout = open(os.devnull, "w")  # noqa: SIM115  # for the flush below and the interpreter's own
     except Exception:  # reported whole: a bug or a lost peer, not a mistake of the user
         traceback.print_exc()
     sys.stdout.flush()
