@@ -194,7 +194,7 @@ class PendingInfoNCE:
 
         Returns:
             0-dim global loss, attached to ``image``, ``text`` and ``scale`` (also on a rank without
-            pairs). Under ``torch.no_grad()`` the gradient half of the work and its exchanges are left out
+            pairs). Under ``torch.no_grad()`` the gradient half of the work and its collectives are skipped
             on all ranks alike.
         """
         if self._image is None or self._text is None:

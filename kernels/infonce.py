@@ -49,7 +49,7 @@ def infonce(
     """Symmetrical InfoNCE over all N x N pairs without storing them.
 
     ``L = sum_i w_i/2 * (log sum_j exp(S_ij - S_ii) + log sum_j exp(S_ji - S_ii))``, ``S = scale * image @
-    text.T`` (CLIP, arXiv:2103.00020). Pairs i != j with equal group id are left out of both sums.
+    text.T`` (CLIP, arXiv:2103.00020). Pairs i != j with equal group id are excluded from both sums.
 
     Args:
         image, text: ``[N, D]`` fp16, bf16, fp32 or fp64, L2-normalised by the caller (not required for

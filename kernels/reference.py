@@ -20,7 +20,7 @@ def infonce_reference(
     """Symmetrical InfoNCE (CLIP, arXiv:2103.00020, figure 3) with pair weights and masked negatives.
 
     ``L = sum_i w_i/2 * (logsumexp_j S_ij - S_ii + logsumexp_j S_ji - S_ii)`` with ``S = scale * image @
-    text.T``, where pairs i != j of one group are left out of both sums.
+    text.T``, where pairs i != j of one group are excluded from both sums.
 
     Args:
         image, text: ``[N, D]`` normalised embeddings; computed in fp64 if one is fp64, else fp32.
