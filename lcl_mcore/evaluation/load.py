@@ -6,6 +6,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from lcl_mcore.build import build_model
 from lcl_mcore.checkpoint.consolidate import load_weights
 from lcl_mcore.checkpoint.store import TrainState, complete_checkpoints
@@ -108,6 +110,10 @@ def evaluation_config(folder: Path) -> RunConfig:
     return replace(config, parallel=ParallelConfig(), train=train)
 
 
+@torch.no_grad()
 def reset_weights(loaded: LoadedModel) -> None:
     """Give the model the random weights that the run started from: the baseline of every evaluation."""
     initialize(loaded.model, loaded.config.model, loaded.config.train.seed, 0, 1)
+    for name, parameter in loaded.model.named_parameters():
+        if name.endswith(".gamma"):  # layer scale: a constant, which `initialize` leaves to the layer
+            parameter.fill_(loaded.config.model.vision.layer_scale)

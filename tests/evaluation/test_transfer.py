@@ -23,7 +23,7 @@ from lcl_mcore.config.schema import LanguageConfig, ModelConfig, TokenizerConfig
 from lcl_mcore.errors import ConfigError, NonFiniteError
 from lcl_mcore.evaluation import captioning, retrieval
 from lcl_mcore.evaluation.datasets import CaptionDataset
-from lcl_mcore.evaluation.load import LoadedModel
+from lcl_mcore.evaluation.load import LoadedModel, reset_weights
 from lcl_mcore.evaluation.transfer import ImageEncoder, drop_path, require_disjoint, vit
 
 SHAPE = ModelConfig(
@@ -286,6 +286,20 @@ def test_a_hugging_face_lm_reads_latents_like_tokens(loaded: LoadedModel, local_
         decoder, connector, vit(loaded.model), coloured(2, 0), replace(config, steps=30, warmup=0.0)
     )
     assert loss < 3.0  # from log 302 = 5.7
+
+
+def test_the_baseline_has_the_weights_of_the_start(build: Callable[..., Any], loaded: LoadedModel) -> None:
+    """Every one of them, layer scale included; the temperature plays no part in an evaluation."""
+    shape = replace(SHAPE, vision=replace(SHAPE.vision, layer_scale=0.3))
+    seed = loaded.config.train.seed
+    model, start = build(shape, seed, noise=0.5), build(shape, seed)
+    reset_weights(replace(loaded, config=replace(loaded.config, model=shape), model=model))
+    checked = 0
+    for (name, parameter), expected in zip(model.named_parameters(), start.parameters(), strict=True):
+        if name != "temperature.log_scale":
+            assert torch.equal(parameter, expected), name
+            checked += name.endswith("gamma")
+    assert checked == 4
 
 
 def test_drop_path_grows_to_the_last_block_and_is_undone(loaded: LoadedModel) -> None:
