@@ -157,6 +157,17 @@ def test_other_settings_are_refused_by_name(folders: list[Path], tmp_path: Path)
         steps(config(*folders, sequence_length=10), 1)
 
 
+def test_positions_keep_the_names_of_earlier_versions(folders: list[Path]) -> None:
+    """Settings have other names today; what commit 02e64cf saved is still understood."""
+    position = steps(config(*folders), 1)[-1].position
+    settings = {"packing", "packing_rows", "min_fill", "balance_images", "sequence_length", "context_rule"}
+    settings |= {"shuffle", "shuffle_block", "crop_scale", "crop_ratio", "seed", "global_batch_size"}
+    settings |= {"tokens_per_image", "tokenizer", "sources", "source_order", "format"}
+    assert set(position) == settings | {"decoder", "step", "order_hash", "states"}
+    assert position["packing_rows"] == 8
+    assert position["sources"]["pair"]["cut_rule"] == "pieces"
+
+
 def test_released_variants_differ_as_documented(folders: list[Path]) -> None:
     released = config(folders[0], packing="off", context_rule="index0", source_options={"ends": "released"})
     for step in steps(released, 4):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import Counter
 
 import numpy as np
@@ -80,3 +81,12 @@ def test_a_hundred_million_documents_need_no_table() -> None:
     assert len(indices) == 2000
     assert max(indices) > 95_000_000
     assert min(indices) < 5_000_000
+
+
+@pytest.mark.parametrize(("block", "digest"), [(1, "b40cc64b8a04754e"), (10, "def600daa05b18f9")])
+def test_the_order_is_that_of_earlier_versions(block: int, digest: str) -> None:
+    """Computed at commit 02e64cf: saved positions would otherwise go on with other documents."""
+    order = DocumentOrder([1003, 500, 77], [0.5, 0.3, 0.2], ["a", "b", "c"], streams=6, seed=11, block=block)
+    samples = [order.sample(stream, n) for stream in range(6) for n in range(500)]
+    found = hashlib.sha256(repr([(s.source, s.epoch, s.index) for s in samples]).encode()).hexdigest()
+    assert found[:16] == digest

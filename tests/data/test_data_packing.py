@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import itertools
 import json
 import random
@@ -133,3 +134,31 @@ def test_long_documents_go_on_in_other_sequences() -> None:
     ]
     assert len(set(segments)) == len(segments)
     assert {i for n, i in segments if n == 0} == set(range(24))
+
+
+@pytest.mark.parametrize(
+    ("packing", "balance", "digest"),
+    [
+        ("best_fit", False, "56057b0c8ec46b69"),
+        ("best_fit", True, "68f7b435d1a9ce8f"),
+        ("windows", False, "479059e8f6537a03"),
+        ("off", False, "42583b3708939b98"),
+    ],
+)
+def test_packing_is_that_of_earlier_versions(packing: str, balance: bool, digest: str) -> None:
+    """Computed at commit 02e64cf: saved positions would otherwise go on with other sequences."""
+
+    def contents(n: int) -> list[int | str]:
+        rng = random.Random(n)
+        made: list[int | str] = [rng.randint(4, 90) for _ in range(rng.randint(3, 40))]
+        for _ in range(rng.randint(1, 4)):
+            made.insert(rng.randint(0, len(made)), "i")
+        return made
+
+    one = stream(lambda n: document(n, contents(n)), packing, balance_images=balance)
+    packed = [
+        [(s.n, s.first_segment, s.offset, s.begin, s.end, s.length) for s in one.next_sequence()]
+        for _ in range(60)
+    ]
+    found = hashlib.sha256(repr((packed, one.state.to_list())).encode()).hexdigest()
+    assert found[:16] == digest

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import hashlib
 import io
 import json
 import os
@@ -22,7 +23,7 @@ import webdataset
 from PIL import Image
 
 from corpora import image_bytes
-from lcl_mcore.data.format import NativeDataset
+from lcl_mcore.data.format import Document, ImageEntry, NativeDataset, ShardWriter
 from lcl_mcore.data.prepare.engine import PrepareOptions, RawDocument, Reader, images_of, prepare
 from lcl_mcore.data.prepare.html import HtmlReader
 from lcl_mcore.data.prepare.mmc4 import Mmc4Reader
@@ -142,8 +143,6 @@ def test_zip_input_and_zip_bomb(tmp_path: Path) -> None:
 
 
 def test_parquet_with_urls(tmp_path: Path) -> None:
-    import hashlib
-
     import pyarrow
     from pyarrow import parquet
 
@@ -311,6 +310,23 @@ def test_split_never_parts_documents_that_share_an_image(tmp_path: Path) -> None
         split(source, tmp_path / "out", heldout_share=0.3, quiet=True)
     with pytest.raises(DataError, match="of 100 documents 0 would be held out"):
         split(source, tmp_path / "none", heldout_share=0.001, quiet=True)
+
+
+def test_shards_have_the_bytes_of_earlier_versions(tmp_path: Path) -> None:
+    """Computed at commit 02e64cf: a data set prepared again has the same fingerprint."""
+    images = [b"first", b"second" * 200]
+    entries = tuple(
+        ImageEntry(f"{n}.png", 7, 9, "png", hashlib.sha256(content).hexdigest(), len(content), n, 0.25)
+        for n, content in enumerate(images)
+    )
+    writer = ShardWriter(tmp_path / "shard-000.tar")
+    writer.add(Document("doc-0", "matched", ("a text", "ein Text: ä"), entries), images, url="http://x")
+    writer.add(Document("doc-1", "pair", ("caption",), entries[:1]), images[:1])
+    info = writer.close()
+    assert (info.documents, info.images, info.members, info.bytes) == (2, 3, 5, 10240)
+    assert info.sha256 == "1a59548b31142bc117091e09b95ff584e9bd5a4f365fa979d2f9e9f2c81b9650"
+    index = hashlib.sha256((tmp_path / "shard-000.index.npy").read_bytes()).hexdigest()
+    assert index == "810075696451539c84f32fb590028a080a7cd5b8a5bdb472d4c715fd5486e47c"
 
 
 @pytest.mark.parametrize("corrupt", [False, True])
