@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -18,11 +17,9 @@ from lcl_mcore.data.packing import SampleStream, StreamState, span_from
 from lcl_mcore.data.tokenized import MARKERS_PER_IMAGE, TokenizedDocument
 from lcl_mcore.data.tokenizer import Tokenizer
 from lcl_mcore.rng import KeyedRandom
+from lcl_mcore.templates import render
 
 SEQUENCES = 128  # packed for the statistics of a data set
-STYLE = """body{font:15px/1.5 sans-serif;max-width:60em;margin:2em auto} .cut{opacity:.35}
-.t{border-bottom:1px dotted #aaa} .m{background:#dde;border-radius:3px;padding:0 .3em;font-size:80%}
-img{max-width:20em;max-height:16em;display:block;margin:.4em 0} .n{color:#888;font-size:75%}"""
 
 
 class Inspector:
@@ -42,25 +39,22 @@ class Inspector:
         """One document as HTML: images in place, tokens, `<BoI>` positions, what is skipped."""
         stored, members = self._data.document(index)
         document = self._mixture.document(SampleIndex(0, epoch, index))
-        used = {segment.image for segment in document.segments if segment.image >= 0} if document else set()
-        parts = (
-            self._segments(document)
-            if document
-            else ["<p>This document is skipped under these settings.</p>"]
-        )
-        skipped = [
-            f"<div class=cut>{self._image(stored, members, i)}similarity {image.similarity:.3f}</div>"
-            for i, image in enumerate(stored.images)
-            if i not in used
-        ]
-        size = span_from(0, document, self._image_length).length if document else 0
-        title = html.escape(f"{self._data.name}/{members.shard}/{stored.key}")
-        facts = f"{stored.kind}, {len(stored.texts)} texts, {len(stored.images)} images, {size} tokens"
-        rest = f"<h2>Skipped</h2>{''.join(skipped)}" if skipped else ""
-        texts = "".join(f"<p class=cut>{html.escape(text)}</p>" for text in stored.texts)
-        return (
-            f"<!doctype html><meta charset=utf-8><title>{title}</title><style>{STYLE}</style><h1>{title}</h1>"
-            f"<p>{facts}</p>{''.join(parts)}{rest}<h2>All texts as stored</h2>{texts}"
+        span = span_from(0, document, self._image_length) if document else None
+        used = {segment.image for segment in span.segments} if span else set()
+        tokens = span.length if span else 0
+        return render(
+            "document.html.j2",
+            title=f"{self._data.name}/{members.shard}/{stored.key}",
+            facts=f"{stored.kind}, {len(stored.texts)} texts, {len(stored.images)} images, {tokens} tokens",
+            begin=span is not None and span.begin,
+            segments=self._segments(document) if document else None,
+            end=span is not None and span.end,
+            skipped=[
+                (self._image(stored, members, number), image.similarity)
+                for number, image in enumerate(stored.images)
+                if number not in used
+            ],
+            texts=stored.texts,
         )
 
     def statistics(self, sample: int = 1000) -> dict[str, Any]:
@@ -117,29 +111,35 @@ class Inspector:
         """Close the data set."""
         self._mixture.close()
 
-    def _segments(self, document: TokenizedDocument) -> list[str]:
+    def _segments(self, document: TokenizedDocument) -> list[dict[str, Any]]:
+        """What the page shows of each segment; `cut` is what lies beyond one sequence."""
         place = int(document.begin)
-        parts = ["<span class=m>begin</span> "] if document.begin else []
+        shown = []
         for segment in document.segments:
-            size = segment.length(self._image_length)
-            cut = " class=cut" if place + size > self._config.sequence_length else ""
-            if segment.image >= 0:
-                mark = f"<span class=m>&lt;BoI&gt; at {place}</span>"
-                image = self._image(document.stored, document.members, segment.image)
-                parts.append(f"<div{cut}>{mark}{image}<span class=n>{size} tokens</span></div>")
-            else:
-                words = (html.escape(self._tokenizer.decode([i])) for i in segment.ids)
-                text = "".join(f"<span class=t>{word}</span>" for word in words)
-                parts.append(f"<p{cut}>{text} <span class=n>{place}..{place + size - 1}</span></p>")
-            place += size
-        return [*parts, " <span class=m>end</span>"] if document.end else parts
+            length = segment.length(self._image_length)
+            is_image = segment.image >= 0
+            shown.append(
+                {
+                    "first": place,
+                    "length": length,
+                    "cut": place + length > self._config.sequence_length,
+                    "image": self._image(document.stored, document.members, segment.image)
+                    if is_image
+                    else None,
+                    "tokens": [self._tokenizer.decode([i]) for i in segment.ids],
+                }
+            )
+            place += length
+        return shown
 
-    def _image(self, stored: Document, members: Members, number: int) -> str:
+    def _image(self, stored: Document, members: Members, number: int) -> dict[str, str]:
         entry = stored.images[number]
         content = base64.b64encode(self._data.image(stored, members, number, verify=False)).decode()
         kind = "jpeg" if entry.codec == "jpg" else entry.codec
-        label = html.escape(f"{entry.name} {entry.width} x {entry.height}")
-        return f"<img src='data:image/{kind};base64,{content}' title='{label}' alt='{label}'>"
+        return {
+            "source": f"data:image/{kind};base64,{content}",
+            "label": f"{entry.name} {entry.width} x {entry.height}",
+        }
 
 
 def _spread(values: list[int]) -> dict[str, float]:
