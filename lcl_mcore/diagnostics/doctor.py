@@ -278,7 +278,7 @@ def format_report(report: Report) -> str:
     return "\n\n".join(blocks)
 
 
-def _format(line: Line, judged: bool) -> str:
-    mark = "" if not judged else "ok  " if line.ok else "no  "
+def _format(line: Line, marked: bool) -> str:
+    mark = "" if not marked else "ok  " if line.ok else "no  "
     reason = "" if line.reason in ("", "ok") else f"  {line.reason}"
     return f"  {mark}{line.name:<24}{line.found:<20}{reason}".rstrip()

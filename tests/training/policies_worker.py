@@ -2,7 +2,7 @@
 
     policies_worker.py FOLDER --recipe ... (flags of a run of 18 steps on 2 ranks)
 
-Prints one line of JSON on rank 0: per run the notes, and whether bad steps left all tensors bitwise unchanged.
+Prints one line of JSON on rank 0: per run the logged lines, and whether bad steps left all tensors bitwise unchanged.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RUNS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
         {"nonfinite": "rollback"},
         NAN,
     ),  # with a stand-in for Transformer Engine's and Apex's optimizer
-    "left_out": ({"skip_batches": [[4, 4], [9, 9]]}, []),
+    "skipped": ({"skip_batches": [[4, 4], [9, 9]]}, []),
     "spike": ({"spike": "rollback", **QUICK}, JUMP),
     "never_there": ({"spike": "rollback", **QUICK}, []),
     "stop": ({}, [{"kind": "nan", "rank": 1, "batch": 2}]),
@@ -95,26 +95,26 @@ def main() -> int:
         if name == "never_there":  # the undisturbed twin of the run with the spike
             gone = [e["batches"] for e in read_events(Path(folder) / "spike") if e["event"] == "skip"]
             settings = {**settings, "skip_batches": gone}
-        notes: list[str] = []
+        lines: list[str] = []
         config = dataclasses.replace(base, faults=FaultConfig(**settings))
-        own = dataclasses.replace(context, run_folder=Path(folder) / name, log=notes.append)
+        own = dataclasses.replace(context, run_folder=Path(folder) / name, log=lines.append)
         own.run_folder.mkdir(parents=True, exist_ok=True)
         optimizer.build_adam = partial(FusedAdam, ApexLike) if name == "fused" else build_adam
         trainer = Trainer(config, own, resume=False)
-        trainer.log.info = notes.append  # type: ignore[method-assign]
+        trainer.log.info = lines.append  # type: ignore[method-assign]
         spoil(trainer, [f for f in faults if f.get("rank", context.rank) == context.rank])
         unchanged: list[bool] = []
         before = watch_bad_steps(trainer, unchanged)
         try:
             trainer.train()
         except NonFiniteError as error:
-            notes.append(f"error: {error}")
+            lines.append(f"error: {error}")
             if name in ("stop", "limit"):  # nothing recovers from its last step: compared where the run ended
                 unchanged.append(same(before, tensors(trainer)))
         flags = torch.tensor([len(unchanged), sum(unchanged)])
         everyone = [torch.zeros_like(flags) for _ in range(context.world_size)]
         dist.all_gather(everyone, flags, group=context.groups.host_control)
-        report[name] = {"notes": notes, "unchanged": [item.tolist() for item in everyone]}
+        report[name] = {"lines": lines, "unchanged": [item.tolist() for item in everyone]}
     if context.rank == 0:
         print(json.dumps(report), flush=True)
     return 0

@@ -4,7 +4,7 @@
 
 ROUNDS.json is a list of rounds, each a list of faults as in `faults_worker`, and one kind more: "disk" lets the files
 of the rank grow to 1 kB only, from the save of its step until the next save. The last line on rank 0 is JSON: per
-round the notes, and per rank how each save ended.
+round the logged lines, and per rank how each save ended.
 """
 
 from __future__ import annotations
@@ -64,9 +64,9 @@ def main() -> int:
     report = []
     for number in range(len(plan)):
         stop.received = None
-        notes: list[str] = []
+        lines: list[str] = []
         outcomes: list[tuple[int, str]] = []
-        trainer = Trainer(config, replace(context, log=notes.append), resume=number > 0)
+        trainer = Trainer(config, replace(context, log=lines.append), resume=number > 0)
         settle = trainer.checkpoints._settle
 
         def settled(
@@ -77,10 +77,10 @@ def main() -> int:
             settle(outcome, final)
 
         trainer.checkpoints._settle = settled  # type: ignore[method-assign]
-        trainer.log.info = notes.append  # type: ignore[method-assign]
+        trainer.log.info = lines.append  # type: ignore[method-assign]
         assert trainer.train() == 0
         saves = gather_objects(outcomes, context.groups.host_control)
-        report.append({"notes": notes, "saves": saves})
+        report.append({"lines": lines, "saves": saves})
     if context.rank == 0:
         print(json.dumps(report), flush=True)
     return 0

@@ -149,18 +149,18 @@ def test_stop_signals_in_every_phase(
     saved = [int(path.name[-8:]) for path in complete_checkpoints(out / "checkpoints")]
     assert 6 not in saved
     for (_, _, step, _), seen in zip(injected, report, strict=True):
-        stopped = [note for note in seen["notes"] if "stopped by request" in note]
+        stopped = [line for line in seen["lines"] if "stopped by request" in line]
         assert len(stopped) == 1
         last = int(re.findall(r"after step (\d+)", stopped[0])[0])
         assert step <= last <= step + 2
         assert last in saved  # every step is in the checkpoint of the moment
         assert seen["saves"][0] == seen["saves"][1]  # both ranks agree on how every save ended
     assert read_state(complete_checkpoints(out / "checkpoints")[-1]).step == len(right)
-    assert any("evaluation after step 15 cut short by a stop request" in note for note in report[2]["notes"])
+    assert any("evaluation after step 15 cut short by a stop request" in line for line in report[2]["lines"])
     ((step, problem),) = [save for save in report[0]["saves"][0] if save[1]]
     assert step == 6
     assert problem.endswith("[Errno 27] File too large")
-    warnings = [note for note in report[0]["notes"] if note.startswith("WARNING checkpoint")]
+    warnings = [line for line in report[0]["lines"] if line.startswith("WARNING checkpoint")]
     assert len(warnings) == 1
     assert "step-00000006: could not be written: rank 1: [Errno 27]" in warnings[0]
     assert "Training goes on" in warnings[0]

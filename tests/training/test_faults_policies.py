@@ -1,4 +1,4 @@
-"""NaN and loss spikes: the batches are left out, and the rest is bitwise as if they had never been there."""
+"""NaN and loss spikes: the batches are skipped, and the rest is bitwise as if they had never been there."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_spike_detector_wants_several_losses_in_a_row() -> None:
     assert detector.state() == again.state()
 
 
-def test_batches_left_out_survive_in_checkpoint_and_folder() -> None:
+def test_skipped_batches_survive_in_checkpoint_and_folder() -> None:
     """A crash between going back and the next checkpoint leaves the range in the folder only."""
     recovery = Recovery(FaultConfig(skip_batches=((7, 8),)), {"step": 3}, [[20, 22]], NOBODY)
     recovery.ranges.add((30, 30))
@@ -75,15 +75,15 @@ def test_nan_and_spike_on_two_ranks(arguments: Callable[..., list[str]], tmp_pat
         assert report[name]["unchanged"] == [[2, 2], [2, 2]], name  # two bad steps on each rank
     assert report["stop"]["unchanged"] == [[1, 1], [1, 1]]  # the default: the run ends before the update
     assert (
-        "error: step 3: gradient norm nan: what rank 1 computed is NaN or Inf" in report["stop"]["notes"][-1]
+        "error: step 3: gradient norm nan: what rank 1 computed is NaN or Inf" in report["stop"]["lines"][-1]
     )
     assert len(records(tmp_path / "stop")) == 2
     assert not list((tmp_path / "stop" / "checkpoints").glob("step-*"))
     for name in ("skip", "rollback"):
-        text = "\n".join(report[name]["notes"])
+        text = "\n".join(report[name]["lines"])
         assert "gradient norm nan (ranks [1]); batches 4 to 4 are skipped" in text
         assert ("went back to" in text) == (name == "rollback")
-        assert_same_run(tmp_path / "left_out", tmp_path / name)
+        assert_same_run(tmp_path / "skipped", tmp_path / name)
         assert len(records(tmp_path / name)) == 18
     left, right = records(tmp_path / "skip"), records(tmp_path / "fused")
     for (
@@ -92,13 +92,13 @@ def test_nan_and_spike_on_two_ranks(arguments: Callable[..., list[str]], tmp_pat
     ) in left.items():  # another optimizer, through bad steps and a checkpoint: the same learning
         for field in ("loss", "grad_norm"):
             assert right[step][field] == pytest.approx(record[field], rel=1e-5), step
-    assert "error: step 3: gradient norm nan: what rank 1 computed" in report["limit"]["notes"][-1]
+    assert "error: step 3: gradient norm nan: what rank 1 computed" in report["limit"]["lines"][-1]
     assert len(records(tmp_path / "limit")) == 2
 
     spike = [e for e in read_events(tmp_path / "spike") if e["event"] in ("skip", "rollback")]
     assert [e["event"] for e in spike] == ["skip", "rollback"]
     first, last = spike[0]["batches"]
-    assert first <= 12 < last  # the harmful batch is among those left out
+    assert first <= 12 < last  # the harmful batch is among those skipped
     assert spike[1]["step"] <= first
     assert_same_run(tmp_path / "never_there", tmp_path / "spike")
     assert read_events(tmp_path / "rollback")[-1]["recomputed"] > 0
