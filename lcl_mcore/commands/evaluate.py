@@ -178,7 +178,7 @@ def _print(result: dict[str, Any], indent: str = "") -> None:
 
 def _heldout(options: HeldoutOptions, loaded: LoadedModel) -> None:
     from lcl_mcore.evaluation.heldout import evaluate_heldout
-    from lcl_mcore.evaluation.report import print_table, write_report
+    from lcl_mcore.evaluation.heldout_report import print_table, write_report
     from lcl_mcore.metrics import read_metrics
 
     result = evaluate_heldout(loaded, options.data)

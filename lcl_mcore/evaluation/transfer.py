@@ -26,7 +26,7 @@ from lcl_mcore.evaluation.datasets import CaptionDataset
 from lcl_mcore.evaluation.load import LoadedModel, reset_weights
 from lcl_mcore.lr_schedule import cosine_with_warmup
 from lcl_mcore.models.attention import make_segments
-from lcl_mcore.models.backends import choose_layers
+from lcl_mcore.models.backends import choose_backends
 from lcl_mcore.models.init import initialize
 from lcl_mcore.models.language import EmbeddingInput, LanguageModel
 from lcl_mcore.models.lcl import LclModel
@@ -278,10 +278,9 @@ class TransferHead(nn.Module):
         self.shape = replace(shape, language=replace(shape.language, dropout=0.0))
         self.config, self.device = single_process(self.shape), context.device.device
         self.groups = context.groups.megatron
-        language, (backend, _) = self.shape.language, choose_layers(torch.float32)
+        language, layers = self.shape.language, choose_backends(self.config, self.device).layers
         config = language_transformer_config(self.config, self.device)
-        stage = stage_of((language.layers,), 0)
-        self.language = LanguageModel(config, language, backend, self.groups, stage)
+        self.language = LanguageModel(config, language, layers, self.groups, stage_of((language.layers,), 0))
 
     def canonical_name(self, name: str) -> str:
         """What `initialize` asks of a model."""

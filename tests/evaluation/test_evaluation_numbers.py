@@ -23,7 +23,7 @@ from lcl_mcore.evaluation.classification import AttentionProbe, accuracy, fit_cl
 from lcl_mcore.evaluation.datasets import open_caption_dataset, open_classification_dataset
 from lcl_mcore.evaluation.embedding_metrics import effective_rank, mean_cosine, recall_at
 from lcl_mcore.evaluation.heldout import HeldoutResult, PairEmbeds
-from lcl_mcore.evaluation.report import write_report
+from lcl_mcore.evaluation.heldout_report import write_report
 from lcl_mcore.evaluation.retrieval import retrieval_scores
 from lcl_mcore.lr_schedule import cosine_with_warmup
 
