@@ -49,7 +49,7 @@ def measure(rounds: int, steps: int, folder: Path) -> dict[str, Any]:
     from step import TimedStep
 
     from lcl_mcore.checkpoint.manager import Checkpointer, TrainingTensors
-    from lcl_mcore.checkpoint.store import TrainState, open_store
+    from lcl_mcore.checkpoint.store import TrainState, open_store, verify
     from lcl_mcore.distributed.device import init_process_group, pick_device
     from lcl_mcore.distributed.groups import make_groups
 
@@ -99,9 +99,8 @@ def measure(rounds: int, steps: int, folder: Path) -> dict[str, Any]:
                 "slowdown": sum(beside) - len(beside) * statistics.median(quiet),
             }
         )
-    path, notes = saver.find()
-    assert path is not None, notes
     assert saver.snapshot is not None
+    newest = saver.names()[-1]
     return {
         "device": device.name,
         "processes": world,
@@ -109,8 +108,8 @@ def measure(rounds: int, steps: int, folder: Path) -> dict[str, Any]:
         "bytes_of_this_rank": saver.snapshot.nbytes,
         "allocation_before_the_first_save": allocation,
         "rounds": results,
-        "find_and_verify": seconds(saver.find),
-        "load": seconds(lambda: saver.load(path)),
+        "verify": seconds(lambda: verify(folder / newest)),
+        "restore": seconds(saver.restore),
         **{
             f"median_{name}": statistics.median(r[name] for r in results)
             for name in ("synchronous", "stall", "ratio", "slowdown", "quiet_step")

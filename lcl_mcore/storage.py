@@ -15,6 +15,7 @@ from bisect import bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -39,13 +40,13 @@ def atomic_file(path: Path) -> Iterator[Path]:
 
     After an error, or a kill, `path` is what it was before. Several processes may replace the same file.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
-        yield partial
-        sync(partial)
-        partial.replace(path)
+        yield unfinished
+        sync(unfinished)
+        unfinished.replace(path)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        unfinished.unlink(missing_ok=True)
         raise
 
 
@@ -55,8 +56,8 @@ def atomic_write(path: Path, content: bytes | str) -> None:
     Raises:
         OSError: it cannot be written; the old content is still there.
     """
-    with atomic_file(path) as partial:
-        partial.write_bytes(content.encode() if isinstance(content, str) else content)
+    with atomic_file(path) as unfinished:
+        unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
 
 
 def sync(path: Path) -> None:
@@ -265,6 +266,14 @@ class RemoteStorage:
         """Remove a file, or a folder with all that is in it, if there is one."""
         if self.has(name):
             self._retried(name, lambda: self._system.rm(self._path(name), recursive=True))
+
+    def move(self, name: str, target: str) -> None:
+        """Give the files of a folder another one; each is copied, then all are removed, which is not atomic."""
+        self._system.invalidate_cache()
+        for path in self._retried(name, lambda: self._system.find(self._path(name))):
+            goal = self._path(target) + path.removeprefix(self._path(name))
+            self._retried(name, partial(self._system.cp_file, path, goal))
+        self.remove(name)
 
     def close(self) -> None:
         """Drop the cache."""

@@ -25,7 +25,7 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -47,6 +47,7 @@ from lcl_mcore.checkpoint.store import (
     outdated,
     read_state,
     step_of,
+    verify,
     verify_written,
     write_state,
 )
@@ -95,6 +96,19 @@ class Outcome:
     seconds: float
 
 
+@dataclass(frozen=True)
+class Unusable:
+    """A checkpoint that a restore skipped: `fault` is "damaged" or "cannot be loaded", `after` what became of it."""
+
+    path: str
+    fault: str
+    reason: str
+    after: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.fault}, skipped: {self.reason}" + (self.after and f" ({self.after})")
+
+
 class Checkpointer:
     """Saves and restores one run; all ranks call every method together, except `poll`."""
 
@@ -120,8 +134,10 @@ class Checkpointer:
         self.store, self.tensors, self.control, self.background = store, tensors, control, background
         self.keep, self.keep_every, self.config, self.node = keep, keep_every, config, node
         self.rank = control.rank()
-        self.stalled = 0.0
-        """Seconds that the training loop has waited for checkpoints."""
+        self.good: set[str] = set()
+        """Names of checkpoints that this process wrote or verified; complete on the first rank."""
+        self.origin = ""
+        """Name of the checkpoint that this process resumed from."""
         self.snapshot: Snapshot | None = None
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
@@ -154,7 +170,6 @@ class Checkpointer:
         )
         self._outcome = None
         self._thread.start()
-        self.stalled += time.perf_counter() - began
 
     def poll(self) -> Outcome | None:
         """How the save under way ended, if this rank knows already; does not wait."""
@@ -164,9 +179,7 @@ class Checkpointer:
         """How the save under way ended, after waiting for it; None if there is none."""
         if self._thread is None:
             return None
-        began = time.perf_counter()
         self._thread.join()
-        self.stalled += time.perf_counter() - began
         outcome, self._thread, self._outcome = self._outcome, None, None
         return outcome
 
@@ -190,7 +203,8 @@ class Checkpointer:
         def commit() -> None:
             if self.rank == 0:
                 self.store.commit(name, everything)
-                self.store.remove(outdated(checkpoint_names(self.store.location), self.keep, self.keep_every))
+                self.good.add(name)
+                self._remove_outdated(name)
 
         try:
             problem = self._together(prepare)
@@ -206,6 +220,23 @@ class Checkpointer:
             shutil.rmtree(self.store.staging(name), ignore_errors=True)
         path = child(self.store.location, name)
         self._outcome = Outcome(state.step, path, problem, time.perf_counter() - began)
+
+    def _remove_outdated(self, committed: str) -> None:
+        """Remove what retention does not keep; never what was committed last, nor what this process resumed from.
+
+        Only verified checkpoints count. Of those that earlier processes left, as many are verified here as are
+        needed for the count: with what was committed and resumed from, none for `keep` of 2.
+        """
+        names = checkpoint_names(self.store.location)
+        counted = 0
+        for name in reversed(names):
+            if counted < self.keep and (name in self.good or not verify(child(self.store.location, name))):
+                self.good.add(name)
+                counted += 1
+        gone = outdated(names, self.good, self.keep, self.keep_every)
+        gone = [name for name in gone if name not in (committed, self.origin)]
+        self.store.remove(gone)
+        self.good.difference_update(gone)
 
     @staticmethod
     def _attempt(action: Callable[[], object]) -> str:
@@ -243,26 +274,76 @@ class Checkpointer:
             raise CheckpointError(problem)
         return found
 
-    def find(
+    def restore(
         self, accept: Callable[[TrainState], bool] = lambda state: True
-    ) -> tuple[Path | None, list[str]]:
-        """Newest checkpoint that verifies and is accepted, and what is wrong with newer ones, for the log.
+    ) -> tuple[TrainState | None, list[Unusable]]:
+        """Load the newest checkpoint that is intact, accepted and fits this model, of any layout.
 
-        The ranks share the work, and agree.
+        Newer ones that cannot be used are set aside when an older one could be loaded.
+
+        Returns:
+            The state, None if no checkpoint could be used; and the newer ones that could not, newest first.
         """
-        skipped: list[str] = []
-        part, parts = (self.rank, self.control.size()) if self.store.shared else self.node
+        skipped: list[Unusable] = []
         for name in reversed(self.names()):
-            path, problems = self._fetch(name, part, parts)
-            answers = gather_objects(problems, self.control)
-            merged = sorted({problem for answer in answers for problem in answer})
-            if not merged and not accept(read_state(path)):
-                continue
-            if not merged:
-                return path, skipped
             where = child(self.store.location, name)
-            skipped.append(f"{where}: damaged, skipped: {'; '.join(merged[:3])}")
+            path, problem = self._verify(name)
+            if problem:
+                skipped.append(Unusable(where, "damaged", problem))
+                continue
+            state = read_state(path)
+            if not accept(state):
+                continue
+            problem = self._load(path, state)
+            if problem:
+                skipped.append(Unusable(where, "cannot be loaded", problem))
+                continue
+            self.good.add(name)
+            self.origin = name
+            if self.rank == 0:
+                skipped = [replace(item, after=self._set_aside(item.path)) for item in skipped]
+            return state, skipped
         return None, skipped
+
+    def _set_aside(self, path: str) -> str:
+        """Rename a checkpoint that cannot be used, so that nothing takes it for one; what became of it."""
+        try:
+            return f"now {self.store.set_aside(path.rsplit('/', 1)[-1])}"
+        except (OSError, LclError) as error:
+            return f"it could not be renamed: {_reason(error)}"
+
+    def _verify(self, name: str) -> tuple[Path, str]:
+        """Local folder of a checkpoint, and what is wrong with it. The ranks share the work, and agree."""
+        part, parts = (self.rank, self.control.size()) if self.store.shared else self.node
+        try:
+            path, problems = self.store.fetch(name, part, parts)
+        except (OSError, LclError) as error:
+            path, problems = Path(name), [_reason(error)]
+        found = sorted({problem for part in gather_objects(problems, self.control) for problem in part})
+        return path, "; ".join(found[:3])
+
+    def _agree(self, problem: str) -> str:
+        """The first rank's problem, on all ranks."""
+        return next((answer for answer in gather_objects(problem, self.control) if answer), "")
+
+    def _load(self, path: Path, state: TrainState) -> str:
+        """Fill the tensors from a verified checkpoint; what is wrong with it, and then no rank's tensors changed."""
+        shards = self.tensors.shards()
+        own = {s.key for s in shards if s.mine and s.start == 0 and not any(s.origin)}
+        expected = {key for keys in gather_objects(own, self.control) for key in keys}
+        space = [torch.empty(shard.flat.numel(), dtype=shard.flat.dtype) for shard in shards]
+
+        def read() -> None:
+            _require_no_others(path, expected)
+            pairs = zip(shards, space, strict=True)
+            read_boxes(path, [box for shard, flat in pairs for box in shard.boxes(flat)])
+
+        problem = self._agree(self._attempt(read))
+        if not problem:
+            for shard, flat in zip(shards, space, strict=True):
+                shard.flat.copy_(flat)
+            self.tensors.loaded(state.step)
+        return problem
 
     def discard_after(self, step: int) -> None:
         """Remove all checkpoints of later steps. No save may be under way."""
@@ -273,47 +354,14 @@ class Checkpointer:
                 )
             )
 
-    def _fetch(self, name: str, part: int, parts: int) -> tuple[Path, list[str]]:
-        try:
-            return self.store.fetch(name, part, parts)
-        except (OSError, LclError) as error:
-            return Path(name), [_reason(error)]
 
-    def load(self, path: Path) -> TrainState:
-        """Restore the tensors from a verified checkpoint of any layout.
+def _require_no_others(path: Path, expected: set[str]) -> None:
+    """Refuse a checkpoint with tensors that no rank of this run has.
 
-        Raises:
-            CheckpointError: the files do not fit this model; raised on every rank.
-        """
-        began = time.perf_counter()
-        shards, problem = self.tensors.shards(), ""
-        try:
-            state = read_state(path)
-            _require_same_tensors(path, shards, self.control)
-            self._fill(path, shards)
-        except CheckpointError as error:
-            problem = str(error)
-        for answer in gather_objects(problem, self.control):
-            if answer:
-                raise CheckpointError(answer)
-        self.tensors.loaded(state.step)
-        self.stalled += time.perf_counter() - began
-        return state
-
-    def _fill(self, path: Path, shards: list[Shard]) -> None:
-        """Read into host memory, and copy when all of it is there: a failure leaves the old values."""
-        space = [torch.empty(shard.flat.numel(), dtype=shard.flat.dtype) for shard in shards]
-        pairs = list(zip(shards, space, strict=True))
-        read_boxes(path, [box for shard, flat in pairs for box in shard.boxes(flat)])
-        for shard, flat in pairs:
-            shard.flat.copy_(flat)
-
-
-def _require_same_tensors(path: Path, shards: list[Shard], control: dist.ProcessGroup) -> None:
-    """Refuse a checkpoint with tensors that no rank of this run has; collective."""
-    own = sorted({s.key for s in shards if s.mine and s.start == 0 and not any(s.origin)})
-    wanted = {key for part in gather_objects(own, control) for key in part}
-    extra = sorted(set(SafeReader(path).read_metadata().state_dict_metadata) - wanted)
+    Raises:
+        CheckpointError: it has some, or is damaged.
+    """
+    extra = sorted(set(SafeReader(path).read_metadata().state_dict_metadata) - expected)
     if extra:
         more = f" and {len(extra) - 3} more" if len(extra) > 3 else ""
         raise CheckpointError(
@@ -450,21 +498,29 @@ class CheckpointManager:
     # --- restoring ---
 
     def resume(self) -> TrainState | None:
-        """Load the newest intact checkpoint; None if there is none.
+        """Load the newest checkpoint that can be used, and log why newer ones cannot; None if there are none at all.
 
         Raises:
-            CheckpointError: its files do not fit this model.
+            CheckpointError: there are checkpoints, and none can be used.
         """
-        path, skipped = self.checkpointer.find()
-        for line in skipped:
-            self.log(line)
-        if path is None:
-            location = self.checkpointer.store.location
-            self.log(f"resume: no complete checkpoint in {location}, starting at step 0")
-            return None
-        state = self.checkpointer.load(path)
-        self.log(f"resume: {path}, {state.step} steps done")
-        return state
+        location = self.checkpointer.store.location
+        state, skipped = self._restore(lambda state: True)
+        if state is not None:
+            self.log(f"resume: {child(location, checkpoint_name(state.step))}, {state.step} steps done")
+            return state
+        if skipped:
+            newest = skipped[0]
+            rule = f"{newest.fault}, and no other checkpoint can be used: {newest.reason.removesuffix('.')}"
+            remedy = f"Put back a good copy, or move all checkpoints out of {location} to start at step 0."
+            raise CheckpointError(explain(newest.path, rule, remedy))
+        self.log(f"resume: no complete checkpoint in {location}, starting at step 0")
+        return None
+
+    def _restore(self, accept: Callable[[TrainState], bool]) -> tuple[TrainState | None, list[Unusable]]:
+        state, skipped = self.checkpointer.restore(accept)
+        for unusable in skipped:
+            self.log(str(unusable))
+        return state, skipped
 
     def go_back(self, accept: Callable[[TrainState], bool]) -> TrainState | None:
         """Load the newest intact checkpoint whose state is accepted, and remove all later ones; None if there is none.
@@ -475,12 +531,12 @@ class CheckpointManager:
             CheckpointError: the save under way was the second in a row to fail.
         """
         self._settle(self.checkpointer.wait(), final=False)
-        path, _ = self.checkpointer.find(accept)
-        if path is None:
+        state, _ = self._restore(accept)
+        if state is None:
             return None
-        state = self.checkpointer.load(path)
         self.checkpointer.discard_after(state.step)
         self.saved_step = None
+        path = child(self.checkpointer.store.location, checkpoint_name(state.step))
         self.log(f"went back to {path}, {state.step} steps done")
         return state
 

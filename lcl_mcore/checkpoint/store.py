@@ -20,12 +20,17 @@ import hashlib
 import io
 import json
 import os
+import re
 import shutil
+from collections.abc import Collection, Set
 from dataclasses import asdict, dataclass
+from itertools import count
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Annotated, Any, Protocol, TypeVar
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
+from typing_extensions import TypedDict
 
 from lcl_mcore.errors import CheckpointError, DataError, explain
 from lcl_mcore.storage import (
@@ -50,7 +55,22 @@ _MEGATRON_FORMAT = {
 }
 VERSION = 2
 
-Entries = dict[str, dict[str, Any]]  # file name -> {"bytes": size, "sha256": hex}
+MAX_JSON_BYTES = 64 << 20  # of a manifest or state; ten thousand ranks need two
+
+_EXACT = ConfigDict(extra="forbid", strict=True)  # of JSON files: no other fields, no conversions
+
+T = TypeVar("T")
+
+
+@with_config(_EXACT)
+class FileEntry(TypedDict):
+    """What a manifest says of a file."""
+
+    bytes: Annotated[int, Field(ge=0)]
+    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+
+
+Entries = dict[str, FileEntry]  # by file name
 
 
 # --- names ---
@@ -66,8 +86,14 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def step_of(name: str) -> int | None:
     """Step of a checkpoint's name; None if it is not one."""
-    digits = name.removeprefix(PREFIX)
-    return int(digits) if name.startswith(PREFIX) and digits.isdigit() else None
+    found = re.fullmatch(PREFIX + "([0-9]{8,12})", name)
+    return int(found[1]) if found and checkpoint_name(int(found[1])) == name else None
+
+
+def _step(name: str) -> int:
+    step = step_of(name)
+    assert step is not None
+    return step
 
 
 def child(location: str, name: str) -> str:
@@ -89,26 +115,36 @@ def checkpoint_names(location: str) -> list[str]:
     """
     storage = open_storage(location)
     try:
-        return sorted(name for name in storage.names() if step_of(name) is not None)
+        return sorted((name for name in storage.names() if step_of(name) is not None), key=_step)
     except MissingError:
         return []
     finally:
         storage.close()
 
 
-def outdated(names: list[str], keep: int, keep_every: int) -> list[str]:
-    """Checkpoints that retention removes: all but the `keep` newest and every `keep_every`-th step's."""
-    ordered = sorted(names)
-    return [
-        name
-        for name in ordered[: max(len(ordered) - keep, 0)]
-        if not keep_every or (step_of(name) or 0) % keep_every
-    ]
+def outdated(names: list[str], good: Set[str], keep: int, keep_every: int) -> list[str]:
+    """Checkpoints that retention removes: what is older than the `keep` newest good ones.
+
+    Args:
+        names: all checkpoints, oldest first.
+        good: those of them that were verified. Others neither count nor, while they are newer, go.
+        keep_every: steps whose multiples stay; 0 for none.
+    """
+    counted = [name for name in names if name in good][-keep:]
+    if len(counted) < keep:
+        return []
+    older = names[: names.index(counted[0])]
+    return [name for name in older if not keep_every or _step(name) % keep_every]
 
 
 # --- state ---
 
 
+_Count = Annotated[int, Field(ge=0, lt=10**12)]
+_Text = Annotated[str, Field(max_length=128)]
+
+
+@with_config(_EXACT)
 @dataclass(frozen=True)
 class TrainState:
     """Everything besides tensors that a resumed run needs.
@@ -119,12 +155,12 @@ class TrainState:
     config_digest  of the configuration that wrote it
     """
 
-    step: int
+    step: _Count
     position: dict[str, Any] | None
-    order_hash: str
-    config_digest: str
-    images_seen: int = 0
-    tokens_seen: int = 0
+    order_hash: _Text
+    config_digest: _Text
+    images_seen: Annotated[int, Field(ge=0, lt=10**18)] = 0
+    tokens_seen: Annotated[int, Field(ge=0, lt=10**18)] = 0
 
 
 def write_state(folder: Path, state: TrainState, config: str) -> Entries:
@@ -137,7 +173,7 @@ def write_state(folder: Path, state: TrainState, config: str) -> Entries:
         MEGATRON: json.dumps(_MEGATRON_FORMAT).encode(),
         MEGATRON_COMMON: common.getvalue(),
     }
-    entries = {}
+    entries: Entries = {}
     for name, data in files.items():
         (folder / name).write_bytes(data)
         entries[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
@@ -145,11 +181,59 @@ def write_state(folder: Path, state: TrainState, config: str) -> Entries:
 
 
 def read_state(folder: Path) -> TrainState:
-    """The part of a verified local checkpoint that is not tensors."""
-    return TrainState(**json.loads((folder / STATE).read_text(encoding="utf-8")))
+    """The part of a verified local checkpoint that is not tensors.
+
+    Raises:
+        CheckpointError: it is not what a run writes, or belongs to another step than the folder's name says.
+    """
+    path = folder / STATE
+    try:
+        return parse_state(path.read_bytes(), folder.name)
+    except (OSError, ValueError) as error:
+        raise CheckpointError(explain(path, f"cannot be used: {error}", "Use another checkpoint.")) from None
+
+
+def parse_state(data: bytes, folder: str) -> TrainState:
+    """Content of `state.json` in a folder of this name.
+
+    Raises:
+        ValueError: it is not what a run writes, or belongs to another step than the folder's name says.
+    """
+    state, named = _parse(_STATE, data), step_of(folder)
+    if named is not None and named != state.step:
+        raise ValueError(f"belongs to step {state.step}, the folder's name to step {named}")
+    return state
+
+
+def _parse(kind: TypeAdapter[T], data: bytes) -> T:
+    """Content of a JSON file.
+
+    Raises:
+        ValueError: it is not JSON of this type.
+    """
+    if len(data) > MAX_JSON_BYTES:
+        raise ValueError(f"larger than {MAX_JSON_BYTES} bytes")
+    try:
+        return kind.validate_json(data, strict=True)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        place = ".".join(str(part) for part in problem["loc"])
+        value = repr(problem["input"])
+        shown = value if len(value) <= 40 else f"{value[:40]}..."
+        raise ValueError(f"unreadable ({place or 'content'} = {shown}: {problem['msg']})") from None
 
 
 # --- manifest ---
+
+
+@with_config(_EXACT)
+class _Manifest(TypedDict):
+    version: int
+    digest: str
+    files: Entries
+
+
+_MANIFEST, _STATE = TypeAdapter(_Manifest), TypeAdapter(TrainState)
 
 
 def _digest(entries: Entries) -> str:
@@ -168,18 +252,15 @@ def parse_manifest(data: bytes) -> Entries:
     Raises:
         ValueError: it is not exactly what was written.
     """
-    try:
-        content = json.loads(data)
-        entries, digest, version = content["files"], content["digest"], content["version"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"unreadable ({error})") from None
-    if version != VERSION:
-        raise ValueError(f"version {version}, this program reads {VERSION}")
-    if len(content) != 3 or digest != _digest(entries):
+    content = _parse(_MANIFEST, data)
+    entries = content["files"]
+    if content["version"] != VERSION:
+        raise ValueError(f"version {content['version']}, this program reads {VERSION}")
+    if content["digest"] != _digest(entries):
         raise ValueError("content changed since it was written")
-    if any(Path(name).name != name for name in entries):
+    if any(Path(name).name != name or name in ("..", MANIFEST) for name in entries):
         raise ValueError("it names files outside the checkpoint")
-    return dict(entries)
+    return entries
 
 
 def read_manifest(storage: Storage) -> Entries:
@@ -189,9 +270,13 @@ def read_manifest(storage: Storage) -> Entries:
         ValueError: missing, damaged, or of another version.
         DataError: it cannot be read.
     """
-    if MANIFEST not in storage.sizes():
+    size = storage.sizes().get(MANIFEST)
+    if size is None:
         raise ValueError("missing: the checkpoint is not complete")
-    return parse_manifest(storage.read_whole(MANIFEST))
+    entries = parse_manifest(storage.read(MANIFEST, 0, min(size, MAX_JSON_BYTES + 1)))
+    if STATE not in entries:
+        raise ValueError(f"it lacks {STATE}")
+    return entries
 
 
 # --- verification ---
@@ -218,11 +303,23 @@ def verify(location: Path | str, part: int = 0, parts: int = 1) -> list[str]:
                 problems.append(f"{name}: {sizes[name]} bytes, {entry['bytes']} written")
             elif number % parts == part and storage.sha256(name, entry["bytes"]) != entry["sha256"]:
                 problems.append(f"{name}: content changed since it was written")
+        if not problems:
+            problems = _state_problems(
+                storage.read(STATE, 0, min(sizes[STATE], MAX_JSON_BYTES + 1)), storage.root
+            )
     except DataError as error:
         problems = [str(error)]
     finally:
         storage.close()
     return problems
+
+
+def _state_problems(data: bytes, location: str) -> list[str]:
+    try:
+        parse_state(data, location.rstrip("/").rsplit("/", 1)[-1])
+    except ValueError as error:
+        return [f"{STATE}: {error}"]
+    return []
 
 
 def require_intact(location: Path | str) -> None:
@@ -280,6 +377,9 @@ class CheckpointStore(Protocol):
     def remove(self, names: list[str]) -> None:
         """Remove these checkpoints, each at once as far as a reader can tell."""
 
+    def set_aside(self, name: str) -> str:
+        """Give a damaged checkpoint a name that does not count as one; returns it."""
+
     def fetch(self, name: str, part: int, parts: int) -> tuple[Path, list[str]]:
         """Local folder of a checkpoint, and what is wrong with this rank's share of it."""
 
@@ -297,6 +397,12 @@ def open_store(location: str, staging: Path) -> CheckpointStore:
     if isinstance(storage, LocalStorage):
         return FolderStore(Path(storage.root))
     return ObjectStore(storage, staging)
+
+
+def _aside(name: str, taken: Collection[str]) -> str:
+    """A new name for a damaged checkpoint."""
+    names = (f"damaged-{name}" + (f".{number}" if number else "") for number in count())
+    return next(aside for aside in names if aside not in taken)
 
 
 class FolderStore:
@@ -337,6 +443,12 @@ class FolderStore:
                 doomed = path.with_name(f"{path.name}.removed{PARTIAL}")
                 path.rename(doomed)
                 shutil.rmtree(doomed, ignore_errors=True)
+
+    def set_aside(self, name: str) -> str:
+        aside = _aside(name, os.listdir(self.folder))
+        (self.folder / name).rename(self.folder / aside)
+        sync(self.folder)
+        return aside
 
     def fetch(self, name: str, part: int, parts: int) -> tuple[Path, list[str]]:
         return self.folder / name, verify(self.folder / name, part, parts)
@@ -380,6 +492,12 @@ class ObjectStore:
             self.storage.remove(f"{name}/{MANIFEST}")
             self.storage.remove(name)
 
+    def set_aside(self, name: str) -> str:
+        """Not atomic: a kill half-way leaves files under both names, which count as damaged or not complete."""
+        aside = _aside(name, self.storage.names())
+        self.storage.move(name, aside)
+        return aside
+
     def fetch(self, name: str, part: int, parts: int) -> tuple[Path, list[str]]:
         """Download this rank's share of the files, checking them on the way.
 
@@ -396,6 +514,8 @@ class ObjectStore:
                 with atomic_file(folder / file) as partial:
                     if storage.download(file, entry["bytes"], partial) != entry["sha256"]:
                         raise DataError(f"{file}: content changed since it was written")
+                if file == STATE and (problems := _state_problems((folder / file).read_bytes(), name)):
+                    return folder, problems
         except (DataError, ValueError) as error:
             return folder, [f"{MANIFEST}: {error}" if isinstance(error, ValueError) else str(error)]
         finally:

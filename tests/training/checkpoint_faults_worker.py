@@ -78,8 +78,10 @@ def damage(base: Path) -> list[dict[str, Any]]:
     cases += [(name, "delete", 0) for name in files]
     cases += [(tensors, "cut", length * part // 10) for part in range(10)]
     results = []
-    for name, kind, amount in cases:
-        path = newest / name
+    for number, (name, kind, amount) in enumerate(cases):
+        folder = base / f"damage{number}"  # of its own: what is damaged is set aside
+        shutil.copytree(origin, folder)
+        path = folder / newest.name / name
         content = path.read_bytes()
         if kind == "flip":
             changed = bytearray(content)
@@ -89,9 +91,9 @@ def damage(base: Path) -> list[dict[str, Any]]:
             path.unlink()
         else:
             path.write_bytes(content[:amount])
-        found = in_child(lambda: restore(str(origin), base / "unused"))[1]
-        results.append({"file": name, "kind": kind, **found})
-        path.write_bytes(content)
+        found = in_child(lambda folder=folder: restore(str(folder), base / "unused"))[1]
+        left = sorted(path.name for path in folder.iterdir())
+        results.append({"file": name, "kind": kind, "left": left, **found})
     results.append({"file": "", "kind": "none", **in_child(lambda: restore(str(origin), base / "unused"))[1]})
     return results
 

@@ -1,4 +1,7 @@
-"""Saves to, kills uploads to, and restores from the object store at URL; the last line is a JSON report."""
+"""Saves to, kills uploads to, and restores from the object store at URL; the last line is a JSON report.
+
+checkpoint_remote_worker.py URL FOLDER [restore]    (the last word: nothing but a restore)
+"""
 
 from __future__ import annotations
 
@@ -45,7 +48,8 @@ def main(url: str, base: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    result = main(sys.argv[1], Path(sys.argv[2]))
+    action = restore if sys.argv[3:] == ["restore"] else main
+    result = action(sys.argv[1], Path(sys.argv[2]))
     print(json.dumps(result))
     sys.stdout.flush()
     os._exit(0)

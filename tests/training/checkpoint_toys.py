@@ -89,10 +89,10 @@ def restore(location: str, staging: Path) -> dict[str, Any]:
     """Find and load: step, whether every value is that step's, and the notes."""
     toys = Toys(0)
     loader = checkpointer(location, staging, toys)
-    path, notes = loader.find()
-    if path is None:
+    state, skipped = loader.restore()
+    notes = [str(item) for item in skipped]
+    if state is None:
         return {"step": None, "notes": notes, "untouched": _equal(toys.tensors, values(0))}
-    state = loader.load(path)
     exact = _equal(toys.tensors, values(state.step)) and toys.steps == state.step
     return {"step": state.step, "notes": notes, "exact": exact, "names": checkpoint_names(location)}
 

@@ -65,7 +65,7 @@ def inject_signals(faults: list[dict[str, Any]]) -> None:
 
 
 def kill_the_writer(faults: list[dict[str, Any]]) -> None:
-    write = checkpoint.write_pieces
+    write = checkpoint.write_boxes
 
     def written(folder: Path, *rest: Any) -> Any:
         entries = write(folder, *rest)
@@ -75,7 +75,7 @@ def kill_the_writer(faults: list[dict[str, Any]]) -> None:
                 os.kill(os.getpid(), signal.SIGKILL)
         return entries
 
-    checkpoint.write_pieces = written
+    checkpoint.write_boxes = written
 
 
 def slow_reading(faults: list[dict[str, Any]]) -> None:

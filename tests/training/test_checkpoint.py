@@ -203,12 +203,14 @@ def test_a_malicious_checkpoint_does_not_run(
     """Metadata that would run code, with a manifest that vouches for it, is refused with a message."""
     out, proof = tmp_path / "run", tmp_path / "proof"
     shutil.copytree(finished, out)
-    newest = complete_checkpoints(out / "checkpoints")[-1]
+    oldest, newest = complete_checkpoints(out / "checkpoints")
+    shutil.rmtree(oldest)  # else the run would continue from it
     forged = pickle.dumps(_Payload(str(proof)))
     vouch_for(newest, METADATA, forged)
     done = run_tool(*arguments(out, "--resume", LAYER_SCALE))
     assert not proof.exists()
     assert done.returncode == 2
+    assert f"error: {newest}: cannot be loaded, and no other checkpoint can be used: " in done.stderr
     assert "refers to posix.mkdir" in done.stderr
 
 

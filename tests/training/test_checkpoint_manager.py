@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from checkpoint_toys import SHAPES, Toys, values
 from lcl_mcore.checkpoint.manager import Checkpointer, CheckpointManager
-from lcl_mcore.checkpoint.store import TrainState, open_store
+from lcl_mcore.checkpoint.store import TrainState, open_store, step_of, verify
 from lcl_mcore.config.schema import CheckpointConfig
 from lcl_mcore.errors import CheckpointError
 
@@ -24,7 +26,12 @@ class Run:
         self.folder, self.lines, self.now = folder, list[str](), 1000.0
         self.toys = Toys(0)
         checkpointer = Checkpointer(
-            open_store(str(folder), folder), self.toys, *groups, keep=config.keep, config="x: 1\n"
+            open_store(str(folder), folder),
+            self.toys,
+            *groups,
+            keep=config.keep,
+            keep_every=config.keep_every,
+            config="x: 1\n",
         )
         self.manager = CheckpointManager(checkpointer, config, rank, self.lines.append, lambda: self.now)
 
@@ -139,7 +146,8 @@ def test_resume_and_going_back(start: Callable[..., Run]) -> None:
     assert state == TrainState(4, {"at": 4}, "hash", "digest")
     assert again.holds(4)
     assert again.lines == [
-        f"{run.folder}/step-00000006: damaged, skipped: state.json: 2 bytes, 132 written",
+        f"{run.folder}/step-00000006: damaged, skipped: state.json: 2 bytes, 132 written "
+        "(now damaged-step-00000006)",
         f"resume: {run.folder}/step-00000004, 4 steps done",
     ]
     again.save(5)
@@ -148,6 +156,132 @@ def test_resume_and_going_back(start: Callable[..., Run]) -> None:
     assert earlier is not None
     assert earlier.step == 2
     assert again.holds(2)
-    assert again.names() == ["step-00000002"]
+    assert again.names() == ["damaged-step-00000006", "step-00000002"]
     again.save(5, final=True)  # the same step may come again
-    assert again.names() == ["step-00000002", "step-00000005"]
+    assert again.names() == ["damaged-step-00000006", "step-00000002", "step-00000005"]
+
+
+def flip(checkpoint: Path) -> None:
+    """Change one bit of the tensors."""
+    path = checkpoint / "__0_0.distcp"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 4
+    path.write_bytes(content)
+
+
+def test_damaged_checkpoints_cost_no_good_one(start: Callable[..., Run]) -> None:
+    """keep 2; step 60 is good, 80 and 90 have one flipped bit each; the run goes on from 60, and is stopped soon."""
+    run = start(keep=9)
+    for step in (60, 80, 90):
+        run.save(step, final=True)
+    for step in (80, 90):
+        flip(run.folder / f"step-{step:08d}")
+    aside = ["damaged-step-00000080", "damaged-step-00000090"]
+    again = start(keep=2)
+    state = again.manager.resume()
+    assert state is not None
+    assert state.step == 60
+    assert again.names() == [*aside, "step-00000060"]
+    again.save(61, final=True)
+    assert again.names() == [*aside, "step-00000060", "step-00000061"]
+    for step in (64, 68, 72, 80, 90):
+        again.save(step, final=True)
+    assert again.names() == [*aside, "step-00000060", "step-00000080", "step-00000090"]
+    later = start(keep=2)  # what an earlier process resumed from is an old checkpoint like others
+    assert later.manager.resume() is not None
+    later.save(91, final=True)
+    assert later.names() == [*aside, "step-00000090", "step-00000091"]
+
+
+def test_only_damaged_checkpoints_are_not_step_0(start: Callable[..., Run]) -> None:
+    run = start(keep=9)
+    for step in (80, 90):
+        run.save(step, final=True)
+        flip(run.folder / f"step-{step:08d}")
+    again = start()
+    with pytest.raises(CheckpointError) as refused:
+        again.manager.resume()
+    assert refused.value.exit_code == 2
+    assert str(refused.value) == (
+        f"{run.folder}/step-00000090: damaged, and no other checkpoint can be used: __0_0.distcp: content changed "
+        f"since it was written. Put back a good copy, or move all checkpoints out of {run.folder} to start at step 0."
+    )
+    assert again.names() == ["step-00000080", "step-00000090"]  # nothing was touched
+    assert len(again.lines) == 2
+
+
+def test_a_renamed_or_foreign_checkpoint_is_not_loaded(start: Callable[..., Run]) -> None:
+    """An older one under a newer name is told by its state; one of another model by its tensors."""
+    run = start(keep=9)
+    for step in (2, 4, 6):
+        run.save(step, final=True)
+    (run.folder / "step-00000004").rename(run.folder / "step-00000008")
+    other = Run(run.folder, CheckpointConfig(keep=9))
+    other.toys.tensors["weights/d"] = torch.zeros(3)
+    other.manager.save(TrainState(7, {"at": 7}, "hash", "digest"), final=True)
+    again = start()
+    state = again.manager.resume()
+    assert state is not None
+    assert again.holds(6)
+    assert again.lines == [
+        f"{run.folder}/step-00000008: damaged, skipped: state.json: belongs to step 4, the folder's name to step 8 "
+        "(now damaged-step-00000008)",
+        f"{run.folder}/step-00000007: cannot be loaded, skipped: {run.folder}/step-00000007: holds tensors that "
+        "this model lacks: weights/d. Use the configuration it was written with. (now damaged-step-00000007)",
+        f"resume: {run.folder}/step-00000006, 6 steps done",
+    ]
+    only = other.folder.with_name("only")
+    only.mkdir()
+    (run.folder / "damaged-step-00000007").rename(only / "step-00000007")
+    with pytest.raises(
+        CheckpointError, match="step-00000007: cannot be loaded, and no other checkpoint can be"
+    ):
+        Run(only, CheckpointConfig()).manager.resume()
+
+
+def test_retention_over_random_folders(groups: Any, tmp_path: Path) -> None:
+    """Whatever is damaged: the newest good checkpoint is used, and as many good ones are kept as there can be."""
+    draw = random.Random(11)
+    for number in range(40):
+        folder = tmp_path / str(number)
+        keep, keep_every = draw.randint(1, 4), draw.choice((0, 0, 10))
+        steps = sorted(draw.sample(range(1, 40), draw.randint(1, 6)))
+        first = Run(folder, CheckpointConfig(keep=99))
+        for step in steps:
+            first.save(step, final=True)
+        good = []
+        for step in steps:
+            path = folder / f"step-{step:08d}"
+            fault = draw.choice(("none", "none", "flip", "cut", "file", "manifest", "renamed"))
+            if fault == "none":
+                good.append(step)
+            elif fault == "flip":
+                flip(path)
+            elif fault == "cut":
+                (path / "state.json").write_bytes((path / "state.json").read_bytes()[:-1])
+            elif fault == "renamed" and step + 40 not in steps:
+                path.rename(folder / f"step-{step + 40:08d}")
+            else:
+                (path / ("config.yaml" if fault == "file" else "manifest.json")).unlink()
+        held = len(steps)
+        run = Run(folder, CheckpointConfig(keep=keep, keep_every=keep_every))
+        about = (number, keep, keep_every, steps, good)
+        if not good:
+            with pytest.raises(CheckpointError, match="no other checkpoint can be used"):
+                run.manager.resume()
+            assert len(run.names()) == held, about
+            continue
+        state = run.manager.resume()
+        assert state is not None
+        assert (state.step, run.holds(state.step)) == (good[-1], True), about
+        assert len(run.names()) == held, about  # nothing is removed before something new is there
+        origin, saved = good[-1], []
+        for _ in range(draw.randint(1, 5)):
+            saved.append((saved or [origin])[-1] + draw.randint(1, 9))
+            run.save(saved[-1], final=True)
+            every = [*good, *saved]
+            wanted = {*every[-keep:], saved[-1], origin}
+            wanted |= {step for step in every if keep_every and step % keep_every == 0}
+            left = {step for name in run.names() if (step := step_of(name)) is not None}
+            assert {step for step in left if not verify(folder / f"step-{step:08d}")} == wanted, about
+        assert not run.manager.failed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import pickle
@@ -16,7 +17,16 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 
 from lcl_mcore.checkpoint.dcp import METADATA, SafeReader
 from lcl_mcore.checkpoint.shards import Shard, Snapshot, boxes
-from lcl_mcore.checkpoint.store import manifest_bytes, outdated, parse_manifest, step_of
+from lcl_mcore.checkpoint.store import (
+    TrainState,
+    checkpoint_name,
+    manifest_bytes,
+    outdated,
+    parse_manifest,
+    read_state,
+    step_of,
+    verify,
+)
 from lcl_mcore.errors import CheckpointError
 from lcl_mcore.storage import atomic_file, atomic_write
 
@@ -54,12 +64,27 @@ def test_a_snapshot_is_a_copy_of_what_this_rank_writes() -> None:
     assert snapshot.nbytes == 7 * 4
 
 
-def test_retention_keeps_the_newest_and_every_kth() -> None:
+def test_retention_keeps_the_newest_good_ones_and_every_kth() -> None:
     names = [f"step-{step:08d}" for step in (100, 150, 200, 250, 300)]
-    assert outdated(names, 2, 0) == names[:3]
-    assert outdated(names, 2, 100) == ["step-00000150"]
-    assert outdated(names, 9, 0) == []
-    assert (step_of("step-00000150"), step_of("step-00000150.partial"), step_of("x")) == (150, None, None)
+    everything = set(names)
+    assert outdated(names, everything, 2, 0) == names[:3]
+    assert outdated(names, everything, 2, 100) == ["step-00000150"]
+    assert outdated(names, everything, 9, 0) == []
+    assert outdated(names, {names[1]}, 2, 0) == []  # what was not verified does not count
+    assert outdated(names, {names[1], names[2]}, 2, 0) == names[:1]  # and is not removed while it is newer
+    assert outdated(names, set(), 1, 0) == []
+
+
+def test_names_of_checkpoints() -> None:
+    names = ("step-00000150", "step-100000000", "step-150", "step-000000150", "step-0000015²", "x")
+    assert [step_of(name) for name in names] == [150, 100_000_000, None, None, None, None]
+    assert [
+        step_of(f"{before}step-00000150{after}") for before, after in (("damaged-", ""), ("", ".partial"))
+    ] == [
+        None,
+        None,
+    ]
+    assert all(step_of(checkpoint_name(step)) == step for step in (0, 99_999_999, 100_000_000))
 
 
 def test_every_bit_of_a_manifest_counts() -> None:
@@ -76,7 +101,66 @@ def test_every_bit_of_a_manifest_counts() -> None:
             with pytest.raises(ValueError, match=r"unreadable|changed|version|outside"):
                 parse_manifest(bytes(changed))
     with pytest.raises(ValueError, match="outside"):
-        parse_manifest(manifest_bytes({"../x": {"bytes": 1, "sha256": ""}}))
+        parse_manifest(manifest_bytes({"../x": {"bytes": 1, "sha256": "0" * 64}}))
+
+
+def state_file(folder: Path, **changes: Any) -> Path:
+    """`state.json` of step 60 in a folder of that name."""
+    folder.mkdir(exist_ok=True)
+    fields = {"step": 60, "position": {"step": 60, "mean": 0.1}, "order_hash": "h", "config_digest": "d"}
+    (folder / "state.json").write_text(json.dumps(fields | changes))
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"step": -5}, "unreadable (step = -5: Input should be greater than or equal to 0)"),
+        ({"step": math.nan}, "unreadable (step = nan: Input should be a valid integer)"),
+        ({"step": "60"}, "unreadable (step = '60': Input should be a valid integer)"),
+        ({"step": 10**30}, f"unreadable (step = {10**30}: Input should be less than 1000000000000)"),
+        ({"step": 60.0}, "unreadable (step = 60.0: Input should be a valid integer)"),
+        ({"position": [1]}, "unreadable (position = [1]: Input should be an object)"),
+        ({"hook": 1}, "unreadable (hook = 1: Unexpected keyword argument)"),
+        ({"step": 50}, "belongs to step 50, the folder's name to step 60"),
+    ],
+)
+def test_a_state_is_exactly_what_a_run_writes(tmp_path: Path, changes: dict[str, Any], problem: str) -> None:
+    folder = state_file(tmp_path / "step-00000060", **changes)
+    with pytest.raises(CheckpointError) as refused:
+        read_state(folder)
+    path = folder / "state.json"
+    assert str(refused.value) == f"{path}: cannot be used: {problem}. Use another checkpoint."
+
+
+def test_states_and_manifests_have_a_size(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = state_file(tmp_path / "step-00000060")
+    assert read_state(good) == TrainState(60, {"step": 60, "mean": 0.1}, "h", "d")
+    for content in ("[" * 100_000, '{"step": ' + "9" * 5000 + "}"):
+        (good / "state.json").write_text(content)
+        with pytest.raises(CheckpointError, match=r"state\.json: cannot be used: unreadable \(content = "):
+            read_state(good)
+    monkeypatch.setattr("lcl_mcore.checkpoint.store.MAX_JSON_BYTES", 100)
+    folder = state_file(tmp_path / "step-00000070", step=70, order_hash="h" * 100)
+    (folder / "manifest.json").write_bytes(manifest_bytes({"a": {"bytes": 1, "sha256": "0" * 64}}))
+    with pytest.raises(CheckpointError, match="larger than 100 bytes"):
+        read_state(folder)
+    assert verify(folder) == ["manifest.json: larger than 100 bytes"]
+
+
+@pytest.mark.parametrize(
+    ("entry", "problem"),
+    [
+        ({"bytes": -1, "sha256": "0" * 64}, "files.a.bytes = -1: Input should be greater than or equal to 0"),
+        ({"bytes": "1", "sha256": "0" * 64}, "files.a.bytes = '1': Input should be a valid integer"),
+        ({"bytes": 1, "sha256": "x"}, "files.a.sha256 = 'x': String should match pattern '^[0-9a-f]{64}$'"),
+        ({"bytes": 1}, "files.a.sha256 = {'bytes': 1}: Field required"),
+    ],
+)
+def test_a_manifest_is_exactly_what_a_run_writes(entry: Any, problem: str) -> None:
+    with pytest.raises(ValueError, match="unreadable") as refused:
+        parse_manifest(manifest_bytes({"a": entry}))
+    assert str(refused.value) == f"unreadable ({problem})"
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path: Path) -> None:

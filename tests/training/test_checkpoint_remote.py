@@ -77,5 +77,15 @@ def test_object_store(server: Any, tmp_path: Path, run_tool: Callable[..., Any])
     content[len(content) // 2] ^= 8
     server.put_object(Bucket="ckpt", Key=key, Body=bytes(content))
     assert verify(newest) == ["__0_0.distcp: content changed since it was written"]
-    server.delete_object(Bucket="ckpt", Key="run/step-00000004/manifest.json")
-    assert "not complete" in verify(newest)[0]
+    done = run_tool("tests/training/checkpoint_remote_worker.py", url, str(tmp_path / "again"), "restore")
+    assert done.returncode == 0, done.stdout + done.stderr
+    restored = json.loads(done.stdout.splitlines()[-1])
+    assert (restored["step"], restored["exact"], restored["names"]) == (2, True, ["step-00000002"])
+    assert restored["notes"] == [
+        f"{newest}: damaged, skipped: __0_0.distcp: content changed since it was written "
+        "(now damaged-step-00000004)"
+    ]
+    kept = server.list_objects_v2(Bucket="ckpt", Prefix="run/damaged-step-00000004/")["Contents"]
+    assert len(kept) == 7
+    server.delete_object(Bucket="ckpt", Key="run/step-00000002/manifest.json")
+    assert "not complete" in verify(f"{url}/step-00000002")[0]
