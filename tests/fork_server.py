@@ -1,6 +1,6 @@
 """Forks processes that have torch, megatron-core and the trainer imported, which takes seconds in each new process.
 
-Standard input is a socket of packets, one JSON object each. `launch.py` is the other side. It sends
+Standard input is a socket of packets, one JSON object each after `ready`. `launch.py` is the other side. It sends
 
     {"script", "arguments", "environment", "folder"}    with the file descriptors of both output streams
 
@@ -95,7 +95,9 @@ def run(script: str) -> int:
 
 if __name__ == "__main__":
     gc.freeze()  # children do not copy what the collector would only look at
-    code = run(serve(socket.socket(fileno=os.dup(0))))
+    channel = socket.socket(fileno=os.dup(0))
+    channel.send(b"ready")
+    code = run(serve(channel))
     threading._shutdown()  # what an interpreter does at its end, but for taking modules apart, which takes a second
     atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):

@@ -43,6 +43,7 @@ class Server:
             stdin=other,
         )
         other.close()
+        assert self.channel.recv(16) == b"ready", f"the fork server ended with {self.process.wait(10)}"
         self.codes: dict[int, int] = {}
         self.cpu_seconds = 0.0
         self.lock = threading.Lock()

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -14,37 +14,41 @@ from typing import Any
 import pytest
 
 from corpora import SIDE, make_dataset
+from launch import Job
 
-WORKER = Path(__file__).with_name("loader_worker.py")
+WORKER = "tests/data/loader_worker.py"
 STEPS = 12
 pytestmark = [pytest.mark.distributed, pytest.mark.timeout(290)]
 
 
-def start(out: Path, world: int, options: dict[str, Any]) -> list[subprocess.Popen[bytes]]:
-    """One process per rank."""
+def start(out: Path, world: int, options: dict[str, Any]) -> list[Job]:
+    """One process per rank, none of which is ended because another one failed."""
     out.mkdir(exist_ok=True)
     attempt = len(list(out.glob("rendezvous-*")))
     meeting = out / f"rendezvous-{attempt}"
     meeting.touch()
-    environment = {**os.environ, "MEETING": str(meeting), "ATTEMPT": str(attempt), "WORLD_SIZE": str(world)}
-    environment |= {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    environment = {"MEETING": str(meeting), "ATTEMPT": str(attempt), "WORLD_SIZE": str(world)}
     return [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(out), json.dumps(options)],
-            env={**environment, "RANK": str(rank)},
+        Job(
+            None,
+            WORKER,
+            str(out),
+            json.dumps(options),
+            RANK=str(rank),
+            GLOO_SOCKET_IFNAME="lo",
+            **environment,
         )
         for rank in range(world)
     ]
 
 
-def finish(processes: list[subprocess.Popen[bytes]], limit: float = 200) -> list[int]:
+def finish(ranks: list[Job], limit: float = 200) -> list[int]:
     """Wait for all; kill what hangs."""
     deadline = time.monotonic() + limit
-    try:
-        return [process.wait(max(0.1, deadline - time.monotonic())) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
+    with contextlib.ExitStack() as stack:
+        for rank in ranks:
+            stack.enter_context(rank)
+        return [rank.wait(max(0.1, deadline - time.monotonic())) for rank in ranks]
 
 
 def steps_of(out: Path, model: int = 0) -> dict[int, tuple[str, list[str], list[str]]]:
@@ -121,8 +125,8 @@ def test_killed_at_random_points_and_resumed_at_other_sizes(
         time.sleep(rng.uniform(0, 0.3))
         for process in processes:
             kills += process.poll() is None
-            process.kill()
-            process.wait()
+            with process:
+                process.end(signal.SIGKILL, 10.0)
     assert kills >= 5
     assert finish(start(out, 2, options)) == [0, 0]
     assert steps_of(out) == reference

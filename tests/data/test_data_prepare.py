@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import hashlib
 import io
 import json
 import os
 import random
 import signal
-import subprocess
-import sys
 import tarfile
 import time
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +21,7 @@ import webdataset
 from PIL import Image
 
 from corpora import image_bytes
+from launch import Job, run_script
 from lcl_mcore.data.format import Document, ImageEntry, NativeDataset, ShardWriter
 from lcl_mcore.data.prepare.engine import PrepareOptions, RawDocument, Reader, images_of, prepare
 from lcl_mcore.data.prepare.html import HtmlReader
@@ -33,7 +32,7 @@ from lcl_mcore.data.prepare.parquet import ParquetReader
 from lcl_mcore.data.prepare.split import split
 from lcl_mcore.errors import DataError
 
-TOOL = Path(__file__).parents[2] / "tools" / "prepare_data.py"
+TOOL = "tools/prepare_data.py"
 OPTIONS = PrepareOptions(limits=ImageLimits(min_side=32))
 
 
@@ -376,27 +375,25 @@ def test_killed_at_random_moments_gives_the_same_files(tmp_path: Path) -> None:
         ]
         make_tar(source / f"{t:05d}.tar", pairs)
 
-    def start(output: Path) -> subprocess.Popen[bytes]:
-        command = [sys.executable, str(TOOL), "pairs", str(source), str(output), "--workers", "2", "--quiet"]
-        return subprocess.Popen(command, start_new_session=True, stdout=subprocess.DEVNULL)
+    def start(output: Path) -> Job:
+        return Job(None, TOOL, "pairs", str(source), str(output), "--workers", "2", "--quiet")
 
-    assert start(tmp_path / "whole").wait(100) == 0
+    with start(tmp_path / "whole") as job:
+        assert job.wait(100) == 0
     rng = random.Random(3)
     for _ in range(3):
-        process = start(tmp_path / "killed")
-        time.sleep(rng.uniform(0.5, 4.0))
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    assert start(tmp_path / "killed").wait(100) == 0
+        with start(tmp_path / "killed") as job:
+            time.sleep(rng.uniform(0.1, 3.0))
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(job.pids[0], signal.SIGKILL)  # the workers too
+    with start(tmp_path / "killed") as job:
+        assert job.wait(100) == 0
     assert files(tmp_path / "killed") == files(tmp_path / "whole")
 
 
 def test_tool_reports_errors_in_one_line(tmp_path: Path) -> None:
-    call: Callable[..., Any] = subprocess.run
-    result = call(
-        [sys.executable, str(TOOL), "mmc4", str(tmp_path / "no"), str(tmp_path / "out")], capture_output=True
-    )
+    result = run_script(TOOL, "mmc4", str(tmp_path / "no"), str(tmp_path / "out"))
     assert result.returncode == 2
-    assert result.stderr.decode().startswith("error: ")
-    assert "does not exist" in result.stderr.decode()
-    assert "Traceback" not in result.stderr.decode()
+    assert result.stderr.startswith("error: ")
+    assert "does not exist" in result.stderr
+    assert "Traceback" not in result.stderr

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import gzip
 import json
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +11,7 @@ import pytest
 import torch
 
 from corpora import WORDS, config, make_dataset, run_config, small_tokenizer
+from launch import run_script
 from lcl_mcore.batch import MicroBatch
 from lcl_mcore.commands.fetch_corpora import fetch
 from lcl_mcore.config.schema import TokenizerConfig
@@ -24,7 +23,6 @@ from lcl_mcore.data.untrusted_json import BadJsonError, clean_text, parse_json
 from lcl_mcore.errors import DataError
 
 ROOT = Path(__file__).parents[2]
-TOOLS = ROOT / "tools"
 MARKERS = ["<BoI>", "<EoI>", "<bos>", "</s>", "<pad>", "<|endoftext|>", "<start_of_img>", "<image>", "<s>"]
 
 
@@ -257,9 +255,10 @@ def test_skin_tone_twins_never_straddle_the_split(monkeypatch: pytest.MonkeyPatc
 def test_inspection(tmp_path: Path) -> None:
     folder = make_dataset(tmp_path / "set", "matched", 30)
     small_tokenizer().save(tmp_path / "tokenizer.json")
-    command = [sys.executable, str(TOOLS / "inspect_data.py"), str(folder), "--tokenizer"]
+    command = ["tools/inspect_data.py", str(folder), "--tokenizer"]
     command += [str(tmp_path / "tokenizer.json"), "--tokens-per-image", "9", "--sequence-length", "128"]
-    result = subprocess.run(command, capture_output=True, check=True)
+    result = run_script(*command)
+    assert result.returncode == 0, result.stderr
     statistics = json.loads(result.stdout)
     assert statistics["documents"] == statistics["sampled"] == 30
     assert statistics["codecs"]["jpg"] == statistics["images"]
@@ -267,13 +266,14 @@ def test_inspection(tmp_path: Path) -> None:
     assert 0.97 < statistics["fill"] <= 1.0
     data = NativeDataset(str(folder))
     number = next(i for i in range(30) if data.document(i)[0].images)
-    subprocess.run([*command, "--document", str(number), "--html", str(tmp_path / "page.html")], check=True)
+    done = run_script(*command, "--document", str(number), "--html", str(tmp_path / "page.html"))
+    assert done.returncode == 0, done.stderr
     page = (tmp_path / "page.html").read_text()
     assert page.count("<img") >= 1
     assert any(word in page for word in WORDS)
-    failed = subprocess.run([*command, "--document", "99"], capture_output=True, check=False)
+    failed = run_script(*command, "--document", "99")
     assert failed.returncode == 2
-    assert b"has no document 99" in failed.stderr
+    assert "has no document 99" in failed.stderr
 
 
 def test_unknown_corpus_is_refused(tmp_path: Path) -> None:
