@@ -3,7 +3,6 @@ consolidated state dict, and what `tools/checkpoint.py` does: list, verify, info
 
 from __future__ import annotations
 
-import json
 import math
 import tempfile
 from collections.abc import Iterator
@@ -61,7 +60,7 @@ def resolve(location: str) -> list[str]:
 
 def list_checkpoints(location: str) -> list[dict[str, Any]]:
     """Path, step, files, bytes and completeness of each checkpoint; contents are not read."""
-    rows = []
+    found = []
     for path in resolve(location):
         try:
             storage = open_storage(path)
@@ -70,7 +69,7 @@ def list_checkpoints(location: str) -> list[dict[str, Any]]:
             size, problem = sum(entry["bytes"] for entry in entries.values()), ""
         except (DataError, ValueError) as error:
             entries, size, problem = {}, 0, str(error)
-        rows.append(
+        found.append(
             {
                 "path": path,
                 "step": step_of(path.rsplit("/", 1)[-1]),
@@ -79,7 +78,7 @@ def list_checkpoints(location: str) -> list[dict[str, Any]]:
                 "problem": problem,
             }
         )
-    return rows
+    return found
 
 
 def verify_checkpoints(location: str) -> dict[str, list[str]]:
@@ -116,10 +115,10 @@ def info(location: str) -> dict[str, Any]:
         kinds: dict[str, dict[str, int]] = {}
         for key, entry in tensors.items():
             assert isinstance(entry, TensorStorageMetadata)
-            total = kinds.setdefault(key.split("/", 1)[0], {"tensors": 0, "elements": 0, "pieces": 0})
+            total = kinds.setdefault(key.split("/", 1)[0], {"tensors": 0, "elements": 0, "boxes": 0})
             total["tensors"] += 1
             total["elements"] += math.prod(entry.size)
-            total["pieces"] += len(entry.chunks)
+            total["boxes"] += len(entry.chunks)
         config = read_config(folder / CONFIG)
         return {
             "path": resolve(location)[-1],
@@ -177,8 +176,3 @@ def consolidate(location: str, out: Path) -> Path:
         path = write_consolidated(state, config.model, out)
         write_config(config, out)
     return path
-
-
-def as_text(value: object) -> str:
-    """For the terminal."""
-    return json.dumps(value, indent=2)

@@ -80,10 +80,6 @@ def checkpoint_name(step: int) -> str:
     return f"{PREFIX}{step:08d}"
 
 
-def checkpoint_path(folder: Path, step: int) -> Path:
-    return folder / checkpoint_name(step)
-
-
 def step_of(name: str) -> int | None:
     """Step of a checkpoint's name; None if it is not one."""
     found = re.fullmatch(PREFIX + "([0-9]{8,12})", name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Literal
 
@@ -49,7 +50,7 @@ def main() -> int:
             damaged += bool(problems)
         return 1 if damaged else 0
     elif options.command == "info":
-        print(checkpoints.as_text(checkpoints.info(options.path)))
+        print(json.dumps(checkpoints.info(options.path), indent=2))
     else:
         assert options.out is not None
         file = checkpoints.consolidate(options.path, options.out)

@@ -86,15 +86,15 @@ def save(location: str, staging: Path, step: int, keep: int = 2) -> str:
 
 
 def restore(location: str, staging: Path) -> dict[str, Any]:
-    """Find and load: step, whether every value is that step's, and the notes."""
+    """Find and load: step, whether every value is that step's, and what was skipped."""
     toys = Toys(0)
     loader = checkpointer(location, staging, toys)
-    state, skipped = loader.restore()
-    notes = [str(item) for item in skipped]
+    state, unusable = loader.restore()
+    skipped = [str(item) for item in unusable]
     if state is None:
-        return {"step": None, "notes": notes, "untouched": _equal(toys.tensors, values(0))}
+        return {"step": None, "skipped": skipped, "untouched": _equal(toys.tensors, values(0))}
     exact = _equal(toys.tensors, values(state.step)) and toys.steps == state.step
-    return {"step": state.step, "notes": notes, "exact": exact, "names": checkpoint_names(location)}
+    return {"step": state.step, "skipped": skipped, "exact": exact, "names": checkpoint_names(location)}
 
 
 def _equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:

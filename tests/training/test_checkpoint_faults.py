@@ -31,7 +31,7 @@ def test_killed_at_twenty_points_of_a_save(report: dict[str, Any]) -> None:
         assert case["killed"], case
         assert case["exact"], case
         assert case["left"] == [], case
-        assert case["notes"] == [], case
+        assert case["skipped"] == [], case
         assert case["step"] == (3 if "step-00000003" in case["names"] else 2), case
     steps = [case["step"] for case in cases]
     assert steps == sorted(steps)
@@ -63,9 +63,9 @@ def test_every_flipped_cut_or_missing_file_is_noticed_before_use(report: dict[st
         assert kind == "cut" or {case["file"] for case in of_kind} == files
         for case in of_kind:
             assert (case["step"], case["exact"]) == (1, True), case
-            assert len(case["notes"]) == 1
-            assert f"step-00000002: damaged, skipped: {case['file']}: " in case["notes"][0]
-            assert case["notes"][0].endswith(" (now damaged-step-00000002)")
+            assert len(case["skipped"]) == 1
+            assert f"step-00000002: damaged, skipped: {case['file']}: " in case["skipped"][0]
+            assert case["skipped"][0].endswith(" (now damaged-step-00000002)")
             assert case["left"] == ["damaged-step-00000002", "step-00000001"]
     assert cases[-1]["kind"] == "none"
-    assert (cases[-1]["step"], cases[-1]["notes"]) == (2, [])
+    assert (cases[-1]["step"], cases[-1]["skipped"]) == (2, [])

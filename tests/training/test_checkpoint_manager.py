@@ -211,7 +211,7 @@ def test_only_damaged_checkpoints_are_not_step_0(start: Callable[..., Run]) -> N
 
 
 def test_a_renamed_or_foreign_checkpoint_is_not_loaded(start: Callable[..., Run]) -> None:
-    """An older one under a newer name is told by its state; one of another model by its tensors."""
+    """An older one under a newer name is known by its state, one of another model by its tensors."""
     run = start(keep=9)
     for step in (2, 4, 6):
         run.save(step, final=True)

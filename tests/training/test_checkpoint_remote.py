@@ -69,7 +69,7 @@ def test_object_store(server: Any, tmp_path: Path, run_tool: Callable[..., Any])
     assert report["retention"] == ""
     assert (report["final"]["step"], report["final"]["exact"]) == (4, True)
     assert report["final"]["names"] == ["step-00000002", "step-00000004"]
-    assert [row["problem"] for row in list_checkpoints(url)] == ["", ""]
+    assert [found["problem"] for found in list_checkpoints(url)] == ["", ""]
     newest = f"{url}/step-00000004"
     assert verify(newest) == []
     key = "run/step-00000004/__0_0.distcp"
@@ -81,7 +81,7 @@ def test_object_store(server: Any, tmp_path: Path, run_tool: Callable[..., Any])
     assert done.returncode == 0, done.stdout + done.stderr
     restored = json.loads(done.stdout.splitlines()[-1])
     assert (restored["step"], restored["exact"], restored["names"]) == (2, True, ["step-00000002"])
-    assert restored["notes"] == [
+    assert restored["skipped"] == [
         f"{newest}: damaged, skipped: __0_0.distcp: content changed since it was written "
         "(now damaged-step-00000004)"
     ]
