@@ -161,7 +161,7 @@ def checked(cls: type[T], tree: dict[str, Any]) -> T:
 
 
 def flags_of(cls: Any, prefix: str = "", path: str = "") -> dict[str, Flag]:
-    """Every spelling of every flag that `cls` gives, positional arguments left out."""
+    """Every spelling of every flag that `cls` gives, without positional arguments."""
     if typing.get_origin(cls) is typing.Union or isinstance(cls, types.UnionType):
         return functools.reduce(
             lambda found, member: found | flags_of(_bare(member)), typing.get_args(cls), dict[str, Flag]()

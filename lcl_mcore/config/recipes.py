@@ -57,8 +57,8 @@ def _clip_text(width: int, heads: int, positions: int) -> LanguageConfig:
     )
 
 
-def _paper(name: str, model: ModelConfig, steps: int, rows: int, lr: float) -> RunConfig:
-    """Paper settings: 2048-token rows, AdamW (0.9, 0.95), weight decay 0.1, 2k warm-up, bf16."""
+def _paper(name: str, model: ModelConfig, steps: int, batch: int, lr: float) -> RunConfig:
+    """Paper settings: sequences of 2048 tokens, AdamW (0.9, 0.95), weight decay 0.1, 2k warm-up, bf16."""
     return RunConfig(
         recipe=name,
         model=model,
@@ -66,19 +66,19 @@ def _paper(name: str, model: ModelConfig, steps: int, rows: int, lr: float) -> R
             tokenizer=TokenizerConfig(kind="opt", path="facebook/opt-125m"), sequence_length=2048
         ),
         optim=OptimConfig(lr=lr),
-        train=TrainConfig(steps=steps, micro_batch_size=4, global_batch_size=rows, precision="bf16"),
+        train=TrainConfig(steps=steps, micro_batch_size=4, global_batch_size=batch, precision="bf16"),
     )
 
 
 def paper_l14() -> RunConfig:
     """ViT-L/14 + OPT-125M, LAION + MMC4, 64k images a step: 512 GPUs for 5 days in the paper."""
-    # A full row holds about 5 images of 258 positions beside its text, so 12288 rows carry about 64k images.
+    # A full sequence holds about 5 images of 258 positions beside its text, so 12288 of them carry about 64k images.
     return _paper("paper-l14", ModelConfig(vision=_PAPER_L14, language=_OPT_125M), 200_000, 12_288, 3e-4)
 
 
 def paper_b16() -> RunConfig:
     """ViT-B/16 + OPT-125M, the paper's ablation setting, 8k images a step."""
-    # About 6 images of 198 positions a row.
+    # About 6 images of 198 positions a sequence.
     return _paper("paper-b16", ModelConfig(vision=_PAPER_B16, language=_OPT_125M), 250_000, 1_536, 3e-4)
 
 
@@ -107,7 +107,7 @@ def large_g14() -> RunConfig:
 
 
 def _released(
-    name: str, model: ModelConfig, *, length: int, lr: float, rows: int, micro: int, steps: int
+    name: str, model: ModelConfig, *, length: int, lr: float, batch: int, micro: int, steps: int
 ) -> RunConfig:
     """The released code's defaults: AdamW (0.9, 0.98), weight decay 0.2, rank means, no packing, no clipping."""
     return RunConfig(
@@ -121,30 +121,30 @@ def _released(
         ),
         loss=LossConfig(averaging="rank"),
         optim=OptimConfig(lr=lr, beta2=0.98, weight_decay=0.2, eps=1e-6, clip_grad=0.0),
-        train=TrainConfig(steps=steps, micro_batch_size=micro, global_batch_size=rows, precision="bf16"),
+        train=TrainConfig(steps=steps, micro_batch_size=micro, global_batch_size=batch, precision="bf16"),
     )
 
 
 def released_b16_laion() -> RunConfig:
-    """`LCL_ViT-B-16_laion`: ViT-B/16 + CLIP-text LM on image-text pairs, rows of 280."""
+    """`LCL_ViT-B-16_laion`: ViT-B/16 + CLIP-text LM on image-text pairs, sequences of 280 tokens."""
     model = ModelConfig(vision=VisionConfig(), language=_clip_text(768, 12, 280))
-    return _released("released-b16-laion", model, length=280, lr=5e-4, rows=8192, micro=32, steps=1_590_000)
+    return _released("released-b16-laion", model, length=280, lr=5e-4, batch=8192, micro=32, steps=1_590_000)
 
 
 def released_b32_laion() -> RunConfig:
-    """`LCL_ViT-B-32_laion`: ViT-B/32 + CLIP-text LM of width 512 on pairs, rows of 128."""
+    """`LCL_ViT-B-32_laion`: ViT-B/32 + CLIP-text LM of width 512 on pairs, sequences of 128 tokens."""
     model = ModelConfig(vision=VisionConfig(patch_size=32), language=_clip_text(512, 8, 128), pool_heads=8)
-    return _released("released-b32-laion", model, length=128, lr=5e-4, rows=8192, micro=64, steps=1_590_000)
+    return _released("released-b32-laion", model, length=128, lr=5e-4, batch=8192, micro=64, steps=1_590_000)
 
 
 def released_b32_mmc4() -> RunConfig:
-    """`LCL_ViT-B-32_mmc4`: the same on MMC4 documents, rows of 2048, one document each."""
+    """`LCL_ViT-B-32_mmc4`: the same on MMC4 documents, sequences of 2048 tokens, one document each."""
     model = ModelConfig(vision=VisionConfig(patch_size=32), language=_clip_text(512, 8, 2048), pool_heads=8)
-    return _released("released-b32-mmc4", model, length=2048, lr=3e-4, rows=2048, micro=4, steps=250_000)
+    return _released("released-b32-mmc4", model, length=2048, lr=3e-4, batch=2048, micro=4, steps=250_000)
 
 
 def demo() -> RunConfig:
-    """Five minutes on two CPU cores: OpenMoji images at 64 px, captions, about ten pairs a row.
+    """Five minutes on two CPU cores: OpenMoji images at 64 px, captions, about ten pairs a sequence.
 
     The contrastive weight is 1 instead of the paper's 0.1: 80 images a step give the encoder far less
     contrastive signal than 64k, and minutes must do. docs/experiments.md has what was tried.
