@@ -29,6 +29,7 @@ SHAPES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(240)
 def test_features_are_equal_and_weights_come_back(make_model: Make, tmp_path: Path) -> None:
     """Every format and every shape; all reloads in one process."""

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
-import os
-import subprocess
-import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,8 +11,10 @@ import torch
 from lcl_kernels import DistributedInfoNCE, infonce_reference
 from lcl_kernels.schedule import CommunicationRates, PairShards, choose_schedule, pair_weights
 
+from launch import Job
+
 WORLD = 4
-WORKER = Path(__file__).with_name("mesh_worker.py")
+WORKER = "tests/kernels/mesh_worker.py"
 
 
 def contrastive(dp: int, tp: int, counts: list[int], schedule: str, **options: Any) -> dict[str, Any]:
@@ -72,24 +71,15 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, An
     """Results per case per rank, from one launch of four processes."""
     folder = tmp_path_factory.mktemp("mesh")
     (folder / "cases.json").write_text(json.dumps(CASES))
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, str(WORKER), str(rank), str(WORLD), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(WORLD)
-    ]
-    try:
-        for rank, process in enumerate(ranks):
-            output, _ = process.communicate(timeout=150)
-            assert process.returncode == 0, f"rank {rank} failed:\n{output[-4000:]}"
-    finally:
-        for process in ranks:
-            process.kill()
+    with contextlib.ExitStack() as stack:
+        ranks = [
+            stack.enter_context(
+                Job(None, WORKER, str(rank), str(WORLD), str(folder), GLOO_SOCKET_IFNAME="lo")
+            )
+            for rank in range(WORLD)
+        ]
+        for rank, job in enumerate(ranks):
+            assert job.wait(150) == 0, f"rank {rank} failed:\n{job.stdout}{job.stderr[-4000:]}"
     per_rank = [json.loads((folder / f"rank{r}.json").read_text()) for r in range(WORLD)]
     return [list(results) for results in zip(*per_rank, strict=True)]
 

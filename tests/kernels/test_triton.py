@@ -13,6 +13,7 @@ import pytest
 from lcl_kernels.triton_config import SHARED_MEMORY
 
 HERE = Path(__file__).parent
+pytestmark = pytest.mark.slow
 
 
 def run_worker(name: str, arguments: list[str], folder: Path, **environment: str) -> subprocess.Popen[str]:
@@ -74,7 +75,6 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [row for c in (80, 90) for row in json.loads((folder / f"{c}.json").read_text())]
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(250)
 def test_compiled_kernels_fit_their_gpu(compiled: list[dict[str, Any]]) -> None:
     assert {r["capability"] for r in compiled} == {80, 90}
@@ -85,7 +85,6 @@ def test_compiled_kernels_fit_their_gpu(compiled: list[dict[str, Any]]) -> None:
         assert 0 < row["registers"] <= 255, row
 
 
-@pytest.mark.slow
 @pytest.mark.timeout(250)
 def test_compiled_kernels_use_the_matrix_units(compiled: list[dict[str, Any]]) -> None:
     unit = {80: ["mma.sync"], 90: ["wgmma.mma_async"]}
