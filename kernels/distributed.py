@@ -201,9 +201,7 @@ class PendingInfoNCE:
             raise RuntimeError("finish() needs start_image() and start_text() first")
         check_embeddings(self._image, self._text)
         scale = as_scale(scale, self._image)
-        loss: Tensor = _DistributedInfoNCE.apply(
-            self._image, self._text, scale, self, torch.is_grad_enabled()
-        )
+        loss: Tensor = _GlobalLoss.apply(self._image, self._text, scale, self, torch.is_grad_enabled())
         self._image = self._text = None
         self._gathers.clear()
         return loss
@@ -254,7 +252,7 @@ class _Local(NamedTuple):
     v_columns: Tensor | None
 
 
-class _DistributedInfoNCE(torch.autograd.Function):
+class _GlobalLoss(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, image: Tensor, text: Tensor, scale: Tensor, step: PendingInfoNCE, with_gradients: bool

@@ -29,9 +29,9 @@ from lcl_mcore.checkpoint.store import (
     step_of,
     verify,
 )
+from lcl_mcore.checkpoint.weights_file import without_vocabulary_padding, write_consolidated
 from lcl_mcore.config.files import read_config, write_config
 from lcl_mcore.errors import CheckpointError, DataError, explain
-from lcl_mcore.interop.weights_file import without_vocabulary_padding, write_consolidated
 from lcl_mcore.models.lcl import LclModel
 from lcl_mcore.storage import open_storage
 

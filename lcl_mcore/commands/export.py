@@ -27,7 +27,7 @@ def main() -> int:
     """Parse the command line, export, say what was written."""
     options = arguments.parse(ExportOptions)
 
-    from lcl_mcore.interop.export import export
+    from lcl_mcore.export.encoder import export
 
     summary = export(options.model, options.out, options.formats)
     for name, facts in summary["written"].items():

@@ -35,8 +35,8 @@ def main() -> int:
     """Parse the command line, convert, write."""
     options = arguments.parse(ImportOptions)
 
+    from lcl_mcore.checkpoint.weights_file import write_consolidated
     from lcl_mcore.interop.released import from_released, read_released, shape_of_released
-    from lcl_mcore.interop.weights_file import write_consolidated
     from lcl_mcore.models.flops import parameter_counts
 
     released = read_released(options.checkpoint)

@@ -14,8 +14,8 @@ import torch.distributed as dist
 
 from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.distributed.device import Device, init_process_group, pick_device
-from lcl_mcore.fault_tolerance.events import job_id
-from lcl_mcore.fault_tolerance.flight_recorder import record_collectives
+from lcl_mcore.distributed.flight_recorder import record_collectives
+from lcl_mcore.distributed.launcher import job_id
 
 if TYPE_CHECKING:
     from lcl_mcore.distributed.groups import Groups

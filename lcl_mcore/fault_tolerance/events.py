@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from lcl_mcore.distributed.launcher import job_id
+
 EVENTS = "events.jsonl"
 
 # What runs of earlier versions wrote -> what it is called now. Applied where events are read.
@@ -71,12 +73,6 @@ def _end_last_line(path: Path) -> None:
     if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):
         with open(path, "ab") as file:
             file.write(b"\n")
-
-
-def job_id() -> str:
-    """torchrun's name for the job, kept over its restarts; empty without torchrun or when it was given none."""
-    name = os.environ.get("TORCHELASTIC_RUN_ID", "")
-    return "" if name == "none" else name
 
 
 def is_restart(folder: Path) -> bool:

@@ -21,7 +21,8 @@ from typing import Any
 
 import psutil
 
-from lcl_mcore.fault_tolerance.events import EventLog, job_id, read_events
+from lcl_mcore.distributed.launcher import job_id
+from lcl_mcore.fault_tolerance.events import EventLog, read_events
 from lcl_mcore.metrics import format_duration
 
 # The account is written this often, and less often as the run grows: its file stays small.

@@ -23,8 +23,8 @@ import torch.distributed as dist
 
 from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.distributed.context import Context
+from lcl_mcore.distributed.flight_recorder import is_communication_error, pending_collectives
 from lcl_mcore.errors import LclError, PeerError
-from lcl_mcore.fault_tolerance.flight_recorder import is_communication_error, pending_collectives
 from lcl_mcore.fault_tolerance.heartbeat import (
     ENDED,
     Heartbeat,

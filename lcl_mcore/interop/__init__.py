@@ -1,1 +1,1 @@
-"""Weights in the formats of other packages and of the released code, read and written."""
+"""Weights in the names of other packages: released checkpoints, timm, open_clip and transformers."""

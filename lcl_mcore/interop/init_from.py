@@ -12,15 +12,15 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lcl_mcore.config.schema import VisionConfig
-from lcl_mcore.errors import CheckpointError, explain
-from lcl_mcore.interop.vit_formats import OTHER_SHAPE, from_format, recognise
-from lcl_mcore.interop.weights_file import (
+from lcl_mcore.checkpoint.weights_file import (
     is_consolidated,
     load_consolidated,
     read_consolidated,
     tensor_parallel_share,
 )
+from lcl_mcore.config.schema import VisionConfig
+from lcl_mcore.errors import CheckpointError, explain
+from lcl_mcore.interop.vit_formats import OTHER_SHAPE, from_format, recognise
 from lcl_mcore.models.lcl import LclModel
 
 

@@ -1,6 +1,6 @@
 """Checkpoints of the released LCL code (OpenGVLab/LCL, a fork of OpenCLIP), to and from our names.
 
-Our side is a consolidated state dict (`interop.weights_file`). megatron keeps a layer's query, key and value rows
+Our side is a consolidated state dict (`checkpoint.weights_file`). megatron keeps a layer's query, key and value rows
 together head by head; the released code stacks all queries, then all keys, then all values.
 """
 
@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lcl_mcore.checkpoint.weights_file import misfit, without_vocabulary_padding
 from lcl_mcore.config.base import require
 from lcl_mcore.config.schema import LanguageConfig, ModelConfig, VisionConfig
 from lcl_mcore.errors import CheckpointError, explain
-from lcl_mcore.interop.weights_file import misfit, without_vocabulary_padding
 
 _HEAD_WIDTH = 64  # channels per head in every tower of the released configurations
 

@@ -1,6 +1,6 @@
 """The vision encoder under the names of timm, open_clip and transformers, to and from ours.
 
-An encoder state dict is the `vision.*` part of a consolidated one (`interop.weights_file`), in fp32. Nothing here
+An encoder state dict is the `vision.*` part of a consolidated one (`checkpoint.weights_file`), in fp32. Nothing here
 needs those packages. What a format lacks is folded into what it has, exactly: layer scale into the branch's last
 matrix, a patch bias into the positions.
 
@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from lcl_mcore.checkpoint.weights_file import misfit
 from lcl_mcore.config.schema import VisionConfig
-from lcl_mcore.interop.weights_file import misfit
 
 OTHER_SHAPE = "Choose a model of the same shape, or set model.vision.* to fit it."
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import ast
+import subprocess
+import sys
 from collections.abc import Callable
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
@@ -93,7 +95,7 @@ CUDA_MODULES = {
     "data/decode.py": "DALI decodes on a GPU or on the CPU",
     "data/loader.py": "the current CUDA device is a thread's own",
     "planning/counter.py": "copies to the device are counted as such",
-    "planning/counting.py": "on the CPU nothing is copied to the device",
+    "planning/simulate.py": "on the CPU nothing is copied to the device",
 }
 
 # Modules that look for packages, each with its reason. `optional_packages.py` is the place for it.
@@ -136,3 +138,65 @@ def test_each_kind_of_question_has_one_place(
         if any(found_by(node) for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
     }
     assert asking == allowed.keys()
+
+
+# Rooms from the bottom up: a room imports from those before it alone. Top-level files are rooms of their own.
+ROOMS = (
+    "errors", "optional_packages", "rng", "batch", "lr_schedule", "storage", "templates", "lcl_kernels", "config",
+    "distributed", "hardware", "losses", "data", "models", "fused_adam", "optimizer", "startup_summary", "diagnostics",
+    "checkpoint", "metrics", "interop", "train_step", "pipeline", "fault_tolerance", "build", "planning", "evaluation",
+    "trainer", "export", "commands",
+)  # fmt: skip
+
+
+def room(module: str) -> str:
+    """The folder below `lcl_mcore`, or the file beside them, that a module belongs to."""
+    first, _, rest = module.partition(".")
+    return first if first == "lcl_kernels" else rest.partition(".")[0]
+
+
+def test_rooms_import_from_below_alone() -> None:
+    upwards = [
+        f"{module} -> {other}"
+        for module, path in FILES.items()
+        for other in imported(path)
+        if room(module) and room(other) and ROOMS.index(room(other)) > ROOMS.index(room(module))
+    ]
+    assert upwards == []
+    assert {room(module) for module in FILES} - {""} == set(ROOMS)
+
+
+def test_the_trainer_is_imported_by_its_command_alone() -> None:
+    importers = [module for module, path in FILES.items() if "lcl_mcore.trainer" in imported(path)]
+    assert importers == ["lcl_mcore.commands.pretrain"]
+
+
+def test_importing_the_package_does_nothing_else() -> None:
+    code = "import sys; before = set(sys.modules); import lcl_mcore; print(sorted(set(sys.modules) - before))"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
+    )
+    assert done.stdout.strip() == "['lcl_mcore']"
+
+
+def test_no_mocks_and_patches_in_the_cpu_platform_alone() -> None:
+    """`setattr` on something else than `self`, or anything of `unittest.mock`."""
+    found = set()
+    for path in FILES.values():
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Call(func=ast.Name(id="setattr")) | ast.ImportFrom(module="unittest"):
+                    found.add(str(path.relative_to(ROOT)))
+                case ast.Import(names=names) if any(alias.name.startswith("unittest") for alias in names):
+                    found.add(str(path.relative_to(ROOT)))
+    assert found == {"lcl_mcore/distributed/cpu.py"}
+
+
+def test_no_two_classes_of_one_name() -> None:
+    """One name, one thing, over both packages; a private helper may share the name of nothing public either."""
+    places: dict[str, list[str]] = {}
+    for module, path in FILES.items():
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                places.setdefault(node.name.lstrip("_"), []).append(module)
+    assert {name: where for name, where in places.items() if len(where) > 1} == {}

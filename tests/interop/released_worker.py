@@ -16,10 +16,10 @@ import torch
 import torch.distributed as dist
 from lcl_kernels import infonce_reference
 
+from lcl_mcore.checkpoint.weights_file import load_consolidated, read_consolidated
 from lcl_mcore.config.schema import ParallelConfig, single_process
 from lcl_mcore.distributed.device import init_process_group, pick_device
 from lcl_mcore.distributed.groups import make_groups
-from lcl_mcore.interop.weights_file import load_consolidated, read_consolidated
 from lcl_mcore.losses.generation import generation_loss_sum
 from lcl_mcore.models.backends import choose_backends
 from lcl_mcore.models.lcl import LclModel

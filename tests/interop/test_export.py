@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from lcl_mcore.checkpoint.weights_file import consolidated_state, write_consolidated
 from lcl_mcore.config.schema import VisionConfig
 from lcl_mcore.errors import CheckpointError
-from lcl_mcore.interop.export import deviation, normalised, own_features, random_images
-from lcl_mcore.interop.export_formats import FORMATS
-from lcl_mcore.interop.export_reload import ReloadRequest, reload_features
+from lcl_mcore.export.encoder import deviation, normalised, own_features, random_images
+from lcl_mcore.export.formats import FORMATS
+from lcl_mcore.export.reload import ReloadRequest, reload_features
 from lcl_mcore.interop.init_from import load_encoder, read_encoder, start_from
-from lcl_mcore.interop.weights_file import consolidated_state, write_consolidated
 from lcl_mcore.models.lcl import LclModel
 
 Make = Callable[..., LclModel]

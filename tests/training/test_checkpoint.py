@@ -24,15 +24,15 @@ from lcl_mcore.checkpoint.store import (
     parse_manifest,
     verify,
 )
-from lcl_mcore.config.files import read_config
-from lcl_mcore.errors import CheckpointError
-from lcl_mcore.interop.init_from import start_from
-from lcl_mcore.interop.weights_file import (
+from lcl_mcore.checkpoint.weights_file import (
     consolidated_state,
     read_consolidated,
     without_vocabulary_padding,
     write_consolidated,
 )
+from lcl_mcore.config.files import read_config
+from lcl_mcore.errors import CheckpointError
+from lcl_mcore.interop.init_from import start_from
 from runs import assert_same_run, records
 
 pytestmark = pytest.mark.slow

@@ -22,7 +22,7 @@ from torch import Tensor
 from lcl_mcore.config.base import from_dict, to_dict
 from lcl_mcore.config.schema import VisionConfig
 from lcl_mcore.errors import CheckpointError, explain
-from lcl_mcore.interop.export_formats import FORMATS
+from lcl_mcore.export.formats import FORMATS
 
 SECONDS = 1800.0
 
@@ -48,7 +48,7 @@ def reload_features(requests: Sequence[ReloadRequest], pixels: Tensor) -> list[T
         items = [[r.format, str(r.folder.resolve()), to_dict(r.shape)] for r in requests]
         (folder / "requests.json").write_text(json.dumps(items), encoding="utf-8")
         done = subprocess.run(
-            [sys.executable, "-m", "lcl_mcore.interop.export_reload", str(folder)],
+            [sys.executable, "-m", "lcl_mcore.export.reload", str(folder)],
             env=os.environ | {"HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""},
             capture_output=True,
             text=True,

@@ -11,7 +11,7 @@ import yaml
 from lcl_mcore.config.base import to_dict
 from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.evaluation.load import LoadedModel
-from lcl_mcore.interop.export_formats import FORMATS
+from lcl_mcore.export.formats import FORMATS
 from lcl_mcore.models.vision import PIXEL_MEAN, PIXEL_STD
 from lcl_mcore.templates import render
 

@@ -12,14 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lcl_mcore.checkpoint.weights_file import consolidated_state, write_consolidated
 from lcl_mcore.config.files import write_config
 from lcl_mcore.errors import CheckpointError, ConfigError, explain
 from lcl_mcore.evaluation.load import LoadedModel, open_model
-from lcl_mcore.interop.export_formats import FORMATS
-from lcl_mcore.interop.export_reload import ReloadRequest, reload_features
-from lcl_mcore.interop.model_card import write_card
+from lcl_mcore.export.formats import FORMATS
+from lcl_mcore.export.model_card import write_card
+from lcl_mcore.export.reload import ReloadRequest, reload_features
 from lcl_mcore.interop.released import to_released
-from lcl_mcore.interop.weights_file import consolidated_state, write_consolidated
 from lcl_mcore.models.lcl import LclModel
 from lcl_mcore.optional_packages import export_packages
 from lcl_mcore.storage import atomic_write
