@@ -40,7 +40,7 @@ from lcl_mcore.distributed.context import detached
 from lcl_mcore.distributed.device import Device, init_process_group, pick_device
 from lcl_mcore.distributed.groups import Groups, make_groups
 from lcl_mcore.metrics import StepOutput
-from lcl_mcore.models.flops import FlopCounter
+from lcl_mcore.models.flops import MfuMeter, batch_flops
 from lcl_mcore.models.transformer_config import DTYPES
 
 # Micro-batch sizes that are tried on a GPU, by the length of a sequence.
@@ -231,8 +231,8 @@ def figures(timed: TimedStep, seconds: float) -> dict[str, Any]:
     config, counts = timed.config, timed.batch.counts
     assert timed.last is not None
     stats = timed.last.read(timed.done - 1)
-    counter = FlopCounter(config, timed.device, DTYPES[config.train.precision], 1)
-    flops = counter.flops(timed.batch)
+    meter = MfuMeter(config, timed.device, DTYPES[config.train.precision], 1)
+    flops = batch_flops(config, timed.batch)
     positions = config.train.global_batch_size * config.data.sequence_length
     return {
         "status": "failed" if stats.skipped else "ok",
@@ -250,8 +250,8 @@ def figures(timed: TimedStep, seconds: float) -> dict[str, Any]:
         "tokens_per_second": counts.tokens[0] / seconds,
         "model_flops": flops,
         "model_flops_per_second": flops / seconds,
-        "mfu": flops / (seconds * counter.peak.flops),
-        "mfu_relative_to": f"{counter.peak.flops / 1e12:.4g} TFLOP/s ({counter.peak.source})",
+        "mfu": flops / (seconds * meter.peak.flops),
+        "mfu_relative_to": f"{meter.peak.flops / 1e12:.4g} TFLOP/s ({meter.peak.source})",
         "last_step": {
             "grad_norm": stats.grad_norm,
             "contrastive": stats.contrastive,

@@ -208,19 +208,19 @@ def _matmul(x: Tensor, w: Tensor, out: Tensor) -> None:
     """``out = x @ w.T`` accumulated and stored in ``out``'s dtype (``out=`` also keeps autocast out)."""
     if x.dtype == out.dtype:
         torch.mm(x, w.T, out=out)
-    elif x.is_cuda:
-        torch.mm(x, w.T, out_dtype=out.dtype, out=out)
-    else:  # CPU kernels round half precision products to half precision: widen blocks of words instead
+    elif x.device.type == "cpu":  # whose kernels round half precision results: widen blocks of words instead
         wide = x.to(out.dtype)
         for i in range(0, w.shape[0], 4096):
             torch.mm(wide, w[i : i + 4096].to(out.dtype).T, out=out[:, i : i + 4096])
+    else:
+        torch.mm(x, w.T, out_dtype=out.dtype, out=out)
 
 
 def _addmm(into: Tensor, x: Tensor, y: Tensor) -> None:
     """``into += x @ y`` accumulated in ``into``'s dtype."""
     if x.dtype == into.dtype:
         into.addmm_(x, y)
-    elif x.is_cuda:
-        torch.addmm(into, x, y, out_dtype=into.dtype, out=into)
-    else:
+    elif x.device.type == "cpu":
         into.addmm_(x.to(into.dtype), y.to(into.dtype))
+    else:
+        torch.addmm(into, x, y, out_dtype=into.dtype, out=into)

@@ -136,10 +136,10 @@ class _Factor:
         out = _view(flat, torch.Size((self.x.shape[0], y.shape[0])))
         if self.exact:
             return torch.mm(self.x, y.T, out=out)
-        if y.is_cuda:
-            torch.mm(self.x, y.T, out_dtype=out.dtype, out=out)
-        else:
+        if y.device.type == "cpu":  # whose kernels would round the result to half precision
             torch.mm(self.x.to(out.dtype), y.to(out.dtype).T, out=out)
+        else:
+            torch.mm(self.x, y.T, out_dtype=out.dtype, out=out)
         return out.mul_(self.scale)
 
 
@@ -174,10 +174,10 @@ def _accumulate(into: Tensor, g: Tensor, other: Tensor) -> None:
         into.addmm_(g, other)
         return
     rounded = (g * FP16_GAIN).to(other.dtype)
-    if other.is_cuda:
-        into.add_(torch.mm(rounded, other, out_dtype=into.dtype), alpha=1 / FP16_GAIN)
-    else:
+    if other.device.type == "cpu":
         into.addmm_(rounded.to(into.dtype), other.to(into.dtype), alpha=1 / FP16_GAIN)
+    else:
+        into.add_(torch.mm(rounded, other, out_dtype=into.dtype), alpha=1 / FP16_GAIN)
 
 
 def _logsumexp(logits: Tensor, dim: int, scratch: Tensor) -> Tensor:

@@ -93,7 +93,8 @@ class TorchAdam(Adam):
 
     def __init__(self, shard_groups: list[dict[str, Any]], optim: OptimConfig, device: torch.device) -> None:
         self.device = device
-        self.inner = torch.optim.AdamW(_placeholder(device), fused=True, **_settings(optim))
+        # On the host, because the constructor refuses the planner's "meta" device; the shards decide where it works.
+        self.inner = torch.optim.AdamW(_placeholder(torch.device("cpu")), fused=True, **_settings(optim))
         self._take_over(shard_groups, optim)
         self.count_from(0)
 

@@ -122,10 +122,11 @@ def dropout_keep_mask(
 
     Each sequence draws from a generator of its own key, so it has the same mask wherever it is computed.
     """
+    source = "cpu" if device.type == "meta" else device  # which has no values to draw
     first, last = start // sequence_length, (stop - 1) // sequence_length
     masks = []
     for index in range(first, last + 1):
-        generator = torch.Generator(device).manual_seed(key63(seed, sequence_keys[index]))
+        generator = torch.Generator(source).manual_seed(key63(seed, sequence_keys[index]))
         masks.append(torch.rand(sequence_length, width, generator=generator, device=device) >= p)
     whole = torch.cat(masks) if len(masks) > 1 else masks[0]
     return whole[start - first * sequence_length : stop - first * sequence_length]

@@ -24,7 +24,7 @@ from lcl_mcore.fault_tolerance.signals import StopRequest
 from lcl_mcore.fault_tolerance.watchdog import Watchdog, explained
 from lcl_mcore.lr_schedule import cosine_with_warmup
 from lcl_mcore.metrics import DeferredStats, FinishedStep, RunLog, Speed, StepRecord, Stopwatch, step_metrics
-from lcl_mcore.models.flops import FlopCounter
+from lcl_mcore.models.flops import MfuMeter
 from lcl_mcore.models.transformer_config import DTYPES
 from lcl_mcore.startup_summary import layout_name, startup_summary
 
@@ -64,7 +64,7 @@ class Trainer:
         self.loader = build_loader(config, self.data_context, self.tokenizer, self.state.position)
         self.evaluation = periodic_evaluation(config, context)
 
-        self.flops = FlopCounter(config, context.device, DTYPES[config.train.precision], context.world_size)
+        self.flops = MfuMeter(config, context.device, DTYPES[config.train.precision], context.world_size)
         self.log = RunLog(config, context, self.state.step)
         self.events = EventLog(context.run_folder, enabled=context.rank == 0)
         layout = layout_name(config, context)

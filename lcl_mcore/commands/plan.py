@@ -39,8 +39,8 @@ def main() -> int:
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # fake groups have no device to warn about
 
     from lcl_mcore.diagnostics.environment import source_commit
-    from lcl_mcore.planning.plan import make_plan
-    from lcl_mcore.planning.report import text
+    from lcl_mcore.planning.plan_text import plan_text
+    from lcl_mcore.planning.planner import make_plan
 
     started = time.perf_counter()
 
@@ -50,7 +50,7 @@ def main() -> int:
     command = " ".join(["python", "tools/plan.py", *sys.argv[1:]])
     origin = {"command": command, **source_commit(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
     plan = make_plan(options, log)
-    report = text(plan)
+    report = plan_text(plan)
     print(json.dumps(origin | plan, indent=1) if options.json else report)
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)

@@ -67,10 +67,13 @@ def _own(members: list[list[int]], backend: str | None, timeout: timedelta, name
     return mine
 
 
-def make_groups(tp: int, pp: int, timeout_seconds: float, seed: int) -> Groups:
+def make_groups(tp: int, pp: int, timeout_seconds: float, seed: int, *, host_backend: str = "gloo") -> Groups:
     """Split the job into groups. Collective over all ranks; the process group must be initialised.
 
     `RunConfig.check_processes` has accepted the number of ranks.
+
+    Args:
+        host_backend: of the groups whose tensors stay on the host.
     """
     world, timeout = dist.get_world_size(), timedelta(seconds=timeout_seconds)
     parallel_state.initialize_model_parallel(
@@ -100,10 +103,10 @@ def make_groups(tp: int, pp: int, timeout_seconds: float, seed: int) -> Groups:
         vision=vision,
         pipeline_ends=_make(ends, None, timeout, "pipeline-ends"),
         loss=_own(data, None, timeout, "contrastive-loss"),
-        host_counts=_own(data, "gloo", timeout, "host-counts"),
-        host_model=_own(model, "gloo", timeout, "host-model"),
-        host_control=_own([list(range(world))], "gloo", timeout, "host-control"),
-        host_checkpoint=_own([list(range(world))], "gloo", timeout, "host-checkpoint"),
+        host_counts=_own(data, host_backend, timeout, "host-counts"),
+        host_model=_own(model, host_backend, timeout, "host-model"),
+        host_control=_own([list(range(world))], host_backend, timeout, "host-control"),
+        host_checkpoint=_own([list(range(world))], host_backend, timeout, "host-checkpoint"),
     )
 
 

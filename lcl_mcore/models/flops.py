@@ -1,10 +1,10 @@
-"""Exact counts from the configuration alone: parameters, model FLOPs, and the MFU they give.
+"""Parameters and model FLOPs of a configuration, exactly and without building it, and the MFU that they give.
 
-What counts as a FLOP: the multiplications and additions of matrix products (2 per multiply-add), as in
-torch's `FlopCounterMode`; norms, activations, softmax and embeddings look-ups are left out. Counted is what
-the model needs, not what an implementation spends: no padding, no padded vocabulary rows, no recompute.
-Causal attention counts the pairs (query, key) that its mask keeps, L (L + 1) / 2 for a segment of length L.
-Backward costs twice forward, except that pixels need no gradient.
+What counts as a FLOP: the multiplications and additions of matmuls (2 per multiply-add), as in torch's
+`FlopCounterMode`; norms, activations, softmax and embedding look-ups do not count. Counted is what the model needs, not
+what an implementation spends: no padding, no padded vocabulary rows, no recompute. Causal attention counts the pairs
+(query, key) that its mask keeps, L (L + 1) / 2 for a segment of length L. Backward costs twice forward, except that
+pixels need no gradient.
 """
 
 from __future__ import annotations
@@ -13,14 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from lcl_mcore.config.schema import LanguageConfig, ModelConfig, VisionConfig
+from lcl_mcore.config.schema import LanguageConfig, ModelConfig, RunConfig, VisionConfig
 from lcl_mcore.hardware import measured_peak, peak_flops
 
 if TYPE_CHECKING:
     import torch
 
     from lcl_mcore.batch import MicroBatch, StepBatch
-    from lcl_mcore.config.schema import RunConfig
     from lcl_mcore.distributed.device import Device
 
 
@@ -63,21 +62,22 @@ def parameter_counts(shape: ModelConfig) -> dict[str, int]:
 
 @dataclass(frozen=True)
 class FlopRates:
-    """Forward FLOPs of one unit of each kind, and which of them have no gradient towards their input.
+    """Forward FLOPs of one unit of each kind.
 
-    image        one image through the encoder, as a key and a value of the pool, and through the projector
-    patches      the part of `image` spent on the patch embedding
-    passage      one call of the encoder: the pool's query is the same for all images
-    token        one LM position, without attention
-    pair         one (query, key) pair of the LM's attention, over all layers
-    context      the context vector of one image
-    target       the vocabulary logits of one target
-    logit        one entry of the contrastive similarity matrix, which serves both directions
+    Attributes:
+        image: one image through the encoder, as a key and a value of the pool, and through the projector.
+        patches: the part of `image` spent on the patch embedding, whose input has no gradient.
+        encoder_call: one call of the encoder: the pool's query is the same for all images.
+        token: one LM position, without attention.
+        pair: one (query, key) pair of the LM's attention, over all layers.
+        context: the embedding of one image's context.
+        target: the vocabulary logits of one target.
+        logit: one entry of the contrastive similarity matrix, which serves both directions.
     """
 
     image: int
     patches: int
-    passage: int
+    encoder_call: int
     token: int
     pair: int
     context: int
@@ -95,7 +95,7 @@ def flop_rates(shape: ModelConfig) -> FlopRates:
     return FlopRates(
         image=patches + vision.layers * block + pool,
         patches=patches,
-        passage=2 * h * d,
+        encoder_call=2 * h * d,
         token=language.layers * (8 * d * d + 4 * d * language.mlp_width),
         pair=language.layers * 4 * d,
         context=2 * d * d,
@@ -105,7 +105,7 @@ def flop_rates(shape: ModelConfig) -> FlopRates:
 
 
 def attention_pairs(lengths: Sequence[int], causal: bool = True) -> int:
-    """(query, key) pairs of segments of these lengths; `causal=False` counts the full squares."""
+    """(query, key) pairs within segments of these lengths; `causal=False` counts the full squares."""
     return sum(n * (n + 1) // 2 if causal else n * n for n in lengths)
 
 
@@ -118,7 +118,7 @@ def step_flops(
     contexts: int,
     targets: int,
     logits: int | None = None,
-    passages: int = 1,
+    encoder_calls: int = 1,
     forward_only: bool = False,
 ) -> int:
     """Model FLOPs of a batch, forward and backward, from integers known on the host.
@@ -130,12 +130,13 @@ def step_flops(
         contexts: images in the contrastive loss.
         targets: positions in the generation loss.
         logits: entries of the contrastive matrix if it is not `contexts` squared.
-        passages: micro-batches; matters for the pool's query only.
+        encoder_calls: micro-batches of all data-parallel ranks; matters for the pool's query only.
+        forward_only: leave backward out.
     """
     rates = flop_rates(shape)
     forward = (
         images * rates.image
-        + passages * rates.passage
+        + encoder_calls * rates.encoder_call
         + tokens * rates.token
         + pairs * rates.pair
         + contexts * rates.context
@@ -146,7 +147,7 @@ def step_flops(
 
 
 def document_lengths(batch: MicroBatch) -> list[int]:
-    """Lengths of the segments that hold a target: what is left is padding. `batch` lies on the host."""
+    """Lengths of the segments that hold a target: the others are padding. `batch` is on the host."""
     import torch
 
     ends = torch.tensor(batch.lengths).cumsum(0)
@@ -155,47 +156,63 @@ def document_lengths(batch: MicroBatch) -> list[int]:
     return [n for n, real in zip(batch.lengths, filled.tolist(), strict=True) if real]
 
 
-class FlopCounter:
-    """Model FLOPs utilisation of a run; costs well under a millisecond per step, on the host.
+def batch_flops(config: RunConfig, batch: StepBatch, repeat: float = 1.0) -> int:
+    """Model FLOPs of a whole global batch, forward and backward, from its counts of all data-parallel ranks.
 
-    The rate of reference is a data sheet's where the device is known. Otherwise it is measured once at
-    start, by all processes at the same time, as they share the machine's cores; such a figure says how
-    close the run comes to this machine's matmuls, not to what is printed on its box.
+    Args:
+        config: of the run.
+        batch: one data-parallel rank's share. Without a count of attention pairs (hand-made batches), all ranks are
+            taken at this rank's pairs per token.
+        repeat: how many times as many micro-batches the step has as `batch`.
     """
 
-    def __init__(self, config: RunConfig, device: Device, dtype: torch.dtype, world: int) -> None:
-        self.shape, self.world = config.model, world
-        self.micro_negatives = config.loss.negatives == "micro_batch"
-        self.peak = peak_flops(device.name, config.train.precision) or measured_peak(device, dtype)
+    def total(values: Sequence[int]) -> int:
+        return round(sum(values) * repeat)
 
-    def flops(self, batch: StepBatch) -> int:
-        """Forward and backward of the whole global batch, from its counts of all data-parallel ranks.
+    counts = batch.counts
+    pairs = total(counts.pairs)
+    if not counts.pairs:
+        own = [n for micro in batch.micro_batches for n in document_lengths(micro)]
+        pairs = round(attention_pairs(own) * total(counts.tokens) / sum(own)) if own else 0
+    contexts = total(counts.contexts)
+    logits = contexts * contexts
+    if config.loss.negatives == "micro_batch" and counts.micro_contexts:
+        logits = total([sum(ranks) ** 2 for ranks in counts.micro_contexts])
+    return step_flops(
+        config.model,
+        images=total(counts.images),
+        tokens=total(counts.tokens),
+        pairs=pairs,
+        contexts=contexts,
+        targets=total(counts.targets),
+        logits=logits,
+        encoder_calls=round(len(batch.micro_batches) * repeat) * len(counts.images),
+    )
 
-        Hand-made batches without a count of attention pairs are taken at this rank's pairs per token.
+
+class MfuMeter:
+    """Model FLOPs utilisation of a run; costs well under a millisecond per step, on the host.
+
+    The rate of reference is a data sheet's where the device is known. Otherwise it is measured once at start, by all
+    processes at the same time, as they share the machine's cores; such a figure says how close the run comes to this
+    machine's matmuls, not to what is printed on its box.
+    """
+
+    def __init__(self, config: RunConfig, device: Device, dtype: torch.dtype, world_size: int) -> None:
+        """Look the reference rate up, or measure it.
+
+        Args:
+            config: of the run.
+            device: where the run computes.
+            dtype: of the matmuls.
+            world_size: processes of the job.
         """
-        counts = batch.counts
-        tokens, pairs = sum(counts.tokens), sum(counts.pairs)
-        if not counts.pairs:
-            own = [n for micro in batch.micro_batches for n in document_lengths(micro)]
-            pairs = round(attention_pairs(own) * tokens / sum(own)) if own else 0
-        contexts = sum(counts.contexts)
-        logits = contexts * contexts
-        if self.micro_negatives and counts.micro_contexts:
-            logits = sum(sum(ranks) ** 2 for ranks in counts.micro_contexts)
-        return step_flops(
-            self.shape,
-            images=sum(counts.images),
-            tokens=tokens,
-            pairs=pairs,
-            contexts=contexts,
-            targets=sum(counts.targets),
-            logits=logits,
-            passages=len(batch.micro_batches) * len(counts.images),
-        )
+        self.config, self.world_size = config, world_size
+        self.peak = peak_flops(device.name, config.train.precision) or measured_peak(device, dtype)
 
     def mfu(self, batch: StepBatch, seconds: float) -> float:
         """Share of the reference rate that a step of this length reached."""
-        return self.flops(batch) / (seconds * self.world * self.peak.flops)
+        return batch_flops(self.config, batch) / (seconds * self.world_size * self.peak.flops)
 
     def describe(self) -> str:
         """One line for the log."""
@@ -206,7 +223,7 @@ def describe_model(config: RunConfig) -> dict[str, Any]:
     """Sizes and costs of a run's model, as plain JSON types, without building it."""
     shape, length = config.model, config.data.sequence_length
     parameters, rates = parameter_counts(shape), flop_rates(shape)
-    # A full row that is one document; shorter documents attend to less.
+    # A full sequence that is one document; shorter documents attend to less.
     attention = rates.pair * attention_pairs([length]) / length
     return {
         "recipe": config.recipe,
@@ -220,14 +237,14 @@ def describe_model(config: RunConfig) -> dict[str, Any]:
         "forward_flops": {
             "per_image": rates.image,
             "per_lm_token": rates.token,
-            "per_lm_token_attention_in_full_row": attention,
+            "per_lm_token_attention_in_full_sequence": attention,
             "per_context": rates.context,
             "per_target": rates.target,
         },
         "training_flops": {
             "per_image": 3 * rates.image - rates.patches,
             "per_lm_token": 3 * rates.token,
-            "per_lm_token_attention_in_full_row": 3 * attention,
+            "per_lm_token_attention_in_full_sequence": 3 * attention,
             "per_context": 3 * rates.context,
             "per_target": 3 * rates.target,
         },

@@ -1,8 +1,8 @@
 """Counts what one training step of one rank does: FLOPs, bytes of live tensors, collectives, in order.
 
-`StepCounter` looks at operators below autograd, so it sees backward, recompute and every collective. It works
-alike on real tensors (CPU, CUDA) and on tensors without data (the "meta" device), where it answers what would
-need data: collectives return at once, and numbers read by the host are 1.
+`StepCounter` looks at operators below autograd, so it sees backward, recompute and every collective. It works alike on
+real tensors (CPU, CUDA) and on the "meta" device, whose tensors have no values; there it answers what would need them:
+collectives return at once, and numbers read by the host are 1.
 """
 
 from __future__ import annotations
@@ -21,19 +21,68 @@ from torch import Tensor
 from torch._C._distributed_c10d import FakeWork
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lcl_mcore.planning.operators import flops_of, is_free, kind_of
-
+_ATEN = torch.ops.aten
+# Matmuls -> places of the two factors among the arguments.
+_MATMULS = {
+    _ATEN.mm: (0, 1),
+    _ATEN.bmm: (0, 1),
+    _ATEN.addmm: (1, 2),
+    _ATEN.addmm_: (1, 2),
+    _ATEN.baddbmm: (1, 2),
+    _ATEN.baddbmm_: (1, 2),
+}
+# Attention operators -> places of query and key among the arguments, and matmuls of the size of the scores: forward has
+# two (scores, values), backward five, as it forms the scores again.
+_ATTENTION: dict[str, tuple[int, int, int]] = {
+    "aten::_scaled_dot_product_flash_attention": (0, 1, 2),
+    "aten::_scaled_dot_product_flash_attention_for_cpu": (0, 1, 2),
+    "aten::_scaled_dot_product_efficient_attention": (0, 1, 2),
+    "aten::_scaled_dot_product_flash_attention_backward": (1, 2, 5),
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward": (1, 2, 5),
+    "aten::_scaled_dot_product_efficient_attention_backward": (1, 2, 5),
+    "torch_attn::_varlen_attn": (0, 1, 2),
+    "torch_attn::_varlen_attn_backward": (1, 2, 5),
+}
+_NO_TRAFFIC = {
+    "aten::empty",
+    "aten::empty_like",
+    "aten::new_empty",
+    "aten::empty_strided",
+    "aten::detach",
+    "aten::new_empty_strided",
+    "aten::_unsafe_view",
+    "aten::set_",
+    "aten::lift_fresh",
+    "aten::record_stream",
+}
+# Operators that read only those elements of their first argument that an index names, as many as the result has.
+_READ_SOME = {"aten::gather", "aten::index_select", "aten::index", "aten::embedding"}
+# Operators that change only those elements of their first argument that an index names -> place of the argument that
+# has as many elements, and how often each is touched (added to: read and written).
+_CHANGE_SOME = {
+    "aten::scatter_": (2, 1),
+    "aten::scatter_add_": (2, 2),
+    "aten::index_copy_": (3, 1),
+    "aten::index_add_": (3, 2),
+}
+_RESHAPE = {"aten::set_", "aten::resize_", "aten::resize_as_"}
 _RUN = object()
-_RESULTS: dict[Any, list[Any]] = {}
-"""Layouts of an operator's results by call, for tensors without data: what torch answers, remembered."""
+
+TensorLayout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+KnownResults = dict[Any, list[TensorLayout]]
+"""Layouts of the results of calls on tensors without values, as torch worked them out; empty: run the operator."""
 
 
-class Event(NamedTuple):
+class CollectiveCall(NamedTuple):
     """One collective or transfer that this rank issued.
 
-    phase    part of the step, see `StepCounter.phase`
-    op       c10d operator;  group  its description;  ranks  members of the group, global numbers
-    bytes    of the larger side (gathered or unreduced);  where  root, source, destination or tag
+    Attributes:
+        phase: part of the step, see `StepCounter.phase`.
+        op: c10d operator.
+        group: its description.
+        ranks: members of the group, global numbers.
+        bytes: of the larger side (gathered or unreduced).
+        where: root, source, destination or tag.
     """
 
     phase: str
@@ -49,8 +98,16 @@ class Event(NamedTuple):
         return (self.op, self.bytes, self.where)
 
 
-class Work(NamedTuple):
-    """One operator call as the speed of a device sees it; equal calls are counted, not listed."""
+class OperatorCall(NamedTuple):
+    """One operator call as the speed of a device sees it; equal calls are counted, not listed.
+
+    Attributes:
+        phase: part of the step, see `StepCounter.phase`.
+        kind: matmul, attention or other.
+        dtype: of the factors of a matmul or an attention; of the first floating argument otherwise.
+        flops: multiplications and additions of matmuls and attention, else 0.
+        bytes: read and written.
+    """
 
     phase: str
     kind: str
@@ -59,60 +116,74 @@ class Work(NamedTuple):
     bytes: int
 
 
-class _Live(NamedTuple):
+class _LiveStorage(NamedTuple):
     reference: weakref.ref[torch.UntypedStorage]
     bytes: int
     part: str
 
 
 class StepCounter(TorchDispatchMode):
-    """Counts while it is entered. `simulated` says that tensors on `device` have no data.
+    """Counts while it is entered, and observes which part of the step runs (`lcl_mcore.train_step.StepObserver`).
 
-    live, peak          bytes of tensors on the device, now and at most
-    parts, peak_parts   the same by part: weights, gradients, optimizer, input, activations, loss, communication
-    work                operator calls;  events  collectives in the order they were issued
+    Attributes:
+        live, peak: bytes of tensors on the device, now and at most.
+        parts, peak_parts: the same by part: weights, gradients, optimizer, input, activations, loss, communication.
+        phase_peaks: most live bytes in each phase.
+        operators: operator calls.
+        collectives: in the order they were issued.
     """
 
-    def __init__(self, device: torch.device, *, simulated: bool, rounding: int = 1) -> None:
+    def __init__(
+        self, device: torch.device, *, rounding: int = 1, known_results: KnownResults | None = None
+    ) -> None:
+        """Count tensors and operators of one device.
+
+        Args:
+            device: where the step runs; on "meta" nothing is computed or sent.
+            rounding: tensors take a multiple of this many bytes.
+            known_results: what torch said about results of earlier counts on "meta"; extended here.
+        """
         super().__init__()
-        self.device_type, self.simulated, self.rounding = device.type, simulated, rounding
-        self.work: Counter[Work] = Counter()
-        self.events: list[Event] = []
+        self.device_type, self.rounding = device.type, rounding
+        self.simulated = device.type == "meta"
+        self.operators: Counter[OperatorCall] = Counter()
+        self.collectives: list[CollectiveCall] = []
         self.live = self.peak = 0
         self.parts: Counter[str] = Counter()
         self.peak_parts: dict[str, int] = {}
         self.phase_peaks: Counter[str] = Counter()
-        self._storages: dict[int, _Live] = {}
+        self._known_results: KnownResults = {} if known_results is None else known_results
+        self._storages: dict[int, _LiveStorage] = {}
         self._host_values: dict[int, list[int]] = {}  # of small index tensors sent to the device
         self._part, self._phase = "activations", "other"
 
-    # --- where we are ---
+    # --- parts of the step ---
+
+    def region(self, name: str) -> AbstractContextManager[None]:
+        """A part of the step begins. Forward without gradients is the feature pass of GradCache."""
+        if name == "contrastive_loss":
+            return self._within("loss", "loss")
+        if name == "optimizer":
+            return self._within("optimizer", "optimizer")
+        if name == "generation_loss":
+            return self._within("loss", "forward")
+        if name in ("parameter_gather", "gradient_sync", "pipeline_transfer"):  # told by their operators
+            return nullcontext()
+        return self._within(self._part, "forward" if torch.is_grad_enabled() else "feature pass")
 
     @contextmanager
-    def within(self, *, part: str | None = None, phase: str | None = None) -> Iterator[None]:
-        """New tensors belong to `part`, work to `phase`, unless backward is running."""
+    def _within(self, part: str, phase: str) -> Iterator[None]:
+        """New tensors belong to `part`, operators to `phase`."""
         before = self._part, self._phase
-        self._part, self._phase = part or self._part, phase or self._phase
+        self._part, self._phase = part, phase
         try:
             yield
         finally:
             self._part, self._phase = before
 
-    def region(self, name: str) -> AbstractContextManager[None]:
-        """A part of the step begins (see `lcl_mcore.train_step.StepObserver`)."""
-        if name == "contrastive_loss":
-            return self.within(part="loss", phase="loss")
-        if name == "optimizer":
-            return self.within(part="optimizer", phase="optimizer")
-        if name == "generation_loss":
-            return self.within(part="loss", phase="forward")
-        if name in ("parameter_gather", "gradient_sync", "pipeline_transfer"):
-            return nullcontext()
-        return self.within(phase="forward" if torch.is_grad_enabled() else "first pass")
-
     @property
     def phase(self) -> str:
-        """first pass, forward, loss, backward (with what it recomputes), optimizer, or other."""
+        """feature pass, forward, loss, backward (with what it recomputes), optimizer, or other."""
         return "backward" if torch._C._current_graph_task_id() != -1 else self._phase
 
     # --- memory ---
@@ -128,7 +199,7 @@ class StepCounter(TorchDispatchMode):
         if key not in self._storages and tensor.device.type == self.device_type:
             size = -(-storage.nbytes() // self.rounding) * self.rounding
             reference = weakref.ref(storage, partial(self._freed, key))
-            self._storages[key] = _Live(reference, size, part)
+            self._storages[key] = _LiveStorage(reference, size, part)
             self.live += size
             self.parts[part] += size
             phase = self.phase
@@ -149,51 +220,79 @@ class StepCounter(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "c10d":
             return self._collective(func, args, kwargs)
-        if func is torch.ops.aten._local_scalar_dense.default and args[0].device.type == "meta":
+        if func is _ATEN._local_scalar_dense.default and args[0].device.type == "meta":
             dtype = args[0].dtype
             return False if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
-        out = self._stand_in(func, args, kwargs) if self.simulated else _RUN
+        out = self._without_values(func, args, kwargs) if self.simulated else _RUN
         if out is _RUN:
             out = func(*args, **kwargs)
         outputs = _tensors(out)
         part = self._part
-        if (
-            func is torch.ops.aten._to_copy.default
-            and outputs
-            and args[0].device.type != outputs[0].device.type
-        ):
+        if func is _ATEN._to_copy.default and outputs and args[0].device.type != outputs[0].device.type:
             part = "input"
         keys = [self._track(t, part) for t in outputs]
         if part == "input" and args[0].dtype == torch.int32 and args[0].device.type == "cpu":
             self._host_values[keys[0]] = args[0].tolist()
-        self._count(func, args, kwargs, out, outputs)
+        self._count(func, args, kwargs, outputs)
         return out
 
-    def _count(self, func: Any, args: Any, kwargs: Any, out: Any, outputs: list[Tensor]) -> None:
-        if is_free(func):
+    def _count(self, func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> None:
+        name = _name(func)
+        if func.is_view or name in _NO_TRAFFIC:
             return
-        inputs = _tensors((args, tuple(kwargs.values())))
-        touched = [t for t in (*inputs, *outputs) if t.device.type == self.device_type]
-        if not touched:
+        inputs = _tensors((args, tuple(value for key, value in kwargs.items() if key != "out")))
+        if not any(t.device.type == self.device_type for t in (*inputs, *outputs)):
             return
-        flops = flops_of(func, args, kwargs, out, self._lengths)
-        moved = sum(_extent(t) for t in touched)
-        floating = next((t.dtype for t in inputs if t.is_floating_point()), torch.float32)
-        dtype = str(floating).removeprefix("torch.")
-        self.work[Work(self.phase, kind_of(func), dtype, flops, moved)] += 1
+        kind, factors, flops = "other", inputs, 0
+        if func.overloadpacket in _MATMULS:
+            left, right = _MATMULS[func.overloadpacket]
+            kind, factors = "matmul", [args[left], args[right]]
+            flops = 2 * factors[0].numel() * factors[1].shape[-1]
+        elif name in _ATTENTION:
+            query, key, matmuls = _ATTENTION[name]
+            kind, factors = "attention", [args[query], args[key]]
+            flops = matmuls * 2 * self._scores(func, args, kwargs, *factors) * factors[0].shape[-1]
+        dtype = next((t.dtype for t in factors if t.is_floating_point()), torch.float32)
+        moved = self._traffic(name, args, inputs, outputs)
+        call = OperatorCall(self.phase, kind, str(dtype).removeprefix("torch."), flops, moved)
+        self.operators[call] += 1
+
+    def _traffic(self, name: str, args: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+        """Bytes read and written on the device."""
+        selected = 0
+        if name in _READ_SOME:
+            selected, inputs = _extent(outputs[0]), inputs[1:]
+        elif name in _CHANGE_SOME:
+            place, times = _CHANGE_SOME[name]
+            selected = times * args[place].numel() * outputs[0].element_size()
+            inputs, outputs = inputs[1:], []
+        return selected + sum(_extent(t) for t in (*inputs, *outputs) if t.device.type == self.device_type)
+
+    def _scores(self, func: Any, args: Any, kwargs: Any, query: Tensor, key: Tensor) -> int:
+        """(query, key) pairs of one attention call, over all heads."""
+        names = [argument.name for argument in func._schema.arguments]
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
+        window = given.get("window_size")
+        causal = bool(given.get("is_causal", False)) or (window is not None and list(window) == [-1, 0])
+        if query.dim() == 3:  # [t, a, d]: segments end to end
+            longest = int(given["max_q"])
+            lengths = self._lengths(given["cu_seq_q"]) or [longest] * (query.shape[0] // longest)
+            return query.shape[1] * sum(_pairs(n, n, causal) for n in lengths)
+        batch, heads, queries, _ = query.shape  # [b, a, s, d]
+        return batch * heads * _pairs(queries, key.shape[2], causal)
 
     def _lengths(self, cumulative: Tensor) -> list[int] | None:
         """Segment lengths behind a tensor of cumulative ones, if the host sent it."""
         ends = self._host_values.get(cumulative.untyped_storage()._cdata)
         return None if ends is None else [b - a for a, b in pairwise(ends)]
 
-    def _stand_in(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Results of an operator on tensors without data; `_RUN` for one that has to run.
+    def _without_values(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Results of an operator on tensors without values; `_RUN` for one that has to run.
 
-        Shapes of results are looked up by shapes of arguments: torch works them out in Python, which for
-        small operators takes longer than all the rest.
+        Shapes of results are looked up by shapes of arguments: torch works them out in Python, which for small
+        operators takes longer than all the rest.
         """
-        name = func.overloadpacket._qualified_op_name
+        name = _name(func)
         if name in ("aten::_fused_adamw_", "aten::_fused_adam_"):
             return None
         key = _call_key(func, args, kwargs)
@@ -208,10 +307,10 @@ class StepCounter(TorchDispatchMode):
         if func._schema.is_mutable:
             in_place = name.endswith("_") and name not in _RESHAPE and isinstance(args[0], Tensor)
             return args[0] if in_place else kwargs["out"] if isinstance(kwargs.get("out"), Tensor) else _RUN
-        known = _RESULTS.get(key)
+        known = self._known_results.get(key)
         if known is None:
             out = func(*args, **kwargs)
-            _RESULTS[key] = [_layout(t) for t in _tensors(out)] if _is_plain(out) else []
+            self._known_results[key] = [_layout(t) for t in _tensors(out)] if _is_plain(out) else []
             return out
         if not known:
             return _RUN
@@ -235,7 +334,7 @@ class StepCounter(TorchDispatchMode):
         )
         ranks = tuple(dist.get_process_group_ranks(group))
         size = max(sides) if gathers else sides[0]
-        self.events.append(Event(self.phase, op, group.group_desc, ranks, size, where))
+        self.collectives.append(CollectiveCall(self.phase, op, group.group_desc, ranks, size, where))
         if gathers or op.startswith("recv"):
             self._relabel(_tensors(args[0]))
         if not self.simulated:
@@ -245,7 +344,7 @@ class StepCounter(TorchDispatchMode):
         return results[0] if len(results) == 1 else tuple(results)
 
     def _relabel(self, destinations: list[Tensor]) -> None:
-        """Memory that exists to receive a collective's result is communication's, unless it is lasting state."""
+        """Memory that exists to receive a collective's result is communication's, unless it is model state."""
         for tensor in destinations:
             key = tensor.untyped_storage()._cdata
             known = self._storages.get(key)
@@ -253,6 +352,15 @@ class StepCounter(TorchDispatchMode):
                 self.parts[known.part] -= known.bytes
                 self.parts["communication"] += known.bytes
                 self._storages[key] = known._replace(part="communication")
+
+
+def _name(func: Any) -> str:
+    """`aten::mm` for any overload of it."""
+    return str(func.overloadpacket._qualified_op_name)
+
+
+def _pairs(queries: int, keys: int, causal: bool) -> int:
+    return queries * (queries + 1) // 2 if causal else queries * keys
 
 
 def _tensors(values: Any) -> list[Tensor]:
@@ -264,15 +372,12 @@ def _tensors(values: Any) -> list[Tensor]:
     return []
 
 
-_RESHAPE = {"aten::set_", "aten::resize_", "aten::resize_as_"}
-
-
-def _layout(tensor: Tensor) -> tuple[tuple[int, ...], tuple[int, ...], torch.dtype]:
+def _layout(tensor: Tensor) -> TensorLayout:
     return tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def _is_plain(out: Any) -> bool:
-    """One tensor or a tuple of tensors, all without data."""
+    """One tensor or a tuple of tensors, all without values."""
     values = out if isinstance(out, tuple) else (out,)
     return all(isinstance(v, Tensor) and v.device.type == "meta" for v in values)
 

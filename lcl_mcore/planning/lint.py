@@ -12,12 +12,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 
-from lcl_mcore.planning.counter import Event
+from lcl_mcore.planning.counter import CollectiveCall
 
 
 @dataclass(frozen=True)
-class Mesh:
-    """Rank order of a job: tensor-parallel ranks are neighbours, then data-parallel, then pipeline stages."""
+class RankOrder:
+    """Of a job: tensor-parallel ranks are neighbours, then data-parallel, then pipeline stages."""
 
     tp: int
     pp: int
@@ -28,38 +28,42 @@ class Mesh:
         return rank // (self.tp * self.dp) * self.tp * self.dp + rank % self.tp
 
 
-def lint(logs: Mapping[int, Sequence[Event]], mesh: Mesh) -> list[str]:
-    """Problems found, none if the list is empty.
+def lint(logs: Mapping[int, Sequence[CollectiveCall]], order: RankOrder) -> list[str]:
+    """Look for deadlocks.
 
     Args:
         logs: what each rank of data-parallel index 0 issued, in order; other ranks may be there, too.
+        order: which ranks do the same.
+
+    Returns:
+        A sentence for each problem; none if nothing can hang.
     """
     problems = []
-    for rank in [p * mesh.tp * mesh.dp + t for p in range(mesh.pp) for t in range(mesh.tp)]:
+    for rank in [p * order.tp * order.dp + t for p in range(order.pp) for t in range(order.tp)]:
         if rank not in logs:
             problems.append(f"rank {rank} has no log: every tensor and pipeline index needs one")
     if problems:
         return problems
-    return _sequences(logs, mesh) or _progress(logs, mesh)
+    return _sequences(logs, order) or _progress(logs, order)
 
 
-def _is_transfer(event: Event) -> bool:
-    return event.op.startswith(("send", "recv"))
+def _is_transfer(call: CollectiveCall) -> bool:
+    return call.op.startswith(("send", "recv"))
 
 
-def _sequences(logs: Mapping[int, Sequence[Event]], mesh: Mesh) -> list[str]:
+def _sequences(logs: Mapping[int, Sequence[CollectiveCall]], order: RankOrder) -> list[str]:
     """Members of each group, position by position."""
     problems: list[str] = []
-    by_group: dict[tuple[str, tuple[int, ...]], dict[int, list[Event]]] = defaultdict(dict)
+    by_group: dict[tuple[str, tuple[int, ...]], dict[int, list[CollectiveCall]]] = defaultdict(dict)
     for rank, log in logs.items():
-        for event in log:
-            if len(event.ranks) > 1 and not _is_transfer(event):
-                by_group[event.group, event.ranks].setdefault(rank, []).append(event)
+        for call in log:
+            if len(call.ranks) > 1 and not _is_transfer(call):
+                by_group[call.group, call.ranks].setdefault(rank, []).append(call)
     for (name, ranks), lists in by_group.items():
         known = {rank: lists.get(rank, []) for rank in ranks if rank in logs}
         first, expected = next(iter(known.items()))
-        for rank, events in known.items():
-            for at, (a, b) in enumerate(zip_longest(expected, events)):
+        for rank, calls in known.items():
+            for at, (a, b) in enumerate(zip_longest(expected, calls)):
                 if a is None or b is None or a.signature != b.signature:
                     problems.append(
                         f"group {name} {_short(ranks)}: call {at} is {_text(a)} on rank {first}, {_text(b)} on {rank}"
@@ -68,19 +72,19 @@ def _sequences(logs: Mapping[int, Sequence[Event]], mesh: Mesh) -> list[str]:
     return problems
 
 
-def _progress(logs: Mapping[int, Sequence[Event]], mesh: Mesh) -> list[str]:
+def _progress(logs: Mapping[int, Sequence[CollectiveCall]], order: RankOrder) -> list[str]:
     """Run all logs against each other; whoever is left waiting is stuck."""
-    own = {rank: log for rank, log in logs.items() if mesh.stand_in(rank) == rank}
+    own = {rank: log for rank, log in logs.items() if order.stand_in(rank) == rank}
     at = dict.fromkeys(own, 0)
     mail: dict[tuple[int, int, str], deque[int]] = defaultdict(deque)
 
-    def ready(rank: int, event: Event) -> bool:
-        if event.op.startswith("recv"):
-            source = event.ranks[event.where[0]]
-            return bool(mail[mesh.stand_in(source), rank, event.group])
-        for member in {mesh.stand_in(r) for r in event.ranks}:
+    def ready(rank: int, call: CollectiveCall) -> bool:
+        if call.op.startswith("recv"):
+            source = call.ranks[call.where[0]]
+            return bool(mail[order.stand_in(source), rank, call.group])
+        for member in {order.stand_in(r) for r in call.ranks}:
             log = own[member]
-            if at[member] >= len(log) or not _meets(event, log[at[member]], mesh):
+            if at[member] >= len(log) or not _meets(call, log[at[member]], order):
                 return False
         return True
 
@@ -89,21 +93,21 @@ def _progress(logs: Mapping[int, Sequence[Event]], mesh: Mesh) -> list[str]:
         moved = False
         for rank, log in own.items():
             while at[rank] < len(log):
-                event = log[at[rank]]
-                if event.op.startswith("send"):
-                    mail[rank, mesh.stand_in(event.ranks[event.where[0]]), event.group].append(event.bytes)
+                call = log[at[rank]]
+                if call.op.startswith("send"):
+                    mail[rank, order.stand_in(call.ranks[call.where[0]]), call.group].append(call.bytes)
                     at[rank] += 1
-                elif not ready(rank, event):
+                elif not ready(rank, call):
                     break
-                elif event.op.startswith("recv"):
-                    size = mail[mesh.stand_in(event.ranks[event.where[0]]), rank, event.group].popleft()
-                    if size != event.bytes:
+                elif call.op.startswith("recv"):
+                    size = mail[order.stand_in(call.ranks[call.where[0]]), rank, call.group].popleft()
+                    if size != call.bytes:
                         return [
-                            f"rank {rank} waits for {event.bytes} bytes and is sent {size}, call {at[rank]}"
+                            f"rank {rank} waits for {call.bytes} bytes and is sent {size}, call {at[rank]}"
                         ]
                     at[rank] += 1
                 else:
-                    for member in {mesh.stand_in(r) for r in event.ranks}:
+                    for member in {order.stand_in(r) for r in call.ranks}:
                         at[member] += 1
                 moved = True
     return [
@@ -117,12 +121,12 @@ def _progress(logs: Mapping[int, Sequence[Event]], mesh: Mesh) -> list[str]:
     ]
 
 
-def _meets(event: Event, other: Event, mesh: Mesh) -> bool:
+def _meets(call: CollectiveCall, other: CollectiveCall, order: RankOrder) -> bool:
     """Whether two ranks are at the same call of the same group, or of its copies at other data-parallel indices."""
     return (
-        event.group == other.group
-        and event.signature == other.signature
-        and {mesh.stand_in(r) for r in event.ranks} == {mesh.stand_in(r) for r in other.ranks}
+        call.group == other.group
+        and call.signature == other.signature
+        and {order.stand_in(r) for r in call.ranks} == {order.stand_in(r) for r in other.ranks}
     )
 
 
@@ -130,7 +134,5 @@ def _short(ranks: tuple[int, ...]) -> str:
     return str(list(ranks)) if len(ranks) <= 8 else f"of {len(ranks)} ranks from {ranks[0]} to {ranks[-1]}"
 
 
-def _text(event: Event | None) -> str:
-    return (
-        "missing" if event is None else f"{event.op} of {event.bytes} bytes in {event.group} ({event.phase})"
-    )
+def _text(call: CollectiveCall | None) -> str:
+    return "missing" if call is None else f"{call.op} of {call.bytes} bytes in {call.group} ({call.phase})"

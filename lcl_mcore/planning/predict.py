@@ -1,28 +1,35 @@
-"""Seconds per step, what limits them, and whether the tensors fit, from counted steps and a described machine."""
+"""From counted steps: seconds a step, what limits them, whether the tensors fit, and the share of time that trains."""
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from lcl_mcore.batch import StepBatch
 from lcl_mcore.config.schema import RunConfig
-from lcl_mcore.models.flops import step_flops
-from lcl_mcore.planning.counter import Event
-from lcl_mcore.planning.counting import RankCount
-from lcl_mcore.planning.hardware import Machine
+from lcl_mcore.models.flops import batch_flops, parameter_counts
+from lcl_mcore.planning.cluster import Cluster
+from lcl_mcore.planning.counter import CollectiveCall
+from lcl_mcore.planning.simulate import RankCount
 
-REPEATED = ("first pass", "forward", "backward")
+REPEATED = ("feature pass", "forward", "backward")
 """Phases whose work grows with the number of micro-batches."""
+# 419 unexpected interruptions of 16,384 H100 in 54 days (Llama 3, arXiv:2407.21783, section 3.3.4 and Table 5).
+GPU_HOURS_PER_FAILURE = 16_384 * 54 * 24 / 419
 
 
 @dataclass(frozen=True)
 class StageTime:
     """Seconds of one rank in one step.
 
-    device, by_kind   arithmetic and memory traffic;  host  launching the operators;  phases  device by phase
-    exposed           communication that nothing hides, by what it is for;  hidden  the rest
+    Attributes:
+        rank: whose.
+        device: arithmetic and memory traffic; by kind of operator in `by_kind`, by phase in `phases`.
+        host: launching the operators.
+        exposed: communication that nothing hides, by what it is for.
+        hidden: the rest of the communication.
     """
 
     rank: int
@@ -41,7 +48,17 @@ class StageTime:
 
 @dataclass(frozen=True)
 class Prediction:
-    """The step of the whole job: that of its slowest stage, and the pipeline's fill and drain."""
+    """The step of the whole job: that of its slowest stage, and the pipeline's fill and drain.
+
+    Attributes:
+        seconds: of a step.
+        bubble: of them, the pipeline's fill and drain.
+        slowest: the rank that decides, one of `stages`.
+        memory: most bytes of tensors on any rank.
+        fits: whether that leaves the assumed headroom.
+        model_flops: of the global batch.
+        mfu: model FLOPs utilisation.
+    """
 
     seconds: float
     bubble: float
@@ -57,7 +74,7 @@ class Prediction:
         """Seconds of the step by cause, largest first."""
         stage = self.slowest
         parts = {
-            "matrix products": stage.by_kind.get("product", 0.0),
+            "matmuls": stage.by_kind.get("matmul", 0.0),
             "attention": stage.by_kind.get("attention", 0.0),
             "memory traffic of all other operators": stage.by_kind.get("other", 0.0),
             "host launching operators": max(stage.host - stage.device, 0.0),
@@ -67,54 +84,56 @@ class Prediction:
         return dict(sorted(((k, v) for k, v in parts.items() if v > 0), key=lambda item: -item[1]))
 
 
-def purpose(event: Event) -> str:
+def purpose(call: CollectiveCall) -> str:
     """What a collective is for."""
-    if event.group == "contrastive-loss" or event.group == "pipeline-ends":
+    if call.group == "contrastive-loss" or call.group == "pipeline-ends":
         return "contrastive loss"
-    if event.op.startswith(("send", "recv")):
+    if call.op.startswith(("send", "recv")):
         return "pipeline"
-    if event.phase == "optimizer":
-        return "copies of the ViT" if "TENSOR" in event.group else "gradient norm"
-    if "DATA_PARALLEL" in event.group:
-        return "parameters" if "gather" in event.op else "gradients"
-    if "EMBEDDING" in event.group:
+    if call.phase == "optimizer":
+        return "copies of the ViT" if "TENSOR" in call.group else "gradient norm"
+    if "DATA_PARALLEL" in call.group:
+        return "parameters" if "gather" in call.op else "gradients"
+    if "EMBEDDING" in call.group:
         return "tied embedding"
     return "tensor parallel"
 
 
-def stage_time(count: RankCount, machine: Machine, micro_batches: int, repeat: float) -> StageTime:
+def stage_time(count: RankCount, cluster: Cluster, micro_batches: int, repeat: float) -> StageTime:
     """Seconds of one rank.
 
     Args:
-        micro_batches: of the whole step;  repeat: how many times as many they are as were counted.
+        count: what it does in a step of fewer micro-batches.
+        cluster: where.
+        micro_batches: of the whole step.
+        repeat: how many times as many they are as were counted.
     """
     kinds: dict[str, float] = defaultdict(float)
     phases: dict[str, float] = defaultdict(float)
     calls = 0.0
-    for work, number in count.work.items():
+    for call, number in count.operators.items():
         # The loss compares all pairs of the global batch.
-        times = number * (repeat if work.phase in REPEATED else repeat**2 if work.phase == "loss" else 1.0)
+        times = number * (repeat if call.phase in REPEATED else repeat**2 if call.phase == "loss" else 1.0)
         calls += times
-        kinds[work.kind] += machine.seconds(work) * times
-        phases[work.phase] += machine.seconds(work) * times
+        kinds[call.kind] += cluster.seconds(call) * times
+        phases[call.phase] += cluster.seconds(call) * times
     exposed: dict[str, float] = defaultdict(float)
     hidden: dict[str, float] = defaultdict(float)
     early: dict[str, list[float]] = {"gradients": [], "parameters": []}
-    for event in count.events:
-        name, seconds = purpose(event), machine.transfer(event)
-        if name in early and event.phase in REPEATED:
+    for issued in count.collectives:
+        name, seconds = purpose(issued), cluster.transfer(issued)
+        if name in early and issued.phase in REPEATED:
             early[name].append(seconds)
         else:
-            often = repeat if event.phase in REPEATED or name in ("pipeline", "tensor parallel") else 1.0
+            often = repeat if issued.phase in REPEATED or name in ("pipeline", "tensor parallel") else 1.0
             exposed[name] += seconds * often
-    windows = {"gradients": ("backward",), "parameters": ("first pass", "forward")}
+    first_forward = "feature pass" if phases["feature pass"] else "forward"
+    windows = {"gradients": "backward", "parameters": first_forward}
     for name, transfers in early.items():
         if not transfers:
             continue
         # One micro-batch hides all but the bucket that has nothing left to hide behind.
-        window = sum(phases[phase] for phase in windows[name]) / micro_batches
-        if name == "parameters" and phases["first pass"]:
-            window = phases["first pass"] / micro_batches
+        window = phases[windows[name]] / micro_batches
         alone = transfers[-1] if name == "gradients" else transfers[0]
         left = max(0.0, sum(transfers) - alone - window)
         exposed[name] += alone + left
@@ -122,7 +141,7 @@ def stage_time(count: RankCount, machine: Machine, micro_batches: int, repeat: f
     return StageTime(
         rank=count.rank,
         device=sum(kinds.values()),
-        host=calls * machine.assumed.launch,
+        host=calls * cluster.assumed.launch,
         by_kind=dict(kinds),
         phases=dict(phases),
         exposed={k: v for k, v in exposed.items() if v > 0},
@@ -135,23 +154,28 @@ def predict(
     world: int,
     counts: Sequence[RankCount],
     batch: StepBatch,
-    machine: Machine,
+    cluster: Cluster,
     repeat: float = 1.0,
 ) -> Prediction:
-    """The step of a job from one count for each tensor and pipeline index (or for some of them).
+    """The step of a job.
 
     Args:
+        config: of the job.
+        world: its processes.
+        counts: one for each tensor and pipeline index, or for some of them.
         batch: what was counted, one data-parallel rank's step with `repeat` times fewer micro-batches.
+        cluster: where it runs.
+        repeat: see `batch`.
     """
     micro = round(len(batch.micro_batches) * repeat)
-    stages = tuple(stage_time(count, machine, micro, repeat) for count in counts)
+    stages = tuple(stage_time(count, cluster, micro, repeat) for count in counts)
     slowest = max(stages, key=lambda s: s.busy + sum(s.exposed.values()))
     own = slowest.busy / slowest.device if slowest.device else 1.0
     repeated = sum(slowest.phases.get(phase, 0.0) for phase in REPEATED)
     bubble = (config.parallel.pipeline_parallel_size - 1) * own * repeated / micro
     seconds = slowest.busy + sum(slowest.exposed.values()) + bubble
-    flops = global_flops(config, batch, repeat)
-    rate = machine.gpu.matmul(config.train.precision)
+    flops = batch_flops(config, batch, repeat)
+    rate = cluster.gpu.matmul(config.train.precision)
     assert rate is not None
     memory = max(count.peak + round(count.peak_parts["input"] * (repeat - 1)) for count in counts)
     return Prediction(
@@ -160,30 +184,68 @@ def predict(
         slowest=slowest,
         stages=stages,
         memory=memory,
-        fits=memory <= machine.gpu.memory * machine.assumed.headroom,
+        fits=memory <= cluster.room,
         model_flops=flops,
         mfu=flops / (seconds * world * rate),
     )
 
 
-def global_flops(config: RunConfig, batch: StepBatch, repeat: float = 1.0) -> int:
-    """Model FLOPs of the whole global batch (`models.count`)."""
+@dataclass(frozen=True)
+class ReliabilityEstimate:
+    """What checkpoints and failures cost; times in seconds.
 
-    def total(values: tuple[int, ...]) -> int:
-        return round(sum(values) * repeat)
+    Attributes:
+        checkpoint_bytes: of the whole job.
+        stall: of one save.
+        interval: between saves.
+        best_interval: the one that wastes least (Young 1974: sqrt(2 * stall * MTBF)).
+        mtbf: mean time between failures of the whole job.
+        restart: from a failure to training again.
+        ettr: effective training time ratio at `interval`, that is, goodput; `best_ettr` at the other.
+    """
 
-    counts = batch.counts
-    contexts = total(counts.contexts)
-    logits = contexts * contexts
-    if config.loss.negatives == "micro_batch":
-        logits = round(sum(sum(ranks) ** 2 for ranks in counts.micro_contexts) * repeat)
-    return step_flops(
-        config.model,
-        images=total(counts.images),
-        tokens=total(counts.tokens),
-        pairs=total(counts.pairs),
-        contexts=contexts,
-        targets=total(counts.targets),
-        logits=logits,
-        passages=round(len(batch.micro_batches) * repeat) * len(counts.images),
-    )
+    checkpoint_bytes: int
+    stall: float
+    interval: float
+    best_interval: float
+    mtbf: float
+    restart: float
+    ettr: float
+    best_ettr: float
+
+
+def checkpoint_bytes(config: RunConfig) -> int:
+    """Weights in the run's precision, and master weights with two moments in fp32; each parameter once."""
+    weight = 4 if config.train.precision == "fp32" else 2
+    return sum(parameter_counts(config.model).values()) * (weight + 12)
+
+
+def reliability(
+    config: RunConfig,
+    world: int,
+    step_seconds: float,
+    *,
+    storage: float,
+    restart: float,
+    mtbf: float | None = None,
+) -> ReliabilityEstimate:
+    """Seconds that saves and failures take, and the share of time that trains.
+
+    Args:
+        config: of the job.
+        world: its processes.
+        step_seconds: of a step.
+        storage: bytes/s at which the whole job writes a checkpoint.
+        restart: seconds from a failure to training again.
+        mtbf: seconds; None: as many failures per GPU hour as Llama 3's pre-training had.
+    """
+    size = checkpoint_bytes(config)
+    stall = size / storage
+    between = mtbf if mtbf is not None else GPU_HOURS_PER_FAILURE / world * 3600
+    every = config.checkpoint.every or config.train.steps
+    interval, best = every * step_seconds, math.sqrt(2 * stall * between)
+
+    def ettr(seconds: float) -> float:
+        return max(0.0, 1 - stall / seconds - (seconds / 2 + restart) / between)
+
+    return ReliabilityEstimate(size, stall, interval, best, between, restart, ettr(interval), ettr(best))

@@ -18,16 +18,18 @@ Efficiency = Annotated[float, Field(gt=0, le=1)]
 class Assumptions:
     """What data sheets do not say. None of it was measured on the GPU in question unless you did.
 
-    products, attention   share of the dense matrix rate that matrix products and attention kernels reach
-    memory                share of the memory's bandwidth that all other operators reach
-    links                 share of the links' bandwidth that large collectives reach
-    launch                seconds of host time per operator
-    node_latency, network_latency   seconds per doubling of a group
-    headroom              share of the memory that tensors may fill: kernels' workspaces, NCCL's buffers, fragments
-    gpus_per_node         8 in every machine of the table
+    Attributes:
+        matmul, attention: share of the dense matmul rate that matmuls and attention kernels reach.
+        memory: share of the memory's bandwidth that all other operators reach.
+        links: share of the links' bandwidth that large collectives reach.
+        launch: seconds of host time per operator.
+        node_latency, network_latency: seconds per doubling of a group.
+        headroom: share of the memory that tensors may fill; the rest is for kernels' workspaces, NCCL's buffers and
+            fragmentation.
+        gpus_per_node: 8 in every machine of the table.
     """
 
-    products: float = 0.6
+    matmul: float = 0.6
     attention: float = 0.4
     memory: float = 0.75
     links: float = 0.8
@@ -53,7 +55,7 @@ class PlanRequest:
     network_busbw: PositiveFloat | None = None
     """Bus bandwidth between nodes per GPU, GB/s; by default 80 % of the GPU's share of the adapters."""
     matmul_efficiency: Annotated[Efficiency, tyro.conf.arg(aliases=("--product-efficiency",))] = (
-        Assumptions.products
+        Assumptions.matmul
     )
     """Share of the matrix rate that matmuls reach."""
     memory_efficiency: Efficiency = Assumptions.memory
@@ -86,5 +88,5 @@ class PlanRequest:
     def assumptions(self) -> Assumptions:
         """What the request says about efficiencies."""
         return Assumptions(
-            products=self.matmul_efficiency, memory=self.memory_efficiency, launch=self.launch_us * 1e-6
+            matmul=self.matmul_efficiency, memory=self.memory_efficiency, launch=self.launch_us * 1e-6
         )

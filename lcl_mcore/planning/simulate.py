@@ -1,159 +1,248 @@
-"""Runs the real training step of one rank of a large job in this process, without its data, GPU or peers.
+"""Counts the real training step of one rank, really run or simulated: without its data, GPU or peers.
 
-torch's "fake" process groups have the wanted size and do nothing; tensors stand on the "meta" device, which has
-shapes and no data. What the host computes with (segment lengths, packing, counts) is real.
+A simulated rank has torch's "fake" process groups of the wanted size, which do nothing, and tensors on the "meta"
+device, which have shapes and no values. What the host computes with (segment lengths, packing, counts) is real.
 """
 
 from __future__ import annotations
 
-import dataclasses
+import gc
 import warnings
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Literal
-from unittest import mock
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
-from lcl_kernels import cross_entropy, tiled
 from megatron.core import parallel_state
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from lcl_mcore.batch import StepBatch
+from lcl_mcore.build import Training, build_training
 from lcl_mcore.config.schema import RunConfig
-from lcl_mcore.distributed import cpu as cpu_shim
+from lcl_mcore.distributed import cpu
+from lcl_mcore.distributed.context import Context, detached
 from lcl_mcore.distributed.device import Device
 from lcl_mcore.distributed.groups import make_groups
 from lcl_mcore.models.backends import Backends, Choice
 from lcl_mcore.models.layers import torch_backend
-from lcl_mcore.planning.counting import RankCount, count_step
+from lcl_mcore.planning.counter import CollectiveCall, KnownResults, OperatorCall, StepCounter
 
-ROUNDING = 512
-"""CUDA's allocator hands out multiples of this many bytes."""
-META = torch.device("meta")
-Target = Literal["cpu", "cuda"]
+MODEL_STATE = ("weights", "gradients", "optimizer")
+PARTS = (*MODEL_STATE, "input", "activations", "loss", "communication")
+ROUNDING = {"cuda": 512, "cpu": 1}
+"""The device's allocator hands out multiples of this many bytes."""
 
 
-def simulate_rank(
-    config: RunConfig, world: int, rank: int, batch: StepBatch, target: Target = "cuda"
-) -> RankCount:
-    """One step of one rank of a job of `world` processes.
+@dataclass(frozen=True)
+class RankCount:
+    """What one rank does in one step.
 
-    Args:
-        batch: that rank's part of the step, see `data.synthetic.synthetic_step`.
-        target: whose kernels are assumed; "cpu" is for comparison with a real run on a CPU.
+    Attributes:
+        rank: its number.
+        place: its tensor-parallel, pipeline and data-parallel indices.
+        parameters: elements on this rank, padding of buffers left out.
+        model_state: bytes of weights, gradients and optimizer.
+        peak: most bytes of live tensors during the step.
+        peak_parts: what they were, by `PARTS`.
+        phase_peaks: most bytes of live tensors in each phase.
+        operators: operator calls.
+        collectives: collectives and transfers, in order.
+        buckets: bytes of each gradient bucket, in the order backward fills them.
     """
-    parallel = config.parallel
-    with _job(world, rank), _without_data(config, target):
-        groups = make_groups(
-            parallel.tensor_parallel_size, parallel.pipeline_parallel_size, 600, config.train.seed
-        )
-        device = Device("cpu", META, "fake", f"simulated {target}")
-        rounding = ROUNDING if target == "cuda" else 1
-        return count_step(
-            _resolved(config, target),
-            device,
-            groups,
-            batch,
-            simulated=True,
-            rounding=rounding,
-            backends=_backends(config, target),
-        )
+
+    rank: int
+    place: tuple[int, int, int]
+    parameters: int
+    model_state: dict[str, int]
+    peak: int
+    peak_parts: dict[str, int]
+    phase_peaks: dict[str, int]
+    operators: Counter[OperatorCall]
+    collectives: tuple[CollectiveCall, ...]
+    buckets: tuple[int, ...]
+
+    def flops(self, phase: str) -> int:
+        """FLOPs executed in this phase."""
+        return sum(call.flops * times for call, times in self.operators.items() if call.phase == phase)
 
 
-def _backends(config: RunConfig, target: Target) -> Backends:
-    """megatron-core's own layers, with the attention that serves packed sequences on the target."""
-    attention: Any = "torch-varlen" if target == "cuda" and config.train.precision != "fp32" else "sdpa"
-    return Backends(torch_backend(attention), False, (Choice("layers", "megatron-core", "simulated"),))
+class Simulator:
+    """Counts steps of single ranks of jobs that are not there.
+
+    It remembers what torch says about the shapes of operators' results: ranks and layouts counted later are faster.
+    """
+
+    def __init__(self, kind: Literal["cuda", "cpu"] = "cuda") -> None:
+        """Simulate GPUs, or CPUs for comparison with a real run in fp32."""
+        self.kind = kind
+        self.known_results: KnownResults = {}
+
+    def count(self, config: RunConfig, world_size: int, rank: int, batch: StepBatch) -> RankCount:
+        """One step of one rank of a job.
+
+        Args:
+            config: of the job; the precision is not FP8, whose layers need a GPU.
+            batch: that rank's part of the step, see `data.synthetic.synthetic_step`.
+        """
+        parallel = config.parallel
+        with _simulated_job(self.kind, world_size, rank) as device:
+            groups = make_groups(
+                parallel.tensor_parallel_size,
+                parallel.pipeline_parallel_size,
+                600,
+                config.train.seed,
+                host_backend="fake",
+            )
+            attention: Any = "sdpa" if config.train.precision == "fp32" else "torch-varlen"
+            choice = Choice("layers", "megatron-core", "simulated")
+            return count_step(
+                config,
+                detached(device, groups),
+                batch,
+                backends=Backends(torch_backend(attention), False, (choice,)),
+                rounding=ROUNDING[self.kind],
+                known_results=self.known_results,
+            )
 
 
-def places(config: RunConfig, world: int) -> list[int]:
+def representatives(config: RunConfig, world_size: int) -> list[int]:
     """Ranks of data-parallel index 0, one for each tensor and pipeline index: all others do what one of them does."""
     tp, pp = config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size
-    return [p * (world // pp) + t for p in range(pp) for t in range(tp)]
+    return [p * (world_size // pp) + t for p in range(pp) for t in range(tp)]
 
 
-def _resolved(config: RunConfig, target: Target) -> RunConfig:
-    """Choices that the code makes by looking at the device, made for the target."""
-    loss = config.loss
-    if target == "cuda":
-        half = loss.contrastive_precision == "auto" and config.train.precision != "fp32"
-        loss = dataclasses.replace(
-            loss,
-            contrastive_impl="tiled",
-            contrastive_precision="fp16" if half else loss.contrastive_precision,
-        )
-    return dataclasses.replace(config, loss=loss)
+def count_step(
+    config: RunConfig,
+    context: Context,
+    batch: StepBatch,
+    *,
+    backends: Backends | None = None,
+    rounding: int = 1,
+    known_results: KnownResults | None = None,
+) -> RankCount:
+    """Build this rank's share of the job, run a small step, and then one under the counter.
+
+    Args:
+        context: real devices and groups, or simulated ones.
+        batch: what this rank trains on.
+        backends: which implementation serves each part; None: the fastest that is here.
+        rounding: tensors take a multiple of this many bytes.
+        known_results: see `StepCounter`.
+    """
+    device, groups = context.device.device, context.groups
+    counter = StepCounter(device, rounding=rounding, known_results=known_results)
+    training = build_training(config, context, backends=backends, observer=counter)
+    _own_model_state(counter, training)
+    model_state = {part: counter.parts[part] for part in MODEL_STATE}
+    if device.type == "cpu":  # nothing is copied to the device: it is there already
+        for micro in batch.micro_batches:
+            counter.own("input", *(v for v in micro.__dict__.values() if isinstance(v, Tensor)))
+    # megatron learns in the first step which gradients to wait for, and overlaps from the second one on.
+    with StepCounter(device, known_results=known_results):
+        training.step.run(0, _first_micro_batch(batch), config.optim.lr)
+    gc.collect()
+    gc.disable()  # as in training, where it is collected between steps
+    try:
+        with counter:
+            training.step.run(1, batch, config.optim.lr)
+    finally:
+        gc.enable()
+    return RankCount(
+        rank=context.rank,
+        place=(groups.tp.rank(), groups.pp.rank(), groups.dp.rank()),
+        parameters=sum(p.numel() for p in training.model.parameters()),
+        model_state=model_state,
+        peak=counter.peak,
+        peak_parts={part: counter.peak_parts.get(part, 0) for part in PARTS},
+        phase_peaks=dict(counter.phase_peaks),
+        operators=counter.operators,
+        collectives=tuple(counter.collectives),
+        buckets=tuple(
+            bucket.grad_data.numel() * bucket.grad_data.element_size()
+            for buffer in training.ddp.buffers
+            for bucket in buffer.buckets
+        ),
+    )
+
+
+def _first_micro_batch(batch: StepBatch) -> StepBatch:
+    """A step of the first micro-batch alone."""
+    counts, micro = batch.counts, batch.micro_batches[0]
+    ranks = len(counts.images)
+    small: dict[str, Any] = {
+        "images": (len(micro.images),) * ranks,
+        "contexts": counts.micro_contexts[0],
+        "targets": (len(micro.target_positions),) * ranks,
+    }
+    return replace(
+        batch,
+        micro_batches=(micro,),
+        counts=replace(counts, **small, micro_contexts=counts.micro_contexts[:1]),
+    )
+
+
+def _own_model_state(counter: StepCounter, training: Training) -> None:
+    model, adam = training.model, training.optimizer.adam
+    for buffer in training.ddp.buffers:
+        if buffer.param_data is not None:
+            counter.own("weights", buffer.param_data)
+        counter.own("gradients", buffer.grad_data)
+    counter.own("weights", *(p.data for p in model.parameters()), *model.buffers())
+    for group in adam.param_groups:
+        counter.own("optimizer", *group["params"])
+    for moments in adam.state.values():
+        counter.own("optimizer", *(v for v in moments.values() if isinstance(v, Tensor)))
 
 
 @contextmanager
-def _job(world: int, rank: int) -> Iterator[None]:
-    """A default process group of that size, and none when it ends."""
-    cpu_shim.install()
-    dist.init_process_group("cpu:fake,meta:fake", store=FakeStore(), rank=rank, world_size=world)
+def _simulated_job(kind: str, world_size: int, rank: int) -> Iterator[Device]:
+    """A default process group of that size, and none when it ends; CUDA is answered by the "meta" device."""
+    meta = torch.device("meta")
+    cpu.install()
+    dist.init_process_group("cpu:fake,meta:fake", store=FakeStore(), rank=rank, world_size=world_size)
     try:
-        yield
+        with warnings.catch_warnings(), cpu.answering(meta), _attention_of(kind):
+            warnings.simplefilter("ignore")
+            yield Device(kind, meta, "fake", f"simulated {kind}")
     finally:
         parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
 
 @contextmanager
-def _without_data(config: RunConfig, target: Target) -> Iterator[None]:
-    """Everything that would need data, a GPU or a peer is answered without."""
-    tile_shape = tiled.tile_shape
-    new_group, generator = dist.new_group, torch.Generator
+def _attention_of(kind: str) -> Iterator[None]:
+    """Torch's attention on "meta" runs that device's kernel; without values it would pick the one that keeps scores.
 
-    def fake_group(*args: Any, backend: str | None = None, **kwargs: Any) -> Any:
-        return new_group(*args, **kwargs)  # also those that are gloo's in a real job
-
-    def generator_on(device: Any = "cpu") -> torch.Generator:
-        return generator("cpu" if torch.device(device) == META else device)  # seeds masks that have no values
-
-    with ExitStack() as stack:
-        stack.enter_context(warnings.catch_warnings())
-        warnings.simplefilter("ignore")
-        stack.enter_context(cpu_shim.answering(META))
-        for place, replacement in (
-            ("torch.distributed.new_group", fake_group),
-            ("torch.Generator", generator_on),
-            ("torch.nn.functional.scaled_dot_product_attention", _attention_for(target)),
-            ("torch.optim.optimizer._get_fused_kernels_supported_devices", lambda: ["meta", "cuda"]),
-        ):
-            stack.enter_context(mock.patch(place, replacement))
-        if target == "cpu":  # the kernels' block sizes there
-            sizes = {"meta": cross_entropy._LOGIT_BYTES["cpu"]}
-            stack.enter_context(mock.patch.dict(cross_entropy._LOGIT_BYTES, sizes))
-            stack.enter_context(
-                mock.patch.object(tiled, "tile_shape", return_value=tile_shape(torch.device("cpu")))
-            )
-        if target == "cuda":
-            on_device = property(lambda tensor: tensor.device == META)
-            stack.enter_context(mock.patch.object(torch.Tensor, "is_cuda", on_device, create=True))
-            stack.enter_context(mock.patch("torch.cuda.get_device_capability", return_value=(9, 0)))
-        yield
-
-
-def _attention_for(target: Target) -> Any:
-    """The kernel that torch's attention picks on the target: without data it would pick the one that keeps scores."""
-    original = F.scaled_dot_product_attention
+    An implementation for this device alone, by torch's own extension interface, so that recompute finds it as well.
+    """
     aten: Any = torch.ops.aten
 
     def attend(
-        q: Tensor, k: Tensor, v: Tensor, *, is_causal: bool = False, scale: float | None = None
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None = None,
+        dropout: float = 0.0,
+        causal: bool = False,
+        *,
+        scale: float | None = None,
+        enable_gqa: bool = False,
     ) -> Tensor:
-        if q.device != META:
-            return original(q, k, v, is_causal=is_causal, scale=scale)
-        if target == "cpu":
-            out = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, 0.0, is_causal, scale=scale)
+        if kind == "cpu":
+            out = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout, causal, scale=scale)
         elif q.dtype == torch.float32:
             out = aten._scaled_dot_product_efficient_attention(
-                q, k, v, None, True, 0.0, is_causal, scale=scale
+                q, k, v, mask, True, dropout, causal, scale=scale
             )
         else:
-            out = aten._scaled_dot_product_flash_attention(q, k, v, 0.0, is_causal, scale=scale)
-        return out[0]
+            out = aten._scaled_dot_product_flash_attention(q, k, v, dropout, causal, scale=scale)
+        attended: Tensor = out[0]
+        return attended
 
-    return attend
+    with torch.library._scoped_library("aten", "IMPL") as library:
+        library.impl("scaled_dot_product_attention", attend, "AutogradMeta")
+        yield

@@ -180,7 +180,7 @@ ENTRIES = (
         "python tools/plan.py --recipe paper-l14 --gpus 512 --gpu h100",
         "tests/planning/test_plan.py::test_command",
         "benchmarks/results/plan-paper-l14-512-h100.json",
-        until="lcl_mcore.planning.plan.make_plan",
+        until="lcl_mcore.planning.planner.make_plan",
     ),
     read(
         "python tools/prepare_data.py FORMAT INPUT OUTPUT",

@@ -22,8 +22,9 @@ from lcl_mcore.distributed.device import Device
 from lcl_mcore.hardware import measured_peak, peak_flops
 from lcl_mcore.models import attention as segments
 from lcl_mcore.models.flops import (
-    FlopCounter,
+    MfuMeter,
     attention_pairs,
+    batch_flops,
     describe_model,
     document_lengths,
     flop_rates,
@@ -210,7 +211,7 @@ def test_padding_is_left_out_by_its_missing_targets() -> None:
     assert batch.lengths == (21, 17, 26, 64, 11, 53)
 
 
-def test_the_trainers_counter_adds_up_and_is_cheap(build: Build) -> None:
+def test_the_flops_of_a_batch_add_up_to_its_mfu(build: Build) -> None:
     micro = [micro_batch(OPT, [[(5, "i", 3)], [(40,), (12,)]]), micro_batch(OPT, [[("i", 4)], [(30,)]])]
     lengths = [n for m in micro for n in document_lengths(m)]
     counts = GlobalCounts(
@@ -218,7 +219,7 @@ def test_the_trainers_counter_adds_up_and_is_cheap(build: Build) -> None:
     )
     batch = StepBatch(tuple(micro), counts, {}, "")
     config = RunConfig(model=OPT, data=DataConfig(sequence_length=64))
-    counter = FlopCounter(config, H100, torch.float32, 4)
+    meter = MfuMeter(config, H100, torch.float32, 4)
     expected = step_flops(
         OPT,
         images=2,
@@ -226,13 +227,13 @@ def test_the_trainers_counter_adds_up_and_is_cheap(build: Build) -> None:
         pairs=attention_pairs(lengths),
         contexts=1,
         targets=100,
-        passages=2,
+        encoder_calls=2,
     )
-    assert counter.flops(batch) == expected
-    assert counter.mfu(batch, 0.5) == pytest.approx(expected / (0.5 * 4 * 67e12))
-    assert "67 TFLOP/s" in counter.describe()
+    assert batch_flops(config, batch) == expected
+    assert meter.mfu(batch, 0.5) == pytest.approx(expected / (0.5 * 4 * 67e12))
+    assert "67 TFLOP/s" in meter.describe()
     empty = GlobalCounts(images=(0,), contexts=(0,), targets=(0,), tokens=(0,))
-    assert counter.flops(StepBatch((), empty, {}, "")) == 0
+    assert batch_flops(config, StepBatch((), empty, {}, "")) == 0
 
 
 @pytest.mark.parametrize(
@@ -267,4 +268,4 @@ def test_description_of_a_recipe() -> None:
     assert report["tokens_per_image"] == {"encoder": 257, "language_model": 256, "with_markers": 258}
     training, forward = report["training_flops"], report["forward_flops"]
     assert training["per_lm_token"] == 3 * forward["per_lm_token"]
-    assert forward["per_lm_token_attention_in_full_row"] == 12 * 4 * 768 * 2049 / 2
+    assert forward["per_lm_token_attention_in_full_sequence"] == 12 * 4 * 768 * 2049 / 2

@@ -26,8 +26,7 @@ from lcl_mcore.config.schema import (
     VisionConfig,
 )
 from lcl_mcore.data.synthetic import synthetic_step
-from lcl_mcore.planning.counting import RankCount
-from lcl_mcore.planning.simulate import simulate_rank
+from lcl_mcore.planning.simulate import RankCount, Simulator
 
 FILE = Path(__file__).with_name("counters.json")
 MODEL = ModelConfig(
@@ -60,29 +59,29 @@ LAYOUTS: dict[str, tuple[int, ParallelConfig, tuple[int, ...]]] = {
 }
 
 
-def count(world: int, parallel: ParallelConfig, rank: int) -> RankCount:
-    """One rank's step: two micro-batches of two rows, negatives of the global batch."""
+def count(simulator: Simulator, world: int, parallel: ParallelConfig, rank: int) -> RankCount:
+    """One rank's step: two micro-batches of two sequences, negatives of the global batch."""
     train = TrainConfig(micro_batch_size=2, global_batch_size=8, precision="bf16", seed=3)
     config = RunConfig(
         recipe="counters", model=MODEL, data=DataConfig(sequence_length=256), parallel=parallel, train=train
     )
-    return simulate_rank(config, world, rank, synthetic_step(config, config.check_processes(world)))
+    return simulator.count(config, world, rank, synthetic_step(config, config.check_processes(world)))
 
 
 def plain(counted: RankCount) -> dict[str, Any]:
     """FLOPs, operators by phase; collectives and bytes by group and operator."""
     flops: Counter[str] = Counter()
     operators: Counter[str] = Counter()
-    for work, calls in counted.work.items():
-        operators[work.phase] += calls
-        if work.flops:
-            flops[f"{work.phase}: {work.kind}"] += work.flops * calls
+    for call, times in counted.operators.items():
+        operators[call.phase] += times
+        if call.flops:
+            flops[f"{call.phase}: {call.kind}"] += call.flops * times
     collectives: Counter[str] = Counter()
     volume: Counter[str] = Counter()
-    for event in counted.events:
-        name = f"{event.group}: {event.op}"
+    for issued in counted.collectives:
+        name = f"{issued.group}: {issued.op}"
         collectives[name] += 1
-        volume[name] += event.bytes
+        volume[name] += issued.bytes
     return {"FLOPs": flops, "collectives": collectives, "bytes communicated": volume, "operators": operators}
 
 
@@ -93,11 +92,12 @@ def versions() -> str:
 
 
 def main() -> None:
+    simulator = Simulator()
     counts: dict[str, Any] = {}
     operators: dict[str, Any] = {}
     for name, (world, parallel, ranks) in LAYOUTS.items():
         for rank in ranks:
-            found = plain(count(world, parallel, rank))
+            found = plain(count(simulator, world, parallel, rank))
             place = f"{name}; rank {rank}"
             operators[place] = found.pop("operators")
             counts[place] = found

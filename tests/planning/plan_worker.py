@@ -17,10 +17,10 @@ from megatron.core import parallel_state
 from lcl_mcore.config.recipes import load_recipe
 from lcl_mcore.config.schema import ParallelConfig, RunConfig
 from lcl_mcore.data.synthetic import synthetic_step
+from lcl_mcore.distributed.context import detached
 from lcl_mcore.distributed.device import init_process_group, pick_device
 from lcl_mcore.distributed.groups import make_groups
-from lcl_mcore.planning.counting import RankCount, count_step
-from lcl_mcore.planning.simulate import simulate_rank
+from lcl_mcore.planning.simulate import RankCount, Simulator, count_step
 
 LAYOUTS = {
     "vision data": ParallelConfig(tensor_parallel_size=2, pipeline_parallel_size=2, vision_parallel="data"),
@@ -37,7 +37,7 @@ LAYOUTS = {
 
 
 def config_for(parallel: ParallelConfig) -> RunConfig:
-    """The demo's model, two micro-batches of two rows on each data-parallel rank."""
+    """The demo's model, two micro-batches of two sequences on each data-parallel rank."""
     config = load_recipe("demo")
     dp = 8 // (parallel.tensor_parallel_size * parallel.pipeline_parallel_size)
     train = dataclasses.replace(config.train, micro_batch_size=2, global_batch_size=4 * dp)
@@ -46,15 +46,13 @@ def config_for(parallel: ParallelConfig) -> RunConfig:
 
 def plain(count: RankCount) -> dict[str, Any]:
     """What the test compares, as JSON types."""
-    fields = {
-        name: getattr(count, name) for name in ("rank", "place", "parameters", "state", "peak", "peak_parts")
-    }
-    work: dict[str, list[int]] = {}
-    for item, calls in count.work.items():
-        total = work.setdefault(f"{item.phase} {item.kind}", [0, 0])
-        total[0] += item.flops * calls
-        total[1] += calls
-    return fields | {"work": work, "buckets": count.buckets, "events": count.events}
+    names = ("rank", "place", "parameters", "model_state", "peak", "peak_parts", "buckets", "collectives")
+    operators: dict[str, list[int]] = {}
+    for call, times in count.operators.items():
+        total = operators.setdefault(f"{call.phase} {call.kind}", [0, 0])
+        total[0] += call.flops * times
+        total[1] += times
+    return {name: getattr(count, name) for name in names} | {"operators": operators}
 
 
 def main() -> None:
@@ -64,15 +62,15 @@ def main() -> None:
     for name, parallel in LAYOUTS.items():
         config = config_for(parallel)
         groups = make_groups(parallel.tensor_parallel_size, parallel.pipeline_parallel_size, 120, 0)
-        real[name] = count_step(config, device, groups, synthetic_step(config, groups.dp.size()))
+        real[name] = count_step(config, detached(device, groups), synthetic_step(config, groups.dp.size()))
         parallel_state.destroy_model_parallel()
     dist.barrier()
     dist.destroy_process_group()
-    seen = {}
+    seen, simulator = {}, Simulator("cpu")
     for name, parallel in LAYOUTS.items():
         config = config_for(parallel)
         batch = synthetic_step(config, config.check_processes(8))
-        simulated = simulate_rank(config, 8, rank, batch, "cpu")
+        simulated = simulator.count(config, 8, rank, batch)
         seen[name] = {"real": plain(real[name]), "simulated": plain(simulated)}
     (Path(sys.argv[1]) / f"{rank}.json").write_text(json.dumps(seen), encoding="utf-8")
 

@@ -77,11 +77,11 @@ def test_what_recompute_and_splitting_cost(committed: Counts) -> None:
             "tp 2, pp 2, dp 2; rank 4",
         )
     )
-    assert again["FLOPs"]["backward: product"] > 1.2 * plain["FLOPs"]["backward: product"]
-    for name in ("first pass: product", "forward: product", "loss: product"):
+    assert again["FLOPs"]["backward: matmul"] > 1.2 * plain["FLOPs"]["backward: matmul"]
+    for name in ("feature pass: matmul", "forward: matmul", "loss: matmul"):
         assert again["FLOPs"][name] == plain["FLOPs"][name]
     assert again["bytes communicated"] == plain["bytes communicated"]
-    # Attention splits over tensor-parallel ranks and stages; backward takes five products to forward's two.
+    # Attention splits over tensor-parallel ranks and stages; backward takes five matmuls to forward's two.
     both = first["FLOPs"]["forward: attention"] + last["FLOPs"]["forward: attention"]
     assert 2 * both == pytest.approx(plain["FLOPs"]["forward: attention"], rel=0.01)
     for counts in (plain, first, last):
@@ -96,7 +96,7 @@ def test_growth_is_named(committed: Counts) -> None:
     (versions,) = committed["operators"]
     found = copy.deepcopy(committed)
     assert changes(committed, found) == []
-    found["counts"][place]["FLOPs"]["forward: product"] += 2
+    found["counts"][place]["FLOPs"]["forward: matmul"] += 2
     found["counts"][place]["collectives"]["TENSOR_MODEL_PARALLEL_GROUP: allreduce_"] += 1
     found["counts"][place]["bytes communicated"]["WORLD: allreduce_"] = 8
     before = found["operators"][versions][place]["forward"]

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 
 from launch import run_script, torchrun
-from lcl_mcore.planning.counter import Event
-from lcl_mcore.planning.lint import Mesh, lint
+from lcl_mcore.planning.counter import CollectiveCall
+from lcl_mcore.planning.lint import RankOrder, lint
 
 Seen = dict[str, dict[int, dict[str, Any]]]
-MESHES = {
-    "vision data": Mesh(2, 2, 2),
-    "vision tensor": Mesh(2, 2, 2),
-    "data parallel, recompute": Mesh(1, 1, 8),
+ORDERS = {
+    "vision data": RankOrder(2, 2, 2),
+    "vision tensor": RankOrder(2, 2, 2),
+    "data parallel, recompute": RankOrder(1, 1, 8),
 }
 
 
@@ -26,13 +26,13 @@ def seen(tmp_path_factory: pytest.TempPathFactory) -> Seen:
     folder = tmp_path_factory.mktemp("plan")
     torchrun(8, "tests/planning/plan_worker.py", str(folder), timeout=560)
     ranks = {rank: json.loads((folder / f"{rank}.json").read_text()) for rank in range(8)}
-    return {name: {rank: ranks[rank][name] for rank in ranks} for name in MESHES}
+    return {name: {rank: ranks[rank][name] for rank in ranks} for name in ORDERS}
 
 
-def events(count: dict[str, Any]) -> list[Event]:
+def collectives(count: dict[str, Any]) -> list[CollectiveCall]:
     return [
-        Event(p, op, group, tuple(ranks), size, tuple(where))
-        for p, op, group, ranks, size, where in count["events"]
+        CollectiveCall(phase, op, group, tuple(ranks), size, tuple(where))
+        for phase, op, group, ranks, size, where in count["collectives"]
     ]
 
 
@@ -46,8 +46,8 @@ class TestAgainstRealRanks:
         used = set()
         for ranks in seen.values():
             for count in ranks.values():
-                assert events(count["simulated"]) == events(count["real"])
-                used |= {event.op for event in events(count["real"])}
+                assert collectives(count["simulated"]) == collectives(count["real"])
+                used |= {call.op for call in collectives(count["real"])}
         assert used >= {
             "send",
             "recv_",
@@ -58,17 +58,17 @@ class TestAgainstRealRanks:
             "reduce_scatter_tensor_coalesced_",
             "allgather_into_tensor_coalesced_",
         }
-        first = events(seen["vision tensor"][0]["real"])
+        first = collectives(seen["vision tensor"][0]["real"])
         assert len(first) > 200
         assert any(e.phase == "backward" and e.op == "reduce_scatter_tensor_coalesced_" for e in first)
 
     def test_memory(self, seen: Seen) -> None:
-        """Lasting tensors to the byte, the peak and its parts within 5 %."""
+        """Model state to the byte, the peak and its parts within 5 %."""
         for ranks in seen.values():
             for count in ranks.values():
                 real, simulated = count["real"], count["simulated"]
-                assert simulated["state"] == real["state"]
-                assert min(real["state"].values()) > 500_000
+                assert simulated["model_state"] == real["model_state"]
+                assert min(real["model_state"].values()) > 500_000
                 assert simulated["peak"] == pytest.approx(real["peak"], rel=0.05)
                 assert real["peak_parts"]["activations"] > 1_000_000
                 for part, size in real["peak_parts"].items():
@@ -85,23 +85,23 @@ class TestAgainstRealRanks:
     def test_arithmetic(self, seen: Seen) -> None:
         for ranks in seen.values():
             for count in ranks.values():
-                for kind in ("product", "attention"):
+                for kind in ("matmul", "attention"):
                     mine, theirs = (
-                        {k: v for k, v in count[side]["work"].items() if k.endswith(kind)}
+                        {k: v for k, v in count[side]["operators"].items() if k.endswith(kind)}
                         for side in ("simulated", "real")
                     )
                     assert mine == theirs
                     assert sum(flops for flops, _ in theirs.values()) > 10**7
 
     def test_lint_passes_the_real_logs_and_catches_a_broken_one(self, seen: Seen) -> None:
-        for name, mesh in MESHES.items():
-            logs = {rank: events(count["real"]) for rank, count in seen[name].items()}
-            assert lint(logs, mesh) == []
-        logs = {rank: events(count["simulated"]) for rank, count in seen["vision tensor"].items()}
+        for name, order in ORDERS.items():
+            logs = {rank: collectives(count["real"]) for rank, count in seen[name].items()}
+            assert lint(logs, order) == []
+        logs = {rank: collectives(count["simulated"]) for rank, count in seen["vision tensor"].items()}
         place = next(i for i, e in enumerate(logs[1]) if e.group == "TENSOR_MODEL_PARALLEL_GROUP")
         del logs[1][place]
         assert any(
-            "TENSOR_MODEL_PARALLEL_GROUP [0, 1]" in problem for problem in lint(logs, MESHES["vision tensor"])
+            "TENSOR_MODEL_PARALLEL_GROUP [0, 1]" in problem for problem in lint(logs, ORDERS["vision tensor"])
         )
 
 
@@ -133,26 +133,28 @@ def test_command(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     plan = json.loads(out.with_suffix(".json").read_text())
     assert {"command", "commit", "date"} <= plan.keys()
-    assert plan["layout"]["data"] == 512
+    assert plan["layout"]["data_parallel_size"] == 512
     (rank,) = plan["memory"]["ranks"]
     assert rank["parameters"] == 432_041_217
-    assert rank["lasting_bytes"]["gradients"] == pytest.approx(4 * rank["parameters"], rel=1e-3)
-    assert rank["lasting_bytes"]["weights"] == pytest.approx(2 * rank["parameters"], rel=1e-3)
+    assert rank["model_state_bytes"]["gradients"] == pytest.approx(4 * rank["parameters"], rel=1e-3)
+    assert rank["model_state_bytes"]["weights"] == pytest.approx(2 * rank["parameters"], rel=1e-3)
     # fp32 master and two moments of a 512th, and some numbers that take 512 bytes each
-    assert 12 * rank["parameters"] / 512 < rank["lasting_bytes"]["optimizer"] < 14 * rank["parameters"] / 512
+    assert (
+        12 * rank["parameters"] / 512 < rank["model_state_bytes"]["optimizer"] < 14 * rank["parameters"] / 512
+    )
     assert plan["memory"]["fits"]
     assert plan["memory"]["peak_bytes"] == rank["peak_bytes"] == sum(rank["peak_by_part"].values())
     # The second pass executes what the model needs; attention's backward forms its scores again.
     executed = plan["flops"]["executed_per_counted_step"][0]
     second = executed["forward"] + executed["backward"] + executed["loss"]
     assert 1.0 < 512 * second / plan["flops"]["model_flops_per_step"] < 1.03
-    assert executed["first pass"] > 0.3 * second
+    assert executed["feature pass"] > 0.3 * second
     volume = {
-        row["purpose"]: row["bytes"]
-        for row in plan["communication"]
-        if row["op"].startswith("reduce_scatter")
+        line["purpose"]: line["bytes"]
+        for line in plan["communication"]
+        if line["op"].startswith("reduce_scatter")
     }
-    assert volume["gradients"] == rank["lasting_bytes"]["gradients"]
+    assert volume["gradients"] == rank["model_state_bytes"]["gradients"]
     assert plan["lint"]["problems"] == []
     assert plan["run"]["cost"] == pytest.approx(2 * plan["run"]["gpu_hours"])
     assert plan["reliability"]["mtbf"] == 15 * 3600

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from lcl_mcore.planning.plan import PREDICTED
+from lcl_mcore.planning.planner import PREDICTED
 
 GIB = 2**30
 
@@ -25,68 +25,75 @@ def duration(seconds: float) -> str:
     return f"{seconds:.2f} s" if seconds < 120 else f"{seconds / 60:.1f} min"
 
 
-def text(plan: dict[str, Any]) -> str:
-    """The report."""
+def plan_text(plan: dict[str, Any]) -> str:
+    """The report that `tools/plan.py` prints.
+
+    Args:
+        plan: from `planner.make_plan`.
+    """
     return "\n".join(_lines(plan))
 
 
 def _lines(plan: dict[str, Any]) -> Iterator[str]:
-    def said(line: str) -> str:
+    def predicted(line: str) -> str:
         return f"{line:<100}  [{PREDICTED}]"
 
     layout, step, memory = plan["layout"], plan["step"], plan["memory"]
     yield f"{plan['recipe']} on {plan['gpus']} {plan['gpu']}, {layout['precision']}: {layout['flags']}"
     yield (
-        f"tp {layout['tensor']}, pp {layout['pipeline']}, dp {layout['data']}; {layout['rows_per_step']} rows a step, "
+        f"tp {layout['tensor_parallel_size']}, pp {layout['pipeline_parallel_size']}, "
+        f"dp {layout['data_parallel_size']}; {layout['sequences_per_step']} sequences a step, "
         f"{layout['micro_batches']} micro-batches a rank, {layout['micro_batches_counted']} of them counted"
     )
     ranks = plan["lint"]["ranks"]
     yield f"built and run end to end on fake process groups of {plan['gpus']} ranks: rank {', '.join(map(str, ranks))}"
     yield ""
-    verdict = "fits" if memory["fits"] else "DOES NOT FIT"
-    yield said(
-        f"{verdict}: {size(memory['peak_bytes'])} of tensors at most, {size(memory['usable_bytes'])} usable of "
+    outcome = "fits" if memory["fits"] else "DOES NOT FIT"
+    yield predicted(
+        f"{outcome}: {size(memory['peak_bytes'])} of tensors at most, {size(memory['usable_bytes'])} usable of "
         f"{size(memory['gpu_bytes'])}"
     )
-    yield said(f"step {duration(step['seconds'])}, MFU {step['mfu']:.1%}; bottleneck: {step['bottleneck']}")
-    yield from map(said, _run_lines(plan))
+    yield predicted(
+        f"step {duration(step['seconds'])}, MFU {step['mfu']:.1%}; bottleneck: {step['bottleneck']}"
+    )
+    yield from map(predicted, _run_lines(plan))
     yield ""
     yield "memory per rank at its peak"
     for rank in memory["ranks"]:
         tensor, pipeline, _ = rank["tensor_pipeline_data"]
         parts = ", ".join(f"{name} {size(value)}" for name, value in rank["peak_by_part"].items() if value)
-        yield said(
+        yield predicted(
             f"  rank {rank['rank']} (tp {tensor}, stage {pipeline}), {rank['parameters']:,} parameters: "
             f"{size(rank['peak_bytes'])}"
         )
-        yield said(f"    {parts}")
+        yield predicted(f"    {parts}")
     yield ""
     yield f"step time of rank {step['slowest_rank']}, the slowest"
     for cause, seconds in step["seconds_by_cause"].items():
-        yield said(f"  {duration(seconds):>10}  {seconds / step['seconds']:>5.1%}  {cause}")
+        yield predicted(f"  {duration(seconds):>10}  {seconds / step['seconds']:>5.1%}  {cause}")
     for name, seconds in step["hidden_communication_seconds"].items():
-        yield said(f"  {duration(seconds):>10}   hidden  communication: {name}")
+        yield predicted(f"  {duration(seconds):>10}   hidden  communication: {name}")
     yield ""
     yield "FLOPs"
-    yield said(f"  {plan['flops']['model_flops_per_step'] / 1e15:.2f} PFLOP a step that the model needs")
+    yield predicted(f"  {plan['flops']['model_flops_per_step'] / 1e15:.2f} PFLOP a step that the model needs")
     for rank in plan["flops"]["executed_per_counted_step"]:
         parts = ", ".join(f"{name} {value / 1e12:.2f}" for name, value in rank.items() if name != "rank")
-        yield said(f"  rank {rank['rank']} executes TFLOP: {parts}")
+        yield predicted(f"  rank {rank['rank']} executes TFLOP: {parts}")
     yield ""
     yield "communication per counted step"
-    for row in plan["communication"]:
-        yield said(
-            f"  rank {row['rank']}: {row['purpose']}, {row['op']} in {row['group']} ({row['members']} members): "
-            f"{row['calls']} calls, {size(row['bytes'])}, {duration(row['seconds_alone'])} alone"
+    for line in plan["communication"]:
+        yield predicted(
+            f"  rank {line['rank']}: {line['purpose']}, {line['op']} in {line['group']} ({line['members']} members): "
+            f"{line['calls']} calls, {size(line['bytes'])}, {duration(line['seconds_alone'])} alone"
         )
     yield ""
     yield "deadlocks"
     lint = plan["lint"]
     if lint["problems"]:
-        yield from (said(f"  PROBLEM {problem}") for problem in lint["problems"])
+        yield from (predicted(f"  PROBLEM {problem}") for problem in lint["problems"])
     else:
-        yield said(
-            f"  none: every member of each group issues the same sequence ({sum(lint['events'])} calls of "
+        yield predicted(
+            f"  none: every member of each group issues the same sequence ({sum(lint['calls'])} calls of "
             f"{len(lint['ranks'])} ranks)"
         )
     yield ""
@@ -94,14 +101,16 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
     for item in plan["layouts"]:
         fits = size(item["peak_bytes"]) if item["fits"] else f"{size(item['peak_bytes'])}, does not fit"
         star = "*" if item["all_counted"] else " "
-        yield said(f" {star} {duration(item['seconds']):>9}  MFU {item['mfu']:.1%}  {fits}  {item['flags']}")
+        yield predicted(
+            f" {star} {duration(item['seconds']):>9}  MFU {item['mfu']:.1%}  {fits}  {item['flags']}"
+        )
     yield ""
     yield "assumptions"
     yield from (f"  {line}" for line in plan["assumptions"])
 
 
 def _run_lines(plan: dict[str, Any]) -> Iterator[str]:
-    run, data, up = plan["run"], plan["input"], plan["reliability"]
+    run, data, expected = plan["run"], plan["input"], plan["reliability"]
     cost = "" if run["cost"] is None else f", cost {run['cost']:,.0f}"
     yield f"{run['steps']:,} steps: {run['days']:.2f} days with failures, {run['gpu_hours']:,.0f} GPU hours{cost}"
     yield (
@@ -109,10 +118,10 @@ def _run_lines(plan: dict[str, Any]) -> Iterator[str]:
         f"storage, {data['decode_cores']:,.0f} cores ({data['decode_cores_per_gpu']:.2f} per GPU)"
     )
     yield (
-        f"checkpoint: {size(up['checkpoint_bytes'])} in {duration(up['stall'])}, every {up['checkpoint_every_steps']} "
-        f"steps ({duration(up['interval'])})"
+        f"checkpoint: {size(expected['checkpoint_bytes'])} in {duration(expected['stall'])}, every "
+        f"{expected['checkpoint_every_steps']} steps ({duration(expected['interval'])})"
     )
     yield (
-        f"expected ETTR {up['ettr']:.2%} with a failure every {up['mtbf'] / 3600:.1f} h; "
-        f"{up['best_ettr']:.2%} when saving every {duration(up['best_interval'])}"
+        f"expected ETTR {expected['ettr']:.2%} with a failure every {expected['mtbf'] / 3600:.1f} h; "
+        f"{expected['best_ettr']:.2%} when saving every {duration(expected['best_interval'])}"
     )
