@@ -19,6 +19,7 @@ from tokenizers import decoders as hf_decoders
 from lcl_mcore.config.base import require
 from lcl_mcore.config.schema import RunConfig, TokenizerConfig
 from lcl_mcore.errors import DataError, explain
+from lcl_mcore.storage import atomic_write
 
 CLIP_MERGES = 48_894
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -105,7 +106,7 @@ class Tokenizer:
 
     def save(self, path: Path) -> None:
         """Write the underlying vocabulary as `tokenizer.json`."""
-        path.write_text(self._definition)
+        atomic_write(path, self._definition)
 
     def _clean(self, text: str) -> str:
         text = text.encode("utf-8", "replace").decode()  # lone surrogates become question marks

@@ -13,6 +13,7 @@ from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.evaluation.load import LoadedModel
 from lcl_mcore.export.formats import FORMATS
 from lcl_mcore.models.vision import PIXEL_MEAN, PIXEL_STD
+from lcl_mcore.storage import atomic_write
 from lcl_mcore.templates import render
 
 
@@ -46,7 +47,7 @@ def write_card(loaded: LoadedModel, summary: dict[str, Any], out: Path) -> None:
         results=[{"name": name, "numbers": numbers(content)} for name, content in results(loaded).items()],
         config=yaml.safe_dump(to_dict(loaded.config), sort_keys=False).rstrip(),
     )
-    (out / "README.md").write_text(text, encoding="utf-8")
+    atomic_write(out / "README.md", text)
 
 
 def data_fingerprints(config: RunConfig) -> dict[str, str]:

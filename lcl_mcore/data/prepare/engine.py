@@ -40,7 +40,7 @@ from lcl_mcore.data.images import BadImageError
 from lcl_mcore.data.prepare.normalise import ImageLimits, entry_for, normalise
 from lcl_mcore.data.untrusted_json import parse_object
 from lcl_mcore.errors import DataError, explain
-from lcl_mcore.storage import atomic_write
+from lcl_mcore.storage import atomic_file, atomic_write
 
 T = TypeVar("T")
 PROGRESS = ".progress"
@@ -378,8 +378,6 @@ def _write_keys(reader: Reader, records: Path, part: InputPart) -> int:
             except BadImageError:
                 continue
         keys.extend(found)
-    path = records / f"{part.name}.keys.npy"
-    unfinished = path.with_suffix(".part.npy")
-    np.save(unfinished, np.sort(np.array(keys, dtype=np.uint64)), allow_pickle=False)
-    unfinished.replace(path)
+    with atomic_file(records / f"{part.name}.keys.npy") as unfinished, unfinished.open("wb") as stream:
+        np.save(stream, np.sort(np.array(keys, dtype=np.uint64)), allow_pickle=False)
     return len(keys)
