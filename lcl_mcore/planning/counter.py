@@ -227,11 +227,13 @@ class StepCounter(TorchDispatchMode):
         if out is _RUN:
             out = func(*args, **kwargs)
         outputs = _tensors(out)
-        part = self._part
-        if func is _ATEN._to_copy.default and outputs and args[0].device.type != outputs[0].device.type:
-            part = "input"
-        keys = [self._track(t, part) for t in outputs]
-        if part == "input" and args[0].dtype == torch.int32 and args[0].device.type == "cpu":
+        sent = (
+            func is _ATEN._to_copy.default
+            and args[0].device.type != self.device_type
+            and outputs[0].device.type == self.device_type
+        )
+        keys = [self._track(t, "input" if sent else self._part) for t in outputs]
+        if sent and args[0].dtype == torch.int32:
             self._host_values[keys[0]] = args[0].tolist()
         self._count(func, args, kwargs, outputs)
         return out

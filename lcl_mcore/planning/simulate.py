@@ -138,9 +138,8 @@ def count_step(
     training = build_training(config, context, backends=backends, observer=counter)
     _own_model_state(counter, training)
     model_state = {part: counter.parts[part] for part in MODEL_STATE}
-    if device.type == "cpu":  # nothing is copied to the device: it is there already
-        for micro in batch.micro_batches:
-            counter.own("input", *(v for v in micro.__dict__.values() if isinstance(v, Tensor)))
+    for micro in batch.micro_batches:  # which is on the device already if that is a CPU
+        counter.own("input", *(v for v in micro.__dict__.values() if isinstance(v, Tensor)))
     # megatron learns in the first step which gradients to wait for, and overlaps from the second one on.
     with StepCounter(device, known_results=known_results):
         training.step.run(0, _first_micro_batch(batch), config.optim.lr)

@@ -94,8 +94,6 @@ CUDA_MODULES = {
     "checkpoint/shards.py": "one event behind the copies of all shards",
     "data/decode.py": "DALI decodes on a GPU or on the CPU",
     "data/loader.py": "the current CUDA device is a thread's own",
-    "planning/counter.py": "copies to the device are counted as such",
-    "planning/simulate.py": "on the CPU nothing is copied to the device",
 }
 
 # Modules that look for packages, each with its reason. `optional_packages.py` is the place for it.
