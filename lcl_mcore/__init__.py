@@ -1,3 +1,3 @@
 """Latent Compression Learning (NeurIPS 2024) pre-training on megatron-core."""
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
