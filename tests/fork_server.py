@@ -44,7 +44,7 @@ def fork(job: dict[str, Any], streams: list[int]) -> int:
         os.chdir(job["folder"])
         random.seed()
         sys.argv = [job["script"], *job["arguments"]]
-        sys.path[0] = str(Path(job["script"]).resolve().parent)
+        sys.path[0] = job["folder"] if job["script"] == "-m" else str(Path(job["script"]).resolve().parent)
     for file in streams:
         os.close(file)
     return pid
@@ -79,9 +79,13 @@ def serve(channel: socket.socket) -> str:
 
 
 def run(script: str) -> int:
-    """The script as `__main__`; its exit code, with a traceback where an interpreter would print one."""
+    """The script, or the module after "-m", as `__main__`; its exit code, with a traceback as of an interpreter."""
     try:
-        runpy.run_path(script, run_name="__main__")
+        if script == "-m":
+            del sys.argv[0]
+            runpy.run_module(sys.argv[0], run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(script, run_name="__main__")
     except SystemExit as end:
         if end.code is None or isinstance(end.code, int):
             return end.code or 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import step
 import torch
 from gpu_report import (
+    Finished,
     Part,
     gpu_test_files,
     parts,
@@ -23,6 +23,8 @@ from gpu_report import (
     run_part,
     why_no_fp8,
 )
+
+from launch import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 H100 = {
@@ -160,12 +162,19 @@ def test_sequences_are_full_and_shaped_like_the_recipes() -> None:
 @pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a dry run needs a machine without a GPU")
 @pytest.mark.timeout(600)
-def test_dry_run(tmp_path: Path) -> None:
-    """The command as `make gpu-report` starts it; about 40 s on an idle machine."""
+def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `make gpu-report` starts; its processes are forked."""
+
+    def forked(command: tuple[str, ...], seconds: float, environment: dict[str, str]) -> Finished:
+        assert command[0] == sys.executable
+        started = time.perf_counter()
+        done = run_script(*command[1:], timeout=seconds, **environment)
+        return Finished(done.returncode, done.stderr + done.stdout, time.perf_counter() - started)
+
     out = tmp_path / "report.json"
-    command = [sys.executable, "tools/gpu_report.py", "--quick", "--out", str(out)]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=580, check=False)
-    assert done.returncode == 0, done.stdout + done.stderr
+    monkeypatch.setattr(gpu_report, "run_process", forked)
+    monkeypatch.setattr(sys, "argv", ["tools/gpu_report.py", "--quick", "--out", str(out)])
+    assert gpu_report.main() == 0
     report = json.loads(out.read_text())
     assert report["status"] == "ok"
     assert report["dry"]
