@@ -269,10 +269,10 @@ def test_misfits_are_named() -> None:
     state["text.ln_final.weight"] = torch.zeros(47)
     with pytest.raises(CheckpointError) as caught:
         from_released(state, SHAPE)
-    text = str(caught.value)
-    assert "missing: lm_head.0.bias" in text
-    assert "unexpected: visual.proj" in text
-    assert "shape: text.ln_final.weight is (47,), the model has (48,)" in text
+    assert str(caught.value) == (
+        "released weights: do not fit this model (missing: lm_head.0.bias; unexpected: visual.proj; "
+        "shape: text.ln_final.weight is (47,), the model has (48,)). Give the configuration it was trained with."
+    )
     with pytest.raises(CheckpointError, match=r"has no `visual\.conv1\.weight`"):
         shape_of_released({"weight": torch.zeros(1)})
     with pytest.raises(ConfigError, match=r"language\.tied_head = True"):
@@ -284,8 +284,16 @@ def test_a_model_is_left_alone_when_weights_do_not_fit(build: Build) -> None:
     before = [p.detach().clone() for p in model.parameters()]
     state = from_released(released_state(), SHAPE)
     state["pool.query"] = state["pool.query"][:, :, :-1]
-    with pytest.raises(CheckpointError, match=r"pool\.query is \(1, 1, 63\), the model has \(1, 1, 64\)"):
+    with pytest.raises(CheckpointError) as caught:
         load_consolidated(model, state, 0, 1)
+    assert str(caught.value) == (
+        "weights: do not fit this model (shape: pool.query is (1, 1, 63), the model has (1, 1, 64)). "
+        "Use the config.yaml beside it."
+    )
+    with pytest.raises(CheckpointError) as caught:
+        load_consolidated(model, {}, 0, 1)
+    assert str(caught.value).count("missing: ") == 6
+    assert str(caught.value).endswith(f"and {len(before) - 6} more). Use the config.yaml beside it.")
     assert all(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
