@@ -10,7 +10,7 @@ from lcl_mcore.batch import StepBatch
 from lcl_mcore.build import build_training
 from lcl_mcore.checkpoint.manager import TrainingTensors, open_checkpoints
 from lcl_mcore.checkpoint.store import TrainState, checkpoint_name
-from lcl_mcore.config.files import config_digest
+from lcl_mcore.config.run_folder import config_digest
 from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.data.loader import DataContext, build_loader
 from lcl_mcore.data.tokenizer import tokenizer_for

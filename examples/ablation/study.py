@@ -12,8 +12,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from lcl_mcore.config.files import write_config
 from lcl_mcore.config.recipes import load_recipe
+from lcl_mcore.config.run_folder import write_config
 from lcl_mcore.config.schema import (
     CheckpointConfig,
     DataConfig,

@@ -30,7 +30,7 @@ from lcl_mcore.checkpoint.store import (
     verify,
 )
 from lcl_mcore.checkpoint.weights_file import without_vocabulary_padding, write_consolidated
-from lcl_mcore.config.files import read_config, write_config
+from lcl_mcore.config.run_folder import read_config, write_config
 from lcl_mcore.errors import CheckpointError, DataError, explain
 from lcl_mcore.models.lcl import LclModel
 from lcl_mcore.storage import open_storage

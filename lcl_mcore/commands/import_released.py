@@ -10,9 +10,9 @@ from pydantic import PositiveInt
 
 from lcl_mcore.config import arguments
 from lcl_mcore.config.base import config_dataclass, from_dict, to_dict
-from lcl_mcore.config.files import FILE as CONFIG_FILE
-from lcl_mcore.config.files import write_config
 from lcl_mcore.config.recipes import RECIPES, load_recipe
+from lcl_mcore.config.run_folder import FILE as CONFIG_FILE
+from lcl_mcore.config.run_folder import write_config
 from lcl_mcore.config.schema import DataConfig, LossConfig, ModelConfig, RunConfig, TokenizerConfig
 
 

@@ -11,7 +11,7 @@ import tyro
 
 from lcl_mcore.config.base import config_dataclass
 from lcl_mcore.config.cli import RunOptions, parse_run
-from lcl_mcore.config.files import check_folder, write_config
+from lcl_mcore.config.run_folder import check_folder, write_config
 from lcl_mcore.fault_tolerance.events import is_restart
 
 

@@ -13,9 +13,9 @@ import yaml
 
 from lcl_mcore.config import arguments
 from lcl_mcore.config.base import config_dataclass, from_dict, require
-from lcl_mcore.config.files import read_config
 from lcl_mcore.config.recipes import RECIPES, load_recipe, source_options
 from lcl_mcore.config.renamed import with_current_names
+from lcl_mcore.config.run_folder import read_config
 from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.errors import ConfigError, explain
 

@@ -13,8 +13,8 @@ from lcl_mcore.checkpoint.consolidate import load_weights
 from lcl_mcore.checkpoint.store import TrainState, complete_checkpoints
 from lcl_mcore.checkpoint.weights_file import FILE as WEIGHTS_FILE
 from lcl_mcore.checkpoint.weights_file import load_consolidated, read_consolidated
-from lcl_mcore.config.files import FILE as CONFIG_FILE
-from lcl_mcore.config.files import read_config
+from lcl_mcore.config.run_folder import FILE as CONFIG_FILE
+from lcl_mcore.config.run_folder import read_config
 from lcl_mcore.config.schema import ParallelConfig, RunConfig
 from lcl_mcore.data.tokenizer import Tokenizer, build_tokenizer
 from lcl_mcore.distributed.context import Context, start

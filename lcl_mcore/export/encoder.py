@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from lcl_mcore.checkpoint.weights_file import consolidated_state, write_consolidated
-from lcl_mcore.config.files import write_config
+from lcl_mcore.config.run_folder import write_config
 from lcl_mcore.errors import CheckpointError, ConfigError, explain
 from lcl_mcore.evaluation.load import LoadedModel, open_model
 from lcl_mcore.export.formats import FORMATS

@@ -18,8 +18,8 @@ from lcl_mcore.config import arguments
 from lcl_mcore.config.arguments import flags_of
 from lcl_mcore.config.base import fields_of, help_of, section_in, to_dict
 from lcl_mcore.config.cli import RunOptions, parse_run
-from lcl_mcore.config.files import read_config, write_config
 from lcl_mcore.config.recipes import RECIPES, load_recipe
+from lcl_mcore.config.run_folder import read_config, write_config
 from lcl_mcore.config.schema import RunConfig
 
 ROOT = Path(__file__).resolve().parents[2]

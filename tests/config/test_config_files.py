@@ -9,8 +9,8 @@ import yaml
 
 from lcl_mcore.commands.pretrain import parse_options
 from lcl_mcore.config.base import to_dict
-from lcl_mcore.config.files import read_config
 from lcl_mcore.config.recipes import load_recipe
+from lcl_mcore.config.run_folder import read_config
 from lcl_mcore.config.schema import OptimConfig, RunConfig, TrainConfig
 
 OLD = Path(__file__).parent / "config-02e64cf.yaml"

@@ -8,8 +8,8 @@ import pytest
 
 from lcl_mcore.commands.pretrain import parse_options
 from lcl_mcore.config.base import MOST_LINES
-from lcl_mcore.config.files import read_config
 from lcl_mcore.config.recipes import load_recipe
+from lcl_mcore.config.run_folder import read_config
 from lcl_mcore.errors import ConfigError
 
 HEADS = "each tensor-parallel rank gets a whole share of the heads"

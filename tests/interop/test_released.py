@@ -22,8 +22,8 @@ from batches import OPT
 from launch import last_json, run_script, torchrun
 from lcl_mcore.batch import MicroBatch
 from lcl_mcore.checkpoint.weights_file import load_consolidated, read_consolidated, write_consolidated
-from lcl_mcore.config.files import read_config
 from lcl_mcore.config.recipes import load_recipe
+from lcl_mcore.config.run_folder import read_config
 from lcl_mcore.config.schema import LanguageConfig, ModelConfig, VisionConfig
 from lcl_mcore.errors import CheckpointError, ConfigError
 from lcl_mcore.interop.released import from_released, read_released, shape_of_released, to_released

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from lcl_mcore.checkpoint import manager as checkpoint
 from lcl_mcore.commands.entry import run_main
 from lcl_mcore.commands.pretrain import parse_options
-from lcl_mcore.config.files import check_folder, write_config
+from lcl_mcore.config.run_folder import check_folder, write_config
 from lcl_mcore.data.loader import StepReader
 from lcl_mcore.fault_tolerance.events import is_restart
 from lcl_mcore.fault_tolerance.watchdog import Watchdog

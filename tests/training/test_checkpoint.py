@@ -30,7 +30,7 @@ from lcl_mcore.checkpoint.weights_file import (
     without_vocabulary_padding,
     write_consolidated,
 )
-from lcl_mcore.config.files import read_config
+from lcl_mcore.config.run_folder import read_config
 from lcl_mcore.errors import CheckpointError
 from lcl_mcore.interop.init_from import start_from
 from runs import assert_same_run, records

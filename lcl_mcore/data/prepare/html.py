@@ -11,7 +11,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from lcl_mcore.data.prepare.engine import Dropped, InputPart, RawDocument, RawImage
-from lcl_mcore.data.prepare.files import describe_files, inputs, read_image
+from lcl_mcore.data.prepare.input_files import describe_files, inputs, read_image
 from lcl_mcore.data.untrusted_json import clean_text
 
 PAGES_PER_PART = 40

@@ -12,7 +12,7 @@ from typing import Any
 from lcl_mcore.data.format import MAX_TEXTS, finite_number
 from lcl_mcore.data.images import BadImageError
 from lcl_mcore.data.prepare.engine import Dropped, InputPart, RawDocument, RawImage
-from lcl_mcore.data.prepare.files import describe_files, inputs, lines, open_lines, read_image
+from lcl_mcore.data.prepare.input_files import describe_files, inputs, lines, open_lines, read_image
 from lcl_mcore.data.untrusted_json import BadJsonError, clean_text, parse_object
 
 LINES_PER_PART = 2_000

@@ -9,7 +9,7 @@ from typing import Any
 
 from lcl_mcore.data.images import MAX_BYTES
 from lcl_mcore.data.prepare.engine import Dropped, InputPart, RawDocument, RawImage
-from lcl_mcore.data.prepare.files import describe_files, inputs
+from lcl_mcore.data.prepare.input_files import describe_files, inputs
 from lcl_mcore.data.untrusted_json import BadJsonError, clean_text, parse_object
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")

@@ -16,7 +16,7 @@ from typing import Any
 
 from lcl_mcore.data.images import BadImageError
 from lcl_mcore.data.prepare.engine import Dropped, InputPart, RawDocument, RawImage
-from lcl_mcore.data.prepare.files import describe_files, inputs, read_image
+from lcl_mcore.data.prepare.input_files import describe_files, inputs, read_image
 from lcl_mcore.data.untrusted_json import BadJsonError, clean_text
 from lcl_mcore.errors import DataError, explain
 from lcl_mcore.optional_packages import installed
