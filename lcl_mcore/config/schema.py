@@ -1,7 +1,7 @@
 """Every knob of a training run, once: its type, bounds, help and default; and the rules across knobs.
 
 One class for each section. `config.cli` builds the command line from these classes, `config.run_folder` reads and
-writes them as `config.yaml`. Single values are bounded by their types, so `__post_init__` holds only rules across fields.
+writes them as `config.yaml`. Types bound single values, so `__post_init__` holds only rules across fields.
 """
 
 from __future__ import annotations
