@@ -21,7 +21,7 @@ def write_card(loaded: LoadedModel, summary: dict[str, Any], out: Path) -> None:
     """Write `out/README.md`.
 
     Args:
-        summary: the content of `export.json`, see `interop.export.export`.
+        summary: the content of `export.json`, see `export.encoder.export`.
     """
     vision = loaded.config.model.vision
     text = render(
