@@ -3,8 +3,8 @@
     python benchmarks/step.py --recipe paper-l14 --precision bf16 --steps 20
     python benchmarks/step.py --recipe released-b16-laion --precision bf16 --micro-batch-size 64 --micro-batches 2
 
-Model, losses, gradient buffers and optimizer are those of training (`lcl_mcore.train_step`); only the data engine is
-left out. Without `--micro-batch-size` the largest micro-batch that fits in the GPU's memory is used. On a CPU, or with
+Model, losses, gradient buffers and optimizer are those of training (`lcl_mcore.train_step`); only the data engine does
+not run. Without `--micro-batch-size` the largest micro-batch that fits in the GPU's memory is used. On a CPU, or with
 `--dry`, the model is cut down to two narrow layers: that checks the code, its numbers mean nothing.
 
 Model FLOPs are counted by `lcl_mcore.models.flops`: matmuls that the model needs, without recompute. One device has its

@@ -125,7 +125,7 @@ def step_flops(
 
     Args:
         images: images encoded.
-        tokens: LM positions, image latents included and padding left out.
+        tokens: LM positions, image latents included, padding not.
         pairs: (query, key) pairs of the LM's attention, see `attention_pairs`.
         contexts: images in the contrastive loss.
         targets: positions in the generation loss.

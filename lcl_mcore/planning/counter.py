@@ -167,7 +167,7 @@ class StepCounter(TorchDispatchMode):
             return self._within("optimizer", "optimizer")
         if name == "generation_loss":
             return self._within("loss", "forward")
-        if name in ("parameter_gather", "gradient_sync", "pipeline_transfer"):  # told by their operators
+        if name in ("parameter_gather", "gradient_sync", "pipeline_transfer"):  # known by their operators
             return nullcontext()
         return self._within(self._part, "forward" if torch.is_grad_enabled() else "feature pass")
 

@@ -68,7 +68,7 @@ def make_plan(request: PlanRequest, log: Callable[[str], None]) -> dict[str, Any
 
     Args:
         request: the job and the machine.
-        log: told what is being done.
+        log: called with a line about each thing that is done.
 
     Raises:
         ConfigError: the request is not a job that can start.

@@ -44,7 +44,7 @@ class RankCount:
     Attributes:
         rank: its number.
         place: its tensor-parallel, pipeline and data-parallel indices.
-        parameters: elements on this rank, padding of buffers left out.
+        parameters: elements on this rank, without the padding of buffers.
         model_state: bytes of weights, gradients and optimizer.
         peak: most bytes of live tensors during the step.
         peak_parts: what they were, by `PARTS`.

@@ -118,14 +118,14 @@ def test_counts_equal_the_built_model_of_every_recipe(build: Build, recipe: str)
 
 
 def padded_to_itself(shape: ModelConfig) -> ModelConfig:
-    """A vocabulary without padding rows, whose logits torch's counter would see and ours leaves out."""
+    """A vocabulary without padding rows, whose logits torch's counter would see and ours does not count."""
     return dataclasses.replace(shape, language=dataclasses.replace(shape.language, vocab_size=384))
 
 
 def counted(model: LclModel, batch: MicroBatch) -> tuple[int, int]:
     """FLOPs of forward and of forward plus backward, as torch counts them."""
     counter = FlopCounterMode(display=False)
-    with counter, sdpa_kernel(SDPBackend.MATH):  # products that the counter sees one by one
+    with counter, sdpa_kernel(SDPBackend.MATH):  # matmuls that the counter sees one by one
         features, hidden = model(batch)
         image, context = model.image_embeds(batch, features.vectors), model.context_embeds(batch, hidden)
         loss = infonce_reference(image, context, model.temperature())
@@ -164,7 +164,7 @@ def test_flops_equal_torchs_count_with_full_squares(build: Build, name: str) -> 
 def attend_to_the_past(
     q: Tensor, k: Tensor, v: Tensor, packed: segments.Segments, causal: bool, scale: float
 ) -> Tensor:
-    """Attention that multiplies exactly the pairs its mask keeps: one product per query."""
+    """Attention that multiplies exactly the pairs its mask keeps: one matmul per query."""
     outputs, start = [], 0
     for length in packed.lengths:
         for i in range(start, start + length):
