@@ -42,6 +42,6 @@ def test_dropout_and_drop_path_are_the_same_in_every_layout(cases: list[dict[str
 
 # From one process (tp 1, dp 1), by layers of the LM: what every other layout must reproduce.
 DROPPING = {
-    2: {"contrastive": 3.7440431, "generation": 5.7148414, "gradient_sum": 522.0478},
-    4: {"contrastive": 3.6398261, "generation": 5.7200284, "gradient_sum": 501.7378},
+    2: {"contrastive": 3.1336639, "generation": 5.7105021, "gradient_sum": 549.7828},
+    4: {"contrastive": 3.2568190, "generation": 5.7115498, "gradient_sum": 563.5468},
 }
