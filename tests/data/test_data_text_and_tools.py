@@ -208,9 +208,9 @@ def test_evaluation_passes_once_in_order(tmp_path: Path) -> None:
         return list(
             eval_documents(
                 run_config(data),
-                data.sources[0],
-                small_tokenizer(),
                 context or DataContext(),
+                small_tokenizer(),
+                data.sources[0],
                 micro_batch_size=4,
                 **options,
             )
