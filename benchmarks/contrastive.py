@@ -79,9 +79,7 @@ def inf_cl(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     from lcl_kernels import triton_engine as engine
 
     x, y, s = image.detach().half(), text.detach().half(), scale.detach()
-    keys, other = (
-        torch.arange(i * len(x), (i + 1) * len(x), dtype=torch.int32, device=x.device) for i in (0, 1)
-    )
+    keys, other = (torch.arange(i * len(x), (i + 1) * len(x), dtype=torch.int32, device=x.device) for i in (0, 1))
     nothing = torch.full((len(x),), torch.inf, device=x.device)
     positive = s * (x.float() * y.float()).sum(1)
     gradients = [torch.zeros_like(image), torch.zeros_like(text)]
@@ -108,11 +106,7 @@ def inputs(n: int, dim: int, scale: float, device: str) -> tuple[Tensor, Tensor,
     image = normalize(torch.randn(n, dim, generator=generator, device=device), dim=1)
     text = torch.randn(n, dim, generator=generator, device=device).mul_(dim**-0.5).add_(image, alpha=0.5)
     text = normalize(text, dim=1)
-    return (
-        image.requires_grad_(),
-        text.requires_grad_(),
-        torch.tensor(scale, device=device, requires_grad=True),
-    )
+    return (image.requires_grad_(), text.requires_grad_(), torch.tensor(scale, device=device, requires_grad=True))
 
 
 def step(loss: Loss, *leaves: Tensor) -> float:
@@ -241,9 +235,7 @@ def compare(results: list[dict[str, Any]]) -> None:
 
 
 def table(results: list[dict[str, Any]]) -> str:
-    lines = [
-        f"{'N':>7} {'contender':>10} {'seconds':>9} {'vs naive':>9} {'peak MB':>9} {'vs naive':>9}  floor"
-    ]
+    lines = [f"{'N':>7} {'contender':>10} {'seconds':>9} {'vs naive':>9} {'peak MB':>9} {'vs naive':>9}  floor"]
     for r in results:
         if "error" in r:
             lines.append(f"{r['n']:>7} {r['contender']:>10} {r['error'][:60]}")
@@ -264,9 +256,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="CPU threads")
     parser.add_argument("--repeats", type=int, default=1, help="runs of which the best counts")
     parser.add_argument("--rounds", type=int, default=1, help="passes over all contenders, the best counts")
-    parser.add_argument(
-        "--contenders", nargs="+", choices=tuple(CONTENDERS), help="default: all that can run"
-    )
+    parser.add_argument("--contenders", nargs="+", choices=tuple(CONTENDERS), help="default: all that can run")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one contender")
     parser.add_argument("--out", type=Path, help="JSON file to write")
     parser.add_argument("--one", choices=tuple(CONTENDERS), help=argparse.SUPPRESS)

@@ -200,9 +200,7 @@ def processor() -> str:
 def main() -> None:
     """Make the set, run every contender in its own process, print a table."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "photos", type=Path, help="folder with JPEGs (or, with --one, the prepared work folder)"
-    )
+    parser.add_argument("photos", type=Path, help="folder with JPEGs (or, with --one, the prepared work folder)")
     parser.add_argument("--images", type=int, default=400, help="per contender and round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path)
@@ -214,17 +212,13 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         make_set(args.photos, work)
-        rounds = [
-            {name: run_once(name, work, args.images) for name in CONTENDERS} for _ in range(args.rounds)
-        ]
+        rounds = [{name: run_once(name, work, args.images) for name in CONTENDERS} for _ in range(args.rounds)]
         results: dict[str, Any] = {name: median_of([r[name] for r in rounds]) for name in CONTENDERS}
         images = json.loads((work / "set" / "dataset.json").read_text())["images"]
     table = comparison(results)
     print(f"{'':32s}{'plain':>10s}{'ours':>10s}{'dali':>10s}")
     for figure, row in table.items():
-        marks = "".join(
-            f"{row[name]:>9.3g}{'+' if row[f'{name}_ahead'] else '-'}" for name in ("ours", "dali")
-        )
+        marks = "".join(f"{row[name]:>9.3g}{'+' if row[f'{name}_ahead'] else '-'}" for name in ("ours", "dali"))
         print(f"{figure:32s}{row['plain']:>10.3g}{marks}")
     from lcl_mcore.diagnostics.environment import source_commit
 

@@ -42,11 +42,7 @@ def main() -> None:
     for offset, measure in ((-0.2, "R@1"), (0.2, "R@5")):
         heights = [report["retrieval"][side][measure] for side in sides]
         bars = retrieval.bar(
-            [i + offset for i in range(3)],
-            heights,
-            0.38,
-            label=measure,
-            color=BLUE if measure == "R@5" else GREY,
+            [i + offset for i in range(3)], heights, 0.38, label=measure, color=BLUE if measure == "R@5" else GREY
         )
         retrieval.bar_label(bars, fmt="%.3f", fontsize=8)
     retrieval.set_xticks(range(3), sides)

@@ -181,9 +181,7 @@ def parts(environment: Result, quick: bool) -> Iterator[Part]:
     # One thread on a CPU: the dry run shares its machine.
     variables = {"PYTHONWARNINGS": "ignore", **({} if gpu else {"OMP_NUM_THREADS": "1"})}
 
-    def part(
-        name: str, seconds: float, read: Callable[[str, Path], Result], *words: str, not_run: str = ""
-    ) -> Part:
+    def part(name: str, seconds: float, read: Callable[[str, Path], Result], *words: str, not_run: str = "") -> Part:
         return Part(name, (sys.executable, *words), seconds if gpu else 2 * seconds, read, variables, not_run)
 
     yield part(
@@ -282,9 +280,7 @@ def skipped_parts(gpu: bool, quick: bool) -> list[Result]:
         missing.append({"part": f"contrastive {sizes}", "reason": "--quick" if gpu else "no CUDA device"})
     if gpu and not quick:
         reason = "each needs several matrices of N x N fp32 numbers, 69 GB each"
-        missing.append(
-            {"part": f"contrastive {CONTRASTIVE_SIZES[-1]}: naive, open_clip, lcl", "reason": reason}
-        )
+        missing.append({"part": f"contrastive {CONTRASTIVE_SIZES[-1]}: naive, open_clip, lcl", "reason": reason})
     return missing
 
 
@@ -294,9 +290,7 @@ def skipped_parts(gpu: bool, quick: bool) -> list[Result]:
 def make_report(quick: bool, log: Callable[[str], None]) -> Result:
     """Run all parts. The report's `status` is "failed" if one of them is."""
     started = time.perf_counter()
-    asked = Part(
-        "environment", (sys.executable, "-m", "lcl_mcore.diagnostics.environment"), 90, read_json_line
-    )
+    asked = Part("environment", (sys.executable, "-m", "lcl_mcore.diagnostics.environment"), 90, read_json_line)
     environment = run_part(asked, asked.seconds)
     gpu = bool(environment.get("gpu"))
     log(f"{environment['gpu']['name'] if gpu else 'no GPU: dry run at toy sizes'}")
@@ -366,9 +360,7 @@ def _print(line: str) -> None:
 def main() -> int:
     """Run all parts, print a line about each, write the report; 1 if a test failed or a part broke."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--out", type=Path, help="default: benchmarks/results/gpu-report-<gpu or cpu-dry>.json"
-    )
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu-report-<gpu or cpu-dry>.json")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and steps")
     parser.add_argument("--commit", help="what to record where the folder is not a git checkout")
     args = parser.parse_args()

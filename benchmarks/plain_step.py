@@ -73,9 +73,7 @@ class PlainLcl(nn.Module):
         latents = self.project(patches)  # [n, P, D]
         tokens = batch.tokens.view(-1, self.sequence_length)
         x = self.lm.get_input_embeddings()(tokens)
-        places = (
-            batch.image_starts[:, None] + torch.arange(latents.shape[1], device=tokens.device)
-        ).flatten()
+        places = (batch.image_starts[:, None] + torch.arange(latents.shape[1], device=tokens.device)).flatten()
         x = x.flatten(0, 1).index_copy(0, places, latents.flatten(0, 1).to(x.dtype)).view(x.shape)
         hidden = self.lm(inputs_embeds=x).last_hidden_state.flatten(0, 1)
         context = self.context(hidden[batch.context_positions])

@@ -60,9 +60,7 @@ def measured(config: RunConfig) -> dict[str, Any]:
     init_process_group(device, 120)
     groups = make_groups(1, 1, 120, 0)
     if not device.is_cuda:
-        return {"device": device.name} | figures(
-            count_step(config, detached(device, groups), synthetic_step(config))
-        )
+        return {"device": device.name} | figures(count_step(config, detached(device, groups), synthetic_step(config)))
     timed = TimedStep(config, device, groups)
     timed.times(1)
     torch.cuda.reset_peak_memory_stats()
@@ -73,11 +71,7 @@ def measured(config: RunConfig) -> dict[str, Any]:
 
 def figures(count: RankCount) -> dict[str, Any]:
     """The memory of a counted step."""
-    return {
-        "peak_bytes": count.peak,
-        "model_state_bytes": count.model_state,
-        "peak_by_part": count.peak_parts,
-    }
+    return {"peak_bytes": count.peak, "model_state_bytes": count.model_state, "peak_by_part": count.peak_parts}
 
 
 def main() -> int:

@@ -109,10 +109,7 @@ def narrow_towers(config: RunConfig) -> RunConfig:
     return replace(
         config,
         model=replace(
-            model,
-            vision=replace(model.vision, **small),
-            language=replace(model.language, **small),
-            pool_heads=4,
+            model, vision=replace(model.vision, **small), language=replace(model.language, **small), pool_heads=4
         ),
     )
 
@@ -134,9 +131,7 @@ def why_not(settings: StepSettings, device: Device) -> str | None:
 class TimedStep:
     """The training step of one configuration, built, with a synthetic batch."""
 
-    def __init__(
-        self, config: RunConfig, device: Device, groups: Groups, batch: StepBatch | None = None
-    ) -> None:
+    def __init__(self, config: RunConfig, device: Device, groups: Groups, batch: StepBatch | None = None) -> None:
         self.config, self.device = config, device
         self.memory_before = torch.cuda.memory_allocated() if device.is_cuda else 0
         self.training = build_training(config, detached(device, groups))
@@ -307,12 +302,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--recipe", choices=tuple(RECIPES), required=True)
     parser.add_argument("--precision", choices=("fp32", "bf16", "fp8"), default="bf16")
-    parser.add_argument(
-        "--micro-batch-size", "--rows", type=int, default=0, help="sequences; 0: the most that fit"
-    )
-    parser.add_argument(
-        "--micro-batches", type=int, default=1, help="of one step; more than 1: a feature pass as well"
-    )
+    parser.add_argument("--micro-batch-size", "--rows", type=int, default=0, help="sequences; 0: the most that fit")
+    parser.add_argument("--micro-batches", type=int, default=1, help="of one step; more than 1: a feature pass as well")
     parser.add_argument("--steps", type=int, default=10, help="steps that are timed")
     parser.add_argument("--recompute", choices=("none", "selective", "full"), default="none")
     parser.add_argument("--backend", choices=("auto", "torch", "te"), default="auto", help="layers")

@@ -28,14 +28,7 @@ from step import TimedStep, narrow_towers
 from lcl_mcore.batch import StepBatch
 from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config.recipes import load_recipe
-from lcl_mcore.config.schema import (
-    LanguageConfig,
-    LossConfig,
-    ModelConfig,
-    OptimConfig,
-    RunConfig,
-    VisionConfig,
-)
+from lcl_mcore.config.schema import LanguageConfig, LossConfig, ModelConfig, OptimConfig, RunConfig, VisionConfig
 from lcl_mcore.data.synthetic import synthetic_step
 from lcl_mcore.distributed.device import Device, init_process_group, pick_device
 from lcl_mcore.distributed.groups import Groups, make_groups
@@ -101,9 +94,7 @@ def main() -> int:
     """Parse the command line; measure both sides, or one of them as a process of a round."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--processes", type=int, default=2)
-    parser.add_argument(
-        "--micro-batch-size", "--rows", type=int, default=4, help="sequences per process and step"
-    )
+    parser.add_argument("--micro-batch-size", "--rows", type=int, default=4, help="sequences per process and step")
     parser.add_argument("--steps", type=int, default=3, help="timed steps of a round, after one that is not")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
@@ -133,9 +124,7 @@ def compare(args: argparse.Namespace) -> int:
         side: {name: statistics.median(r[name] for r in results) for name in results[0]}
         for side, results in rounds.items()
     }
-    speed, memory = (
-        medians["ours"][name] / medians["plain"][name] for name in ("samples_per_second", "peak_bytes")
-    )
+    speed, memory = (medians["ours"][name] / medians["plain"][name] for name in ("samples_per_second", "peak_bytes"))
     print(f"ours / plain: {speed:.2f} times the samples/s, {memory:.2f} times the peak memory (medians)")
     if args.out:
         from lcl_mcore.diagnostics.environment import describe

@@ -210,8 +210,4 @@ def quantiles(values: list[float]) -> dict[str, float]:
     """Median, largest and count; nothing for no values."""
     if not values:
         return {}
-    return {
-        "median": round(statistics.median(values), 2),
-        "largest": round(max(values), 2),
-        "count": len(values),
-    }
+    return {"median": round(statistics.median(values), 2), "largest": round(max(values), 2), "count": len(values)}

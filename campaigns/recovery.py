@@ -99,9 +99,7 @@ def kill_one(job: subprocess.Popen[str], output: Output, rng: random.Random, run
 
 def numbers(run: Path) -> dict[int, list[Any]]:
     """What must be the same, by step; a line that a kill cut short is skipped."""
-    lines = [
-        line for line in (run / "metrics.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")
-    ]
+    lines = [line for line in (run / "metrics.jsonl").read_text().splitlines(keepends=True) if line.endswith("\n")]
     read = [json.loads(line) for line in lines]
     return {line["step"]: [line[name] for name in ("loss", "grad_norm", "order_hash")] for line in read}
 
@@ -134,17 +132,13 @@ def measure(kills: int, ranks: int, seed: int, folder: Path) -> tuple[list[dict[
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--ranks", type=int, default=2, choices=(2, 4))
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--report", type=Path, default=HERE / "recovery.json")
     options = parser.parse_args()
-    about = facts(
-        f"python campaigns/recovery.py --kills {options.kills} --ranks {options.ranks} --seed {options.seed}"
-    )
+    about = facts(f"python campaigns/recovery.py --kills {options.kills} --ranks {options.ranks} --seed {options.seed}")
     with tempfile.TemporaryDirectory(prefix="detection-") as folder:
         times, compared = measure(options.kills, options.ranks, options.seed, Path(folder))
     summary: dict[str, Any] = {phase: quantiles([t[phase] for t in times]) for phase in PHASES}

@@ -148,9 +148,7 @@ class Campaign:
             urgent = self.slurm.submit(
                 "--nodes=2", "--exclusive", "--partition=high", "--output=/dev/null", "--wrap", "sleep 3"
             )
-            self.slurm.wait_for(
-                lambda: self.slurm.job(urgent)["JobState"] == "COMPLETED", "urgent job", PATIENCE
-            )
+            self.slurm.wait_for(lambda: self.slurm.job(urgent)["JobState"] == "COMPLETED", "urgent job", PATIENCE)
         self.check("pre-emption: no step recomputed", self.events[-1]["steps_recomputed"] == 0)
         with self.event(job, "SIGKILL to one trainer process", 45):
             killed = self.slurm.signal_processes(TRAINER, signal.SIGKILL, 1)
@@ -169,9 +167,7 @@ class Campaign:
             # Refused when the node has come back by itself.
             call("scontrol", "update", "NodeName=n2", "State=RESUME", check=False)
         # This "lost" node lives on, so SLURM's late SIGKILL for the old attempt can hit the new one: one more requeue.
-        self.check(
-            "four disturbances, three or four requeues", self.events[-1]["restarts_by_slurm"] in (3, 4)
-        )
+        self.check("four disturbances, three or four requeues", self.events[-1]["restarts_by_slurm"] in (3, 4))
 
     def requeued_while_held(self, job: Job, restarts: str) -> bool:
         """Slow the run down: SLURM looks at time limits every half minute, in which a quiet machine would finish."""
@@ -204,17 +200,13 @@ class Campaign:
         after = self.slurm.job(job.number)
         preflight = (job.out / f"logs/{job.number}-0/preflight-0.log").read_text()
         self.check("preflight tried storage from both nodes", "run folder from 2 nodes" in preflight)
-        self.check(
-            "failed preflight: no training, not queued again", job.steps() == 0 and after["Restarts"] == "0"
-        )
+        self.check("failed preflight: no training, not queued again", job.steps() == 0 and after["Restarts"] == "0")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--report", type=Path, default=Path("runs/slurm-test/slurm.json"))
-    parser.add_argument(
-        "--packages", type=Path, default=ROOT / ".cache/slurm", help="where SLURM is unpacked"
-    )
+    parser.add_argument("--packages", type=Path, default=ROOT / ".cache/slurm", help="where SLURM is unpacked")
     args = parser.parse_args()
     try:
         root = unpack_packages(args.packages)

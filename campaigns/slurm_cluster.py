@@ -88,9 +88,7 @@ def unpack_packages(cache: Path) -> Path:
         return root
     for tool in ("apt-get", "dpkg"):
         if shutil.which(tool) is None:
-            raise RuntimeError(
-                f"no {tool} here: the SLURM test unpacks Debian's packages {', '.join(PACKAGES)}"
-            )
+            raise RuntimeError(f"no {tool} here: the SLURM test unpacks Debian's packages {', '.join(PACKAGES)}")
     cache.mkdir(parents=True, exist_ok=True)
     command = ["apt-get", "-qq", "download", *PACKAGES]
     done = subprocess.run(command, cwd=cache, capture_output=True, text=True, timeout=300, check=False)
@@ -117,9 +115,7 @@ class Cluster:
     def __init__(self, folder: Path, root: Path, cpus: int = 2) -> None:
         self.folder, self.root, self.cpus = folder.resolve(), root.resolve(), cpus
         library = next(self.root.glob("usr/lib/*/slurm-wlm"))
-        self.environment = {
-            k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))
-        } | {
+        self.environment = {k: v for k, v in os.environ.items() if not k.startswith(("SLURM_", "SBATCH_"))} | {
             "SLURM_CONF": str(self.folder / "slurm.conf"),
             "LD_LIBRARY_PATH": f"{library}:{library.parent}",
             "PATH": f"{self.root}/usr/bin:{os.environ['PATH']}",
@@ -232,9 +228,7 @@ class Cluster:
             cwd=cwd,
         )
         if check and done.returncode:
-            raise RuntimeError(
-                f"{' '.join(map(str, command))}: {done.returncode}\n{done.stdout}\n{done.stderr}"
-            )
+            raise RuntimeError(f"{' '.join(map(str, command))}: {done.returncode}\n{done.stdout}\n{done.stderr}")
         return done.stdout
 
     def submit(self, *arguments: str | Path, cwd: Path | None = None, **extra: str) -> str:

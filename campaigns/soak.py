@@ -113,9 +113,7 @@ class Round:
                 self.tally.training_after.append(time.monotonic() - launched)
                 begun = self.starts()[starts]["step"]
                 if begun != resumed:
-                    self.tally.problems.append(
-                        f"{self.out.name}: continued at {begun}, {resumed} was complete"
-                    )
+                    self.tally.problems.append(f"{self.out.name}: continued at {begun}, {resumed} was complete")
                 if time.monotonic() < self.deadline:
                     self.inject_fault(job)
                 job.wait(PATIENCE)
@@ -161,9 +159,7 @@ class Round:
         if not ranks:
             return  # the run was faster
         targets = [self.rng.choice(ranks)]
-        writers = [
-            child for rank in ranks for child in children(rank) if "resource_tracker" not in line_of(child)
-        ]
+        writers = [child for rank in ranks for child in children(rank) if "resource_tracker" not in line_of(child)]
         if kind == "writer" and writers:
             targets = [self.rng.choice(writers)]
         elif kind == "writer":
@@ -232,9 +228,7 @@ def summary(tally: Tally, layouts: list[str], seed: int, seconds: float) -> dict
             "kills": sum(r["kills"] for r in changed),
             "steps_compared": sum(r["steps"] for r in changed),
             "steps_with_other_documents": sum(len(r["different"]) for r in changed),
-            "largest_relative_difference": max(
-                (r["largest_relative_difference"] for r in changed), default=0.0
-            ),
+            "largest_relative_difference": max((r["largest_relative_difference"] for r in changed), default=0.0),
         },
         "steps_lost_beyond_last_checkpoint": sum("continued at" in p for p in tally.problems),
         "most_steps_recomputed": max(tally.recomputed, default=0),
@@ -258,9 +252,7 @@ def markdown(report: dict[str, Any]) -> str:
         "changing layout: SIGKILLs, steps compared, other documents": f"{changed['kills']}, "
         f"{changed['steps_compared']}, {changed['steps_with_other_documents']}",
         "changing layout: largest relative difference of a loss": f"{changed['largest_relative_difference']:.1e}",
-        "restarts that lost steps beyond the last complete checkpoint": report[
-            "steps_lost_beyond_last_checkpoint"
-        ],
+        "restarts that lost steps beyond the last complete checkpoint": report["steps_lost_beyond_last_checkpoint"],
         "most steps recomputed after a fault": report["most_steps_recomputed"],
         "seconds from a fault to the end of the job (timeout subtracted)": _quantiles(
             report["seconds_from_fault_to_end_of_job"]
@@ -287,9 +279,7 @@ def _quantiles(values: dict[str, float]) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--minutes", type=float, default=30.0)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--ranks", type=int, default=8, help="largest layout to use")

@@ -70,8 +70,7 @@ def growth(samples: list[tuple[int, ...]]) -> dict[str, float | int | bool]:
     mib = slope * 100 / 2**20
     quarter = len(later) // 4
     files, threads = (
-        statistics.median(s[column] for s in later[-quarter:])
-        - statistics.median(s[column] for s in later[:quarter])
+        statistics.median(s[column] for s in later[-quarter:]) - statistics.median(s[column] for s in later[:quarter])
         for column in (2, 3)
     )
     return {
@@ -87,9 +86,7 @@ def growth(samples: list[tuple[int, ...]]) -> dict[str, float | int | bool]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--ranks", type=int, default=4, choices=(2, 4))
     parser.add_argument("--report", type=Path, default=HERE / "steady.json")
@@ -105,9 +102,7 @@ def main() -> int:
         "bound_mib_per_100_steps": MIB_PER_100_STEPS,
         "ranks": ranks,
         "minutes": round((time.monotonic() - began) / 60, 1),
-        "median_step_seconds_second_fifth": statistics.median(
-            r["step_seconds"] for r in lines[fifth : 2 * fifth]
-        ),
+        "median_step_seconds_second_fifth": statistics.median(r["step_seconds"] for r in lines[fifth : 2 * fifth]),
         "median_step_seconds_last_fifth": statistics.median(r["step_seconds"] for r in lines[-fifth:]),
     }
     write(options.report, report)

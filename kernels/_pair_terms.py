@@ -85,9 +85,7 @@ def unmasked_keys(ids: Tensor, groups: Tensor | None) -> Tensor:
     if groups is None:
         return ids
     if groups.shape != ids.shape or groups.is_floating_point():
-        raise ValueError(
-            f"group_ids must be {tuple(ids.shape)} integers, not {tuple(groups.shape)} {groups.dtype}"
-        )
+        raise ValueError(f"group_ids must be {tuple(ids.shape)} integers, not {tuple(groups.shape)} {groups.dtype}")
     # -1 - id is negative and unique to the pair, so it can collide with no group.
     return torch.where(groups < 0, -1 - ids, groups.to(torch.int64))
 

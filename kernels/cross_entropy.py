@@ -62,9 +62,7 @@ def linear_cross_entropy(
         ValueError: shapes or dtypes that do not fit.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(
-            f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [k, h], [V, h]"
-        )
+        raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [k, h], [V, h]")
     if hidden.dtype != weight.dtype:
         raise ValueError(f"hidden is {hidden.dtype}, weight {weight.dtype}: cast one of them")
     if labels.shape != hidden.shape[:1] or labels.is_floating_point():
@@ -99,9 +97,7 @@ def linear_cross_entropy_reference(
     if bias is not None:
         logits = logits + bias.to(dtype)
     logits = logits[:, :valid_vocab]
-    losses = torch.nn.functional.cross_entropy(
-        logits, labels.clamp_min(-1), reduction="none", ignore_index=-1
-    )
+    losses = torch.nn.functional.cross_entropy(logits, labels.clamp_min(-1), reduction="none", ignore_index=-1)
     return losses.sum() if row_weights is None else (row_weights.to(dtype) * losses).sum()
 
 

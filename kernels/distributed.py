@@ -54,14 +54,7 @@ from lcl_kernels._pair_terms import (
     work_dtype,
 )
 from lcl_kernels.infonce import select_engine
-from lcl_kernels.schedule import (
-    CommunicationRates,
-    PairShards,
-    Schedule,
-    Weighting,
-    choose_schedule,
-    pair_weights,
-)
+from lcl_kernels.schedule import CommunicationRates, PairShards, Schedule, Weighting, choose_schedule, pair_weights
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -141,9 +134,7 @@ class PendingInfoNCE:
     All ranks must call ``start_image``, ``start_text`` and ``finish`` in the same order.
     """
 
-    def __init__(
-        self, owner: DistributedInfoNCE, counts: Sequence[int], dim: int, group_ids: Tensor | None
-    ) -> None:
+    def __init__(self, owner: DistributedInfoNCE, counts: Sequence[int], dim: int, group_ids: Tensor | None) -> None:
         self.owner = owner
         ranks = group_size(owner.dp_group)
         if len(counts) != ranks:

@@ -162,9 +162,7 @@ class _InfoNCE(torch.autograd.Function):
             add_positive(dy, terms.diagonal, x)
             k = 0.5 * unit
             ds = k * total_dot(dx, x)
-            ctx.save_for_backward(
-                dx.mul_(s * k).to(image.dtype), dy.mul_(s * k).to(text.dtype), ds.to(scale.dtype)
-            )
+            ctx.save_for_backward(dx.mul_(s * k).to(image.dtype), dy.mul_(s * k).to(text.dtype), ds.to(scale.dtype))
         return terms.loss * unit
 
     @staticmethod

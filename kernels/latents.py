@@ -75,11 +75,7 @@ def gather_image_latents_reference(sequence: Tensor, starts: Tensor, length: int
 
 
 def _check_on_host(index: Tensor, size: int) -> None:
-    if (
-        index.device.type == "cpu"
-        and index.numel()
-        and not (int(index.min()) >= 0 and int(index.max()) < size)
-    ):
+    if index.device.type == "cpu" and index.numel() and not (int(index.min()) >= 0 and int(index.max()) < size):
         raise IndexError(f"an image run leaves the sequence of {size} positions")
 
 

@@ -42,12 +42,7 @@ class CommunicationRates:
 
 
 def choose_schedule(
-    counts: Sequence[int],
-    dim: int,
-    *,
-    tp_size: int = 1,
-    wire_bytes: int = 2,
-    rates: CommunicationRates | None = None,
+    counts: Sequence[int], dim: int, *, tp_size: int = 1, wire_bytes: int = 2, rates: CommunicationRates | None = None
 ) -> Literal["reduce_scatter", "gather_both"]:
     """Pick the cheaper schedule from host numbers only, so that all ranks agree without talking.
 
@@ -118,9 +113,7 @@ class PairShards:
     def __post_init__(self) -> None:
         if any(c < 0 for c in self.counts):
             raise ValueError(f"counts={self.counts}: must not be negative")
-        bounds = tuple(
-            (c * self.tp_rank // self.tp_size, c * (self.tp_rank + 1) // self.tp_size) for c in self.counts
-        )
+        bounds = tuple((c * self.tp_rank // self.tp_size, c * (self.tp_rank + 1) // self.tp_size) for c in self.counts)
         lengths = tuple(hi - lo for lo, hi in bounds)
         object.__setattr__(self, "starts", tuple(sum(self.counts[:r]) for r in range(len(self.counts))))
         object.__setattr__(self, "bounds", bounds)

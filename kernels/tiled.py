@@ -152,9 +152,7 @@ def _excluded(x_keys: Tensor, y_keys: Tensor) -> Tensor | None:
     return x_keys[:, None] == y_keys[None, :]
 
 
-def _tile_lse(
-    logits: Tensor, excluded: Tensor | None, scratch: Tensor, columns: bool
-) -> tuple[Tensor, Tensor | None]:
+def _tile_lse(logits: Tensor, excluded: Tensor | None, scratch: Tensor, columns: bool) -> tuple[Tensor, Tensor | None]:
     """Log-sum-exp over the rows and columns of one tile."""
     if logits.device.type == "cpu":
         low, high = torch.aminmax(logits)

@@ -248,9 +248,7 @@ def _accumulate(into: Tensor, g: Tensor, other: Tensor, gain: float, precision: 
         shape = _shape("matmul", other, precision)
         (m, k), n = g.shape, other.shape[1]
         grid = (triton.cdiv(m, shape.rows) * triton.cdiv(n, shape.columns),)
-        ops.matmul_kernel[grid](
-            g, other, into, m, n, k, g.stride(0), g.stride(1), 1, PREC="tf32x3", **_launch(shape)
-        )
+        ops.matmul_kernel[grid](g, other, into, m, n, k, g.stride(0), g.stride(1), 1, PREC="tf32x3", **_launch(shape))
     else:
         into.addmm_(g.to(torch.float32), other.to(torch.float32), alpha=1 / gain)
 

@@ -19,17 +19,7 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _tile_product(
-    X,
-    Y,
-    rm,
-    rk,
-    M,
-    K,
-    D: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    PREC: tl.constexpr,
+    X, Y, rm, rk, M, K, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PREC: tl.constexpr
 ):
     """[BM, BN] fp32 products of rows rm and columns rk; rows and columns outside are zero."""
     acc = tl.zeros((BM, BN), tl.float32)
@@ -217,9 +207,7 @@ def gradient_kernel(
     if tl.load(Flag) != 0:
         g = tl.math.exp2(z - row[:, None]) + tl.math.exp2(z - col[None, :])
     else:
-        g = tl.math.exp2(z - shift) * (
-            tl.math.exp2(shift - row)[:, None] + tl.math.exp2(shift - col)[None, :]
-        )
+        g = tl.math.exp2(z - shift) * (tl.math.exp2(shift - row)[:, None] + tl.math.exp2(shift - col)[None, :])
     g = tl.where(_negatives(XKey, YKey, rm, rk, M, K), g * gain, 0.0)
     out = G + rm[:, None].to(tl.int64) * ldg + rk[None, :]
     tl.store(out, g.to(G.dtype.element_ty), mask=(rm[:, None] < M) & (rk[None, :] < K))
@@ -227,19 +215,7 @@ def gradient_kernel(
 
 @triton.jit
 def matmul_kernel(
-    A,
-    B,
-    C,
-    M,
-    N,
-    K,
-    a_row,
-    a_col,
-    accumulate,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    BD: tl.constexpr,
-    PREC: tl.constexpr,
+    A, B, C, M, N, K, a_row, a_col, accumulate, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PREC: tl.constexpr
 ):
     """C [M, N] = A [M, K] @ B [K, N] (+ C if accumulate); A has any strides, B and C are contiguous fp32.
 

@@ -75,9 +75,7 @@ class Adam(ABC):
         self.inner.state.clear()
         for group in shard_groups:
             for shard in group["params"]:
-                self.inner.state[shard].update(
-                    {name: torch.zeros_like(shard) for name in ("exp_avg", "exp_avg_sq")}
-                )
+                self.inner.state[shard].update({name: torch.zeros_like(shard) for name in ("exp_avg", "exp_avg_sq")})
 
 
 def _settings(optim: OptimConfig) -> dict[str, Any]:
@@ -141,9 +139,7 @@ class FusedAdam(Adam):
 
         self.inner = Steered(_placeholder(device), capturable=True, adam_w_mode=True, **_settings(optim))
         self._take_over(shard_groups, optim)
-        if hasattr(
-            self.inner, "param_groups_master"
-        ):  # Apex walks both lists and stops at the end of the shorter
+        if hasattr(self.inner, "param_groups_master"):  # Apex walks both lists and stops at the end of the shorter
             self.inner.param_groups_master = [{"params": [None] * len(g["params"])} for g in shard_groups]
         for group in shard_groups:
             group["lr"] = torch.full((), optim.lr, device=device)

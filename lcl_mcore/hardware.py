@@ -69,23 +69,15 @@ TABLE: tuple[Gpu, ...] = (
     Gpu("GB300", 80.0, 2500.0, 5000.0),
     Gpu("B300", 75.0, 2250.0, 4500.0),
     Gpu("GB200", 80.0, 2500.0, 5000.0),
-    NodeGpu(
-        "B200", 75.0, 2250.0, 4500.0, memory=178 * GIB, bandwidth=8000 * GB, node=900 * GB, network=50 * GB
-    ),
+    NodeGpu("B200", 75.0, 2250.0, 4500.0, memory=178 * GIB, bandwidth=8000 * GB, node=900 * GB, network=50 * GB),
     Gpu("H200 NVL", 60.0, 835.5, 1671.0),
     Gpu("GH200", 67.0, 989.4, 1978.9),
-    NodeGpu(
-        "H200", 67.0, 989.4, 1978.9, memory=139 * GIB, bandwidth=4800 * GB, node=450 * GB, network=50 * GB
-    ),
+    NodeGpu("H200", 67.0, 989.4, 1978.9, memory=139 * GIB, bandwidth=4800 * GB, node=450 * GB, network=50 * GB),
     Gpu("H100 PCIe", 51.0, 756.5, 1513.0),
     Gpu("H100 NVL", 60.0, 835.5, 1671.0),
-    NodeGpu(
-        "H100", 67.0, 989.4, 1978.9, memory=79 * GIB, bandwidth=3350 * GB, node=450 * GB, network=50 * GB
-    ),
+    NodeGpu("H100", 67.0, 989.4, 1978.9, memory=79 * GIB, bandwidth=3350 * GB, node=450 * GB, network=50 * GB),
     Gpu("H800 PCIe", 51.0, 756.5, 1513.0),
-    NodeGpu(
-        "H800", 67.0, 989.4, 1978.9, memory=79 * GIB, bandwidth=3350 * GB, node=200 * GB, network=50 * GB
-    ),
+    NodeGpu("H800", 67.0, 989.4, 1978.9, memory=79 * GIB, bandwidth=3350 * GB, node=200 * GB, network=50 * GB),
     NodeGpu("H20", 44.0, 148.0, 296.0, memory=95 * GIB, bandwidth=4000 * GB, node=450 * GB, network=50 * GB),
     NodeGpu("A100", 19.5, 312.0, None, memory=79 * GIB, bandwidth=2039 * GB, node=300 * GB, network=25 * GB),
     NodeGpu("A800", 19.5, 312.0, None, memory=79 * GIB, bandwidth=2039 * GB, node=200 * GB, network=25 * GB),

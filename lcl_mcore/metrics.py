@@ -54,15 +54,7 @@ class StepOutput:
         """Bring the numbers of 0-based `step` to the host; waits for the device."""
         norm, skipped, nonfinite, stop, save, contrastive, generation, scale = self.values.tolist()
         return StepStats(
-            step,
-            norm,
-            skipped > 0,
-            round(nonfinite),
-            round(stop),
-            round(save),
-            contrastive,
-            generation,
-            scale,
+            step, norm, skipped > 0, round(nonfinite), round(stop), round(save), contrastive, generation, scale
         )
 
 

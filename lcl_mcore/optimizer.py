@@ -43,9 +43,7 @@ def wrap_data_parallel(model: LclModel, parallel: ParallelConfig, groups: Groups
 class Optimizer:
     """AdamW over shards of the parameters; `step` never waits for the device."""
 
-    def __init__(
-        self, ddp: DistributedDataParallel, optim: OptimConfig, dtype: torch.dtype, groups: Groups
-    ) -> None:
+    def __init__(self, ddp: DistributedDataParallel, optim: OptimConfig, dtype: torch.dtype, groups: Groups) -> None:
         config = OptimizerConfig(
             optimizer="adam",
             lr=optim.lr,
@@ -59,9 +57,7 @@ class Optimizer:
             use_distributed_optimizer=True,
             overlap_param_gather=ddp.ddp_config.overlap_param_gather,
         )
-        optimizer = get_megatron_optimizer(
-            config, [ddp], use_gloo_process_groups=False, pg_collection=groups.megatron
-        )
+        optimizer = get_megatron_optimizer(config, [ddp], use_gloo_process_groups=False, pg_collection=groups.megatron)
         chained = getattr(optimizer, "chained_optimizers", [optimizer])
         self.shards: Any = chained[0]  # dense parameters: the only kind there is
         self.device = next(ddp.parameters()).device

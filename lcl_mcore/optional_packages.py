@@ -52,9 +52,7 @@ def _version(distributions: tuple[str, ...]) -> str:
     return ""
 
 
-def _probe(
-    name: str, module: str, attribute: str | None, distributions: tuple[str, ...], cuda: bool
-) -> Probe:
+def _probe(name: str, module: str, attribute: str | None, distributions: tuple[str, ...], cuda: bool) -> Probe:
     """Import `module` and look for `attribute` in it.
 
     Args:
@@ -94,9 +92,7 @@ def flash_attn() -> Probe:
 @functools.cache
 def torch_varlen() -> Probe:
     """torch's own variable-length flash attention (torch >= 2.10)."""
-    probe = _probe(
-        "torch varlen attention", "torch.nn.attention.varlen", "varlen_attn", ("torch",), cuda=True
-    )
+    probe = _probe("torch varlen attention", "torch.nn.attention.varlen", "varlen_attn", ("torch",), cuda=True)
     capability = cuda_capability()
     if probe.usable and capability is not None and capability < (8, 0):
         return Probe(probe.name, False, probe.version, "needs a GPU of compute capability 8.0 or newer")
@@ -160,11 +156,7 @@ def triton() -> Probe:
 @functools.cache
 def dali() -> Probe:
     return _probe(
-        "nvidia-dali",
-        "nvidia.dali",
-        "pipeline_def",
-        ("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
-        cuda=False,
+        "nvidia-dali", "nvidia.dali", "pipeline_def", ("nvidia-dali-cuda130", "nvidia-dali-cuda120"), cuda=False
     )
 
 

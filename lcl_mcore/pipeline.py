@@ -116,9 +116,7 @@ class PipelineStage(TrainStep):
         self.run_schedule(inputs.micro_batches, forward, forward_only=True)
         return embeds
 
-    def contrastive_gradients(
-        self, inputs: StepInput, embeds: Sequence[Tensor]
-    ) -> tuple[Tensor, StageGradients]:
+    def contrastive_gradients(self, inputs: StepInput, embeds: Sequence[Tensor]) -> tuple[Tensor, StageGradients]:
         """The loss on the last stage, and on both ends the gradient of what they contributed."""
         ends, none = self.groups.pipeline_ends, torch.zeros((), device=self.device)
         if ends is None:

@@ -16,14 +16,10 @@ from lcl_mcore.models.lcl import LclModel
 def layout_name(config: RunConfig, context: Context) -> str:
     """For example `tp2 pp1 dp4`."""
     parallel = config.parallel
-    return (
-        f"tp{parallel.tensor_parallel_size} pp{parallel.pipeline_parallel_size} dp{context.groups.dp.size()}"
-    )
+    return f"tp{parallel.tensor_parallel_size} pp{parallel.pipeline_parallel_size} dp{context.groups.dp.size()}"
 
 
-def startup_summary(
-    config: RunConfig, context: Context, model: LclModel, choices: Sequence[Choice]
-) -> list[str]:
+def startup_summary(config: RunConfig, context: Context, model: LclModel, choices: Sequence[Choice]) -> list[str]:
     """Lines for the terminal."""
     parallel = config.parallel
     lines = [
@@ -49,8 +45,6 @@ def _losses(config: RunConfig, context: Context) -> str:
     contrastive = loss.contrastive_impl
     if contrastive == "auto":
         engine = select_engine("auto", torch.empty(0, device=context.device.device))
-        contrastive = (
-            "triton" if engine is not None and engine.__name__.endswith("triton_engine") else "tiled"
-        )
+        contrastive = "triton" if engine is not None and engine.__name__.endswith("triton_engine") else "tiled"
     generation = "chunked" if loss.generation_impl == "auto" else loss.generation_impl
     return f"{contrastive} contrastive, {generation} cross-entropy"

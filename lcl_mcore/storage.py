@@ -117,9 +117,7 @@ class LocalStorage:
                 descriptor = os.dup(self._descriptor(name))
             try:
                 data = os.pread(descriptor, size, start)
-                while len(data) < size and (
-                    more := os.pread(descriptor, size - len(data), start + len(data))
-                ):
+                while len(data) < size and (more := os.pread(descriptor, size - len(data), start + len(data))):
                     data += more
             finally:
                 os.close(descriptor)
@@ -208,9 +206,7 @@ class RemoteStorage:
         if cached is not None:
             return cached
         path = self._path(name)
-        data = self._retried(
-            name, lambda: self._system.cat_file(path, start=start, end=start + size), listed=True
-        )
+        data = self._retried(name, lambda: self._system.cat_file(path, start=start, end=start + size), listed=True)
         if len(data) != size:
             raise _too_short(self.root, name, start, size, len(data))
         return data

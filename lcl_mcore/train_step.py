@@ -47,9 +47,7 @@ class NoObserver:
 class RegionTimer:
     """A region whose beginning and end are two calls of torch or megatron, with arguments of theirs."""
 
-    def __init__(
-        self, observe: Callable[[str], AbstractContextManager[object]] | None = None, name: str = ""
-    ) -> None:
+    def __init__(self, observe: Callable[[str], AbstractContextManager[object]] | None = None, name: str = "") -> None:
         """`observe` is an observer's `region`; None: the calls do nothing."""
         self.observe, self.name = observe, name
         self.entered = ExitStack()
@@ -121,9 +119,7 @@ class TrainStep(ABC):
                 module.register_forward_pre_hook(timer.start, prepend=True)
                 module.register_forward_pre_hook(timer.stop)
 
-    def run(
-        self, step: int, batch: StepBatch, lr: float, *, stop: bool = False, save: bool = False
-    ) -> StepOutput:
+    def run(self, step: int, batch: StepBatch, lr: float, *, stop: bool = False, save: bool = False) -> StepOutput:
         """Train on one global batch.
 
         Args:
@@ -219,10 +215,7 @@ class TrainStep(ABC):
 
     def touch_all_parameters(self) -> Tensor:
         """Zero that gives every parameter a zero gradient: the gradient reduction waits for all of them."""
-        return sum(
-            (0.0 * p.flatten()[0].float() for p in self.model.parameters()),
-            torch.zeros((), device=self.device),
-        )
+        return sum((0.0 * p.flatten()[0].float() for p in self.model.parameters()), torch.zeros((), device=self.device))
 
     def group_ids(self, micro_batches: Sequence[DeviceMicroBatch]) -> Tensor | None:
         """Document numbers [m] of the images in the loss, where images of one document are masked."""
@@ -230,9 +223,7 @@ class TrainStep(ABC):
             return None
         return torch.cat([micro.batch.group_ids for micro in micro_batches])
 
-    def begin_contrastive(
-        self, counts: Sequence[int], micro_batches: Sequence[DeviceMicroBatch]
-    ) -> PendingLoss:
+    def begin_contrastive(self, counts: Sequence[int], micro_batches: Sequence[DeviceMicroBatch]) -> PendingLoss:
         """Open the contrastive loss over these micro-batches; `counts` are the contexts of every rank."""
         width = self.config.model.language.width
         with self.observe("contrastive_loss"):

@@ -40,9 +40,7 @@ class Trainer:
     """
 
     @explained
-    def __init__(
-        self, config: RunConfig, context: Context, *, resume: bool, init_from: Path | None = None
-    ) -> None:
+    def __init__(self, config: RunConfig, context: Context, *, resume: bool, init_from: Path | None = None) -> None:
         self.config, self.context = config, context
         self.stop = StopRequest()
         self.watchdog = Watchdog(config, context)
@@ -55,10 +53,7 @@ class Trainer:
         restored = self.checkpoints.resume() if resume else None
         self.state = restored or TrainState(0, None, "", config_digest(config))
         self.recovery = Recovery(
-            config.faults,
-            self.state.position,
-            skipped_ranges(context) if resume else [],
-            context.groups.host_control,
+            config.faults, self.state.position, skipped_ranges(context) if resume else [], context.groups.host_control
         )
         self.data_context, self.tokenizer = DataContext.of(config, context), tokenizer_for(config)
         self.loader = build_loader(config, self.data_context, self.tokenizer, self.state.position)
@@ -68,9 +63,7 @@ class Trainer:
         self.log = RunLog(config, context, self.state.step)
         self.events = EventLog(context.run_folder, enabled=context.rank == 0)
         layout = layout_name(config, context)
-        self.goodput = Goodput(
-            self.events, step=self.state.step, world_size=context.world_size, layout=layout
-        )
+        self.goodput = Goodput(self.events, step=self.state.step, world_size=context.world_size, layout=layout)
         self.goodput.add_recomputed(self.log.lost_seconds)
         self.stats, self.speed = DeferredStats(context.device, config.loss), Speed()
         self.watch = Stopwatch()
@@ -123,9 +116,7 @@ class Trainer:
         optim = self.config.optim
         lr = cosine_with_warmup(step, self.config.train.steps, optim.warmup_steps, optim.lr, optim.min_lr)
         self.watchdog.stragglers.start_step()
-        output = self.step.run(
-            step, batch, lr, stop=self.stop_requested(), save=self.checkpoints.time_to_save()
-        )
+        output = self.step.run(step, batch, lr, stop=self.stop_requested(), save=self.checkpoints.time_to_save())
         self.watchdog.stragglers.end_step(self.loader.read_seconds)
         self.state = replace(
             before,
@@ -200,9 +191,7 @@ class Trainer:
         newest = (late[-1] if late else bad).record
         skipped = self.recovery.skip(bad, newest)
         self.log.info(skipped.text)
-        self.events.record(
-            "skip", batches=[skipped.first, skipped.last], step=bad.stats.step + 1, why=skipped.reason
-        )
+        self.events.record("skip", batches=[skipped.first, skipped.last], step=bad.stats.step + 1, why=skipped.reason)
         if bad.stats.skipped:
             self.optimizer.skipped.zero_()  # parameters and moments are as before the step
         if action == "rollback":

@@ -41,13 +41,7 @@ def build(groups: Any) -> Callable[..., LclModel]:
     device = torch.device("cpu")
 
     def make(
-        shape: Any,
-        seed: int = 0,
-        *,
-        train: bool = True,
-        noise: float = 0.0,
-        initialize: bool = True,
-        **parallel: Any,
+        shape: Any, seed: int = 0, *, train: bool = True, noise: float = 0.0, initialize: bool = True, **parallel: Any
     ) -> LclModel:
         """`noise` moves every parameter off its initial value, so that zeros and ones hide nothing.
 

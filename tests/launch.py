@@ -218,15 +218,11 @@ def run_script(*command: str, timeout: float = 240, **environment: str) -> subpr
     return done
 
 
-def torchrun(
-    count: int, *command: str, timeout: float = 240, check: bool = True
-) -> subprocess.CompletedProcess[str]:
+def torchrun(count: int, *command: str, timeout: float = 240, check: bool = True) -> subprocess.CompletedProcess[str]:
     """Run a script of this repository on `count` ranks of this machine, as torchrun without restarts does."""
     done: subprocess.CompletedProcess[str] = _run(count, command, timeout, {})
     if check and done.returncode:
-        raise AssertionError(
-            f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr[-6000:]}"
-        )
+        raise AssertionError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}\n{done.stderr[-6000:]}")
     return done
 
 
@@ -245,15 +241,7 @@ def forked_run(command: list[str], **options: Any) -> Any:
 
 def torchrun_command(count: int, *elastic: str) -> list[str]:
     """The command line of torchrun itself, to be followed by a script and its arguments."""
-    return [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node",
-        str(count),
-        *elastic,
-    ]
+    return [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(count), *elastic]
 
 
 def last_json(done: subprocess.CompletedProcess[str]) -> Any:

@@ -109,9 +109,7 @@ class Visual(nn.Module):
             self.class_embedding = nn.Parameter(torch.empty(width))
         self.positional_embedding = nn.Parameter(torch.empty(shape.tokens, width))
         self.ln_pre = nn.LayerNorm(width, shape.norm_eps) if shape.pre_norm else nn.Identity()
-        self.transformer = Tower(
-            [Block(shape, "gelu", shape.layer_scale is not None) for _ in range(shape.layers)]
-        )
+        self.transformer = Tower([Block(shape, "gelu", shape.layer_scale is not None) for _ in range(shape.layers)])
         self.ln_post = nn.LayerNorm(width, shape.norm_eps)
 
     def forward(self, pixels: Tensor) -> Tensor:
@@ -147,11 +145,7 @@ class PoolProject(nn.Module):
 
     def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """Patch tokens [n, P, h] -> pooled [n, D], projected [n, P, D]."""
-        q, k, v = (
-            self._map("q", self.query_token).expand(len(x), -1, -1),
-            self._map("k", x),
-            self._map("v", x),
-        )
+        q, k, v = (self._map("q", self.query_token).expand(len(x), -1, -1), self._map("k", x), self._map("v", x))
         project = self.pooler.cross_attn.proj
         return project(attend(q, k, v, self.heads, None))[:, 0], project(v)
 
@@ -162,9 +156,7 @@ class Text(nn.Module):
     def __init__(self, shape: LanguageConfig) -> None:
         super().__init__()
         self.token_embedding = nn.Embedding(shape.vocab_size, shape.width)
-        self.positional_embedding = nn.Parameter(
-            torch.empty(shape.max_positions + shape.position_offset, shape.width)
-        )
+        self.positional_embedding = nn.Parameter(torch.empty(shape.max_positions + shape.position_offset, shape.width))
         self.transformer = Tower([Block(shape, shape.activation, False) for _ in range(shape.layers)])
         self.ln_final = nn.LayerNorm(shape.width, shape.norm_eps)
         self.text_projection = nn.Parameter(torch.empty(shape.width, shape.width))
@@ -177,9 +169,7 @@ class ReferenceLcl(nn.Module):
         super().__init__()
         self.shape, language = shape, shape.language
         self.visual = Visual(shape.vision)
-        self.pool_project = PoolProject(
-            shape.vision.width, language.width, shape.pool_heads, shape.vision.norm_eps
-        )
+        self.pool_project = PoolProject(shape.vision.width, language.width, shape.pool_heads, shape.vision.norm_eps)
         self.text = Text(language)
         head: list[nn.Module] = [nn.LayerNorm(language.width, language.norm_eps), nn.Identity()]
         if not language.separate_norms:
@@ -259,9 +249,7 @@ class ReferenceLcl(nn.Module):
         """Take the weights of an `LclModel`: full tensors (tensor-parallel size 1) by parameter name."""
         converted = {}
         for name, (theirs, kind) in _names(self).items():
-            converted[name] = _FROM_LCL[kind](
-                state[theirs].detach(), self.get_parameter(name).shape, self.shape
-            )
+            converted[name] = _FROM_LCL[kind](state[theirs].detach(), self.get_parameter(name).shape, self.shape)
         unused = set(state) - {theirs for theirs, _ in _names(self).values()}
         unused = {name for name in unused if not name.endswith("_extra_state")}
         assert not unused, f"not in the reference model: {sorted(unused)}"

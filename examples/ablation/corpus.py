@@ -19,9 +19,7 @@ from lcl_mcore.data.tokenizer import train_bpe
 from lcl_mcore.rng import key64
 
 WORDS = 24
-SIDE = (
-    96  # images are stored near the size that is trained on: decoding large ones would take most of the time
-)
+SIDE = 96  # images are stored near the size that is trained on: decoding large ones would take most of the time
 HELDOUT_SHARE = 10  # one page in so many
 PACKAGES = ("python-skimage-doc", "python-sklearn-doc", "opencv-doc")
 

@@ -60,9 +60,7 @@ def main() -> int:
     from lcl_mcore.evaluation.load import open_model, reset_weights
 
     # The same images for every run; small sets want a higher rate than the paper's 8192 images a step.
-    probe = ProbeConfig(
-        epochs=flags.epochs, batch_size=250, lr=1e-3, train_limit=flags.images, test_limit=flags.images
-    )
+    probe = ProbeConfig(epochs=flags.epochs, batch_size=250, lr=1e-3, train_limit=flags.images, test_limit=flags.images)
     loaded = open_model(flags.run)
     result = {"trained": measure(loaded, flags.heldout, flags.labelled, probe)}
     if flags.untrained:

@@ -42,15 +42,11 @@ def facts(study: Study, workers: int) -> dict[str, object]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/ablation"), help="folder of the runs")
-    parser.add_argument(
-        "--report", type=Path, default=Path("benchmarks/results"), help="folder of the report"
-    )
+    parser.add_argument("--report", type=Path, default=Path("benchmarks/results"), help="folder of the report")
     parser.add_argument("--data", type=Path, default=Path("data/ablation"), help="folder of the corpus")
     parser.add_argument("--pages", type=Path, help="folder of HTML pages instead of the fetched packages")
     parser.add_argument("--labelled", type=Path, help="labelled images instead of Fashion-MNIST")
-    parser.add_argument(
-        "--settings", nargs="*", default=[s.name for s in SETTINGS], help="some settings only"
-    )
+    parser.add_argument("--settings", nargs="*", default=[s.name for s in SETTINGS], help="some settings only")
     parser.add_argument("--steps", type=int, default=FULL.steps)
     parser.add_argument("--seeds", type=int, default=FULL.seeds)
     parser.add_argument("--probe-images", type=int, default=FULL.probe_images)

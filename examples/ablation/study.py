@@ -86,9 +86,7 @@ def config_of(setting: Setting, seed: int, corpus: Path, budget: Budget) -> RunC
         ),
         loss=LossConfig(contrastive_weight=setting.contrastive, generation_weight=setting.generation),
         optim=OptimConfig(lr=1e-3, warmup_steps=max(budget.steps // 10, 1)),
-        train=TrainConfig(
-            steps=budget.steps, micro_batch_size=4, global_batch_size=4, seed=seed, device="cpu"
-        ),
+        train=TrainConfig(steps=budget.steps, micro_batch_size=4, global_batch_size=4, seed=seed, device="cpu"),
         checkpoint=CheckpointConfig(every=0, keep=1),
         log=LogConfig(every=50, tensorboard=False),
     )
@@ -181,12 +179,7 @@ def call(*arguments: str, log: Path) -> None:
     log.parent.mkdir(parents=True, exist_ok=True)
     with open(log, "a", encoding="utf-8") as file:
         code = subprocess.run(
-            [sys.executable, *arguments],
-            cwd=ROOT,
-            env=environment,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-            check=False,
+            [sys.executable, *arguments], cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT, check=False
         ).returncode
     if code:
         tail = "\n".join(log.read_text(encoding="utf-8").splitlines()[-15:])

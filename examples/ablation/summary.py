@@ -28,9 +28,7 @@ def gather(results: Sequence[dict[str, Any]]) -> dict[str, dict[str, list[float]
         for name, numbers in rows:
             for measure, _, _ in MEASURES:
                 table.setdefault(name, {}).setdefault(measure, []).append(numbers[measure])
-    return {
-        name: table[name] for name in sorted(table, key=lambda n: (n == UNTRAINED, n.startswith("both"), n))
-    }
+    return {name: table[name] for name in sorted(table, key=lambda n: (n == UNTRAINED, n.startswith("both"), n))}
 
 
 def spread(values: Sequence[float]) -> tuple[float, float]:
@@ -40,10 +38,7 @@ def spread(values: Sequence[float]) -> tuple[float, float]:
 
 def markdown(table: dict[str, dict[str, list[float]]]) -> str:
     """The table as Markdown."""
-    lines = [
-        "| setting | " + " | ".join(title for _, title, _ in MEASURES) + " |",
-        "|---" * (len(MEASURES) + 1) + "|",
-    ]
+    lines = ["| setting | " + " | ".join(title for _, title, _ in MEASURES) + " |", "|---" * (len(MEASURES) + 1) + "|"]
     for name, values in table.items():
         cells = []
         for measure, _, digits in MEASURES:
@@ -66,9 +61,7 @@ def plot(table: dict[str, dict[str, list[float]]], path: Path, title: str) -> No
     for column, (measure, label, _) in enumerate(MEASURES):
         centres, deviations = zip(*(spread(table[name][measure]) for name in bars), strict=True)
         upper = axes[0][column]
-        upper.bar(
-            bars, centres, yerr=deviations, capsize=4, color=["#9aa5b1", "#3e7cb1", "#c1666b", "#4a9d6f"]
-        )
+        upper.bar(bars, centres, yerr=deviations, capsize=4, color=["#9aa5b1", "#3e7cb1", "#c1666b", "#4a9d6f"])
         upper.set_title(label, fontsize=10)
         upper.tick_params(axis="x", rotation=20)
         lower = axes[1][column]
@@ -92,9 +85,7 @@ def write(results: Sequence[dict[str, Any]], facts: dict[str, Any], folder: Path
     folder.mkdir(parents=True, exist_ok=True)
     table = gather(results)
     summary = {
-        name: {
-            measure: dict(zip(("mean", "std"), spread(values[measure]), strict=True)) for measure in values
-        }
+        name: {measure: dict(zip(("mean", "std"), spread(values[measure]), strict=True)) for measure in values}
         for name, values in table.items()
     }
     content = {**facts, "summary": summary, "runs": list(results)}

@@ -23,14 +23,7 @@ from PIL import Image
 
 from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config.schema import TokenizerConfig
-from lcl_mcore.data.prepare.engine import (
-    Dropped,
-    InputPart,
-    PrepareOptions,
-    RawDocument,
-    RawImage,
-    prepare,
-)
+from lcl_mcore.data.prepare.engine import Dropped, InputPart, PrepareOptions, RawDocument, RawImage, prepare
 from lcl_mcore.data.prepare.normalise import ImageLimits
 from lcl_mcore.data.tokenizer import build_tokenizer, train_bpe
 from lcl_mcore.errors import DataError, explain
@@ -140,9 +133,7 @@ def render(path: Path) -> bytes:
     import resvg_py
 
     side = SIDE + 2 * MARGIN
-    content = bytes(
-        resvg_py.svg_to_bytes(svg_path=str(path), width=side, background="white", skip_system_fonts=True)
-    )
+    content = bytes(resvg_py.svg_to_bytes(svg_path=str(path), width=side, background="white", skip_system_fonts=True))
     with Image.open(io.BytesIO(content)) as image:
         cropped = image.convert("RGB").crop((MARGIN, MARGIN, MARGIN + SIDE, MARGIN + SIDE))
     stored = io.BytesIO()
@@ -150,9 +141,7 @@ def render(path: Path) -> bytes:
     return stored.getvalue()
 
 
-def split_by_concept(
-    emojis: Sequence[Emoji], heldout_share: float, variants: int
-) -> tuple[list[Emoji], list[Emoji]]:
+def split_by_concept(emojis: Sequence[Emoji], heldout_share: float, variants: int) -> tuple[list[Emoji], list[Emoji]]:
     """Training images and held-out images (one per concept), each in a keyed order."""
     concepts: dict[str, list[Emoji]] = {}
     for emoji in emojis:
@@ -166,9 +155,7 @@ def split_by_concept(
 
 def _plainest(group: Sequence[Emoji]) -> list[Emoji]:
     """Images without skin tone or hair first, the rest in a keyed order."""
-    return sorted(
-        group, key=lambda e: (e.variant, len(e.code) if not e.variant else key64(SEED, e.code), e.code)
-    )
+    return sorted(group, key=lambda e: (e.variant, len(e.code) if not e.variant else key64(SEED, e.code), e.code))
 
 
 def build(
@@ -209,9 +196,7 @@ def build(
     result: dict[str, Any] = {}
     for name, emojis in (("train", train), ("heldout", heldout)):
         reader = EmojiReader(emojis, folder, versions)
-        manifest = prepare(
-            reader, output / name, options, workers=workers, quiet=quiet, attribution=ATTRIBUTION
-        )
+        manifest = prepare(reader, output / name, options, workers=workers, quiet=quiet, attribution=ATTRIBUTION)
         result[name] = {key: manifest[key] for key in ("documents", "images", "bytes", "fingerprint")}
         result[name]["concepts"] = len({emoji.concept for emoji in emojis})
     tokenizer_path = output / "tokenizer.json"
@@ -230,9 +215,7 @@ def main() -> int:
     """Parse the command line and build."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("output", type=Path)
-    parser.add_argument(
-        "--heldout-share", type=float, default=0.1, help="share of the concepts kept for evaluation"
-    )
+    parser.add_argument("--heldout-share", type=float, default=0.1, help="share of the concepts kept for evaluation")
     parser.add_argument("--variants", type=int, default=6, help="images per concept, skin tones included")
     parser.add_argument("--vocabulary", type=int, default=1_500, help="text ids of the trained tokenizer")
     parser.add_argument("--workers", type=int, default=2, help="processes")

@@ -56,10 +56,7 @@ def main() -> int:
         print(f"\n=== {title}: {' '.join(command[1:])}", flush=True)
         code = subprocess.run(command, env=environment, check=False).returncode
         if code:
-            print(
-                f"error: `{' '.join(command)}` ended with code {code}; see its message above.",
-                file=sys.stderr,
-            )
+            print(f"error: `{' '.join(command)}` ended with code {code}; see its message above.", file=sys.stderr)
             return code
     return 0
 

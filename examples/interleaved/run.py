@@ -46,9 +46,7 @@ def learn_vocabulary() -> Path:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument(
-        "--packages", nargs="+", default=["python-skimage-doc"], help="see tools/fetch_corpora.py"
-    )
+    parser.add_argument("--packages", nargs="+", default=["python-skimage-doc"], help="see tools/fetch_corpora.py")
     parser.add_argument("--pages", type=Path, help="folder of HTML pages with images (default: fetched)")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--processes", type=int, default=2)

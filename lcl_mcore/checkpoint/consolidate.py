@@ -50,11 +50,7 @@ def resolve(location: str) -> list[str]:
         if names:
             return [child(folder, name) for name in names]
     raise CheckpointError(
-        explain(
-            location,
-            "holds no checkpoints",
-            "Give a run's folder, a folder of checkpoints, or one checkpoint.",
-        )
+        explain(location, "holds no checkpoints", "Give a run's folder, a folder of checkpoints, or one checkpoint.")
     )
 
 
@@ -102,9 +98,7 @@ def intact(location: str) -> Iterator[Path]:
         parent, name = path.rsplit("/", 1)
         folder, problems = open_store(parent, Path(scratch)).fetch(name, 0, 1)
         if problems:
-            raise CheckpointError(
-                explain(path, f"is damaged: {'; '.join(problems)}", "Use another checkpoint.")
-            )
+            raise CheckpointError(explain(path, f"is damaged: {'; '.join(problems)}", "Use another checkpoint."))
         yield folder
 
 
@@ -124,10 +118,7 @@ def info(location: str) -> dict[str, Any]:
             "path": resolve(location)[-1],
             **asdict(read_state(folder)),
             "recipe": config.recipe,
-            "written_by": {
-                "tp": config.parallel.tensor_parallel_size,
-                "pp": config.parallel.pipeline_parallel_size,
-            },
+            "written_by": {"tp": config.parallel.tensor_parallel_size, "pp": config.parallel.pipeline_parallel_size},
             "holds": kinds,
         }
 

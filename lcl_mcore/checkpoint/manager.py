@@ -489,9 +489,7 @@ class CheckpointManager:
             return
         self._logged = outcome
         if outcome.problem:
-            self.log(
-                f"WARNING {_save_failed(outcome)} Training goes on and tries again at the next checkpoint."
-            )
+            self.log(f"WARNING {_save_failed(outcome)} Training goes on and tries again at the next checkpoint.")
         else:
             self.log(f"checkpoint {outcome.path} complete after {outcome.seconds:.1f} s")
 
@@ -541,9 +539,7 @@ class CheckpointManager:
         return state
 
 
-def open_checkpoints(
-    config: RunConfig, context: Context, tensors: Tensors, resume: bool
-) -> CheckpointManager:
+def open_checkpoints(config: RunConfig, context: Context, tensors: Tensors, resume: bool) -> CheckpointManager:
     """The checkpoints of a run. Collective.
 
     Raises:

@@ -104,9 +104,7 @@ def _in_row(
         yield (row, *offset), (1, *size)
 
 
-def _shard(
-    kind: str, name: str, parameter: nn.Parameter, start: int, flat: Tensor, tp: tuple[int, int]
-) -> Shard:
+def _shard(kind: str, name: str, parameter: nn.Parameter, start: int, flat: Tensor, tp: tuple[int, int]) -> Shard:
     rank, size = tp
     block = tuple(parameter.shape)
     shape, origin = list(block), [0] * len(block)
@@ -134,10 +132,7 @@ def training_shards(model: LclModel, optimizer: Optimizer, tp: tuple[int, int]) 
 def weight_shards(model: LclModel, tp: tuple[int, int]) -> list[tuple[nn.Parameter, Shard]]:
     """This rank's parameters with fp32 space for each."""
     return [
-        (
-            parameter,
-            _shard(WEIGHTS, model.canonical_name(local), parameter, 0, torch.empty(parameter.numel()), tp),
-        )
+        (parameter, _shard(WEIGHTS, model.canonical_name(local), parameter, 0, torch.empty(parameter.numel()), tp))
         for local, parameter in model.named_parameters()
     ]
 
@@ -150,8 +145,7 @@ class Snapshot:
         self.on_cuda = any(shard.flat.is_cuda for shard in self.shards)
         # Filled at once, so that no save waits for the system to hand out the pages.
         self.host = [
-            torch.empty(s.flat.numel(), dtype=s.flat.dtype, pin_memory=self.on_cuda).fill_(0)
-            for s in self.shards
+            torch.empty(s.flat.numel(), dtype=s.flat.dtype, pin_memory=self.on_cuda).fill_(0) for s in self.shards
         ]
         self.copied: torch.cuda.Event | None = None
 

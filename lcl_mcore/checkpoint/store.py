@@ -300,9 +300,7 @@ def verify(location: Path | str, part: int = 0, parts: int = 1) -> list[str]:
             elif number % parts == part and storage.sha256(name, entry["bytes"]) != entry["sha256"]:
                 problems.append(f"{name}: content changed since it was written")
         if not problems:
-            problems = _state_problems(
-                storage.read(STATE, 0, min(sizes[STATE], MAX_JSON_BYTES + 1)), storage.root
-            )
+            problems = _state_problems(storage.read(STATE, 0, min(sizes[STATE], MAX_JSON_BYTES + 1)), storage.root)
     except DataError as error:
         problems = [str(error)]
     finally:
@@ -326,9 +324,7 @@ def require_intact(location: Path | str) -> None:
     """
     problems = verify(location)
     if problems:
-        raise CheckpointError(
-            explain(location, f"is damaged: {'; '.join(problems[:3])}", "Use another checkpoint.")
-        )
+        raise CheckpointError(explain(location, f"is damaged: {'; '.join(problems[:3])}", "Use another checkpoint."))
 
 
 def verify_written(folder: Path, entries: Entries) -> None:

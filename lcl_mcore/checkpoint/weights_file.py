@@ -102,9 +102,7 @@ def write_consolidated(state: Mapping[str, Tensor], shape: ModelConfig, folder: 
         with atomic_file(path) as partial:
             save_file({name: tensor.contiguous() for name, tensor in state.items()}, partial, metadata)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            explain(path, f"cannot be written ({error})", "Free or enlarge the disk.")
-        ) from None
+        raise CheckpointError(explain(path, f"cannot be written ({error})", "Free or enlarge the disk.")) from None
     return path
 
 
@@ -124,9 +122,7 @@ def read_consolidated(path: Path) -> dict[str, Tensor]:
             names = stored.keys()
             return {current_name(name): stored.get_tensor(name) for name in names}
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(
-            explain(file, f"cannot be read ({error})", "Check the path, or make it again.")
-        ) from None
+        raise CheckpointError(explain(file, f"cannot be read ({error})", "Check the path, or make it again.")) from None
 
 
 def is_consolidated(path: Path) -> bool:

@@ -252,9 +252,7 @@ def measured_pairs(options: PairsOptions, loaded: LoadedModel) -> CaptionDataset
     return open_caption_dataset(options.data, options.images, options.split, options.limit, side)
 
 
-def both_pairs(
-    options: PairsOptions, loaded: LoadedModel, limit: int
-) -> tuple[CaptionDataset, CaptionDataset]:
+def both_pairs(options: PairsOptions, loaded: LoadedModel, limit: int) -> tuple[CaptionDataset, CaptionDataset]:
     """The pairs that are trained on, at most `limit` of them, and those that are measured on."""
     from lcl_mcore.evaluation.datasets import open_caption_dataset
     from lcl_mcore.evaluation.transfer import require_disjoint

@@ -59,9 +59,7 @@ def fetch(package: str, folder: Path) -> Path:
         return target
     for tool in ("apt-get", "dpkg-deb"):
         if shutil.which(tool) is None:
-            raise DataError(
-                explain(tool, "is not installed", "Run this on Debian, Ubuntu or in such a container.")
-            )
+            raise DataError(explain(tool, "is not installed", "Run this on Debian, Ubuntu or in such a container."))
     downloads, part = folder / ".download", folder / f".{package}.part"
     downloads.mkdir(parents=True, exist_ok=True)
     shutil.rmtree(part, ignore_errors=True)
@@ -80,6 +78,4 @@ def _run(command: list[str], folder: Path) -> None:
     result = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False)
     if result.returncode:
         last = (result.stderr.strip().splitlines() or ["no message"])[-1]
-        raise DataError(
-            explain(" ".join(command), f"failed: {last}", "Run apt-get update, check the network.")
-        )
+        raise DataError(explain(" ".join(command), f"failed: {last}", "Run apt-get update, check the network."))

@@ -64,10 +64,7 @@ def config_for(shape: ModelConfig) -> RunConfig:
         recipe="imported",
         model=shape,
         data=DataConfig(
-            tokenizer=tokenizer,
-            sequence_length=shape.language.max_positions,
-            packing="off",
-            context_rule="index0",
+            tokenizer=tokenizer, sequence_length=shape.language.max_positions, packing="off", context_rule="index0"
         ),
         loss=LossConfig(averaging="rank"),
     )

@@ -57,9 +57,7 @@ def main() -> int:
         else:
             print(inspector.page(options.document, options.epoch))
     except IndexError as error:
-        raise DataError(
-            explain(f"--document {options.document}", str(error), "Choose a lower one.")
-        ) from None
+        raise DataError(explain(f"--document {options.document}", str(error), "Choose a lower one.")) from None
     finally:
         inspector.close()
     return 0

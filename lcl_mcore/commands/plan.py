@@ -56,7 +56,5 @@ def main() -> int:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         head = "".join(f"{name}: {value}\n" for name, value in origin.items())
         options.out.with_suffix(".txt").write_text(f"{head}\n{report}\n", encoding="utf-8")
-        options.out.with_suffix(".json").write_text(
-            json.dumps(origin | plan, indent=1) + "\n", encoding="utf-8"
-        )
+        options.out.with_suffix(".json").write_text(json.dumps(origin | plan, indent=1) + "\n", encoding="utf-8")
     return 0 if plan["memory"]["fits"] and not plan["lint"]["problems"] else 1

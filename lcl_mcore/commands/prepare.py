@@ -71,11 +71,7 @@ def main() -> int:
 
     if options.format == "split":
         parts = split(
-            options.input,
-            options.output,
-            heldout_share=options.heldout_share,
-            seed=options.seed,
-            quiet=options.quiet,
+            options.input, options.output, heldout_share=options.heldout_share, seed=options.seed, quiet=options.quiet
         )
         print(json.dumps(parts, indent=1))
         return 0
@@ -91,9 +87,7 @@ def main() -> int:
         require_image=not options.keep_text_only,
         shard_bytes=options.shard_megabytes << 20,
     )
-    manifest = prepare(
-        build_reader(options), options.output, rules, workers=options.workers, quiet=options.quiet
-    )
+    manifest = prepare(build_reader(options), options.output, rules, workers=options.workers, quiet=options.quiet)
     shown = ("documents", "images", "bytes", "fingerprint", "dropped_documents", "dropped_images")
     print(json.dumps({name: manifest[name] for name in shown}, indent=1))
     return 0

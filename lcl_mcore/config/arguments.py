@@ -54,9 +54,7 @@ class Given:
 
     def tree(self) -> dict[str, Any]:
         """As a nested dict."""
-        return {
-            name: value.tree() if isinstance(value, Given) else value for name, value in self.values.items()
-        }
+        return {name: value.tree() if isinstance(value, Given) else value for name, value in self.values.items()}
 
 
 @dataclass(frozen=True)
@@ -107,10 +105,7 @@ def parse_commands(
 
 
 def parse_unchecked(
-    cls: Any,
-    arguments: Sequence[str] | None = None,
-    about: str | None = None,
-    defaults: dict[type, Any] | None = None,
+    cls: Any, arguments: Sequence[str] | None = None, about: str | None = None, defaults: dict[type, Any] | None = None
 ) -> Given:
     """`parse` without the last step, for a caller that still changes values.
 
@@ -262,9 +257,7 @@ def _registry(defaults: dict[type, Any]) -> ConstructorRegistry:
             if text is None and fields_of(inner):
                 text = (inner.__doc__ or "").partition("\n")[0]
             text = " ".join(text.split()) if text else None
-            specs.append(
-                StructFieldSpec(field.name, hint, MISSING if default is NO_DEFAULT else default, text)
-            )
+            specs.append(StructFieldSpec(field.name, hint, MISSING if default is NO_DEFAULT else default, text))
         return StructConstructorSpec(lambda **values: Given(info.type, values), tuple(specs))
 
     @registry.primitive_rule
@@ -279,9 +272,7 @@ def _registry(defaults: dict[type, Any]) -> ConstructorRegistry:
             return PrimitiveConstructorSpec(
                 nargs=1,
                 metavar=metavar,
-                instance_from_str=lambda given: (
-                    None if optional and given[0] in ("none", "None") else given[0]
-                ),
+                instance_from_str=lambda given: None if optional and given[0] in ("none", "None") else given[0],
                 is_instance=lambda value: True,
                 str_from_instance=lambda value: [str(value)],
             )

@@ -30,9 +30,7 @@ def config_dataclass(cls: type[T]) -> type[T]:
     decorate: Callable[[type[T]], type[T]] = pydantic_dataclass(  # type: ignore[assignment]
         frozen=True,
         kw_only=True,
-        config=pydantic.ConfigDict(
-            extra="forbid", strict=False, allow_inf_nan=False, use_attribute_docstrings=True
-        ),
+        config=pydantic.ConfigDict(extra="forbid", strict=False, allow_inf_nan=False, use_attribute_docstrings=True),
     )
     return decorate(cls)
 
@@ -50,9 +48,7 @@ def to_dict(config: Any) -> dict[str, Any]:
     return result
 
 
-def from_dict(
-    cls: type[T], data: dict[str, Any], source: str = "", flags: Mapping[str, str] | None = None
-) -> T:
+def from_dict(cls: type[T], data: dict[str, Any], source: str = "", flags: Mapping[str, str] | None = None) -> T:
     """Build a configuration from a nested dict.
 
     Args:
@@ -119,13 +115,7 @@ _RULES = {
     "dataclass_type": ("", "is a section of settings, not a value"),
 }
 _AT_ZERO = {"greater_than": "must be positive", "greater_than_equal": "cannot be negative"}
-_KINDS = {
-    "int": "a whole number",
-    "float": "a number",
-    "bool": "true or false",
-    "string": "text",
-    "tuple": "a list",
-}
+_KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "tuple": "a list"}
 
 
 def _describe(cls: type, item: Any, flags: Mapping[str, str]) -> str:
@@ -141,9 +131,7 @@ def _describe(cls: type, item: Any, flags: Mapping[str, str]) -> str:
     if kind in _RULES:
         bound, rule = _RULES[kind]
         limit = context.get(bound, "")
-        shown = (
-            f"{limit:g}" if isinstance(limit, int | float) else limit.replace("'", "").replace(" or ", ", ")
-        )
+        shown = f"{limit:g}" if isinstance(limit, int | float) else limit.replace("'", "").replace(" or ", ", ")
         rule = _AT_ZERO[kind] if shown == "0" and kind in _AT_ZERO else rule.format(shown)
     elif kind.partition("_")[0] in _KINDS and kind != "string_pattern_mismatch":
         rule = f"must be {_KINDS[kind.partition('_')[0]]}"

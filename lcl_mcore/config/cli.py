@@ -26,9 +26,7 @@ class RunOptions:
 
     recipe: Annotated[
         str | None,
-        tyro.conf.arg(
-            metavar="NAME", help=f"Start from a named recipe (docs/recipes.md): {', '.join(RECIPES)}."
-        ),
+        tyro.conf.arg(metavar="NAME", help=f"Start from a named recipe (docs/recipes.md): {', '.join(RECIPES)}."),
     ] = None
     config: Path | None = None
     """Start from a configuration file, for example the config.yaml of an earlier run."""
@@ -109,9 +107,7 @@ def _assign(tree: dict[str, Any], assignment: str) -> None:
         try:
             value = yaml.safe_load(text)
         except yaml.YAMLError:
-            raise ConfigError(
-                explain(f"--set {assignment}", "the value is not YAML", "Correct it.")
-            ) from None
+            raise ConfigError(explain(f"--set {assignment}", "the value is not YAML", "Correct it.")) from None
     *sections, name = path.split(".")
     for section in sections:
         if not isinstance(tree.get(section), dict):

@@ -29,12 +29,8 @@ _PAPER_B16 = VisionConfig(drop_path=0.2, layer_scale=0.1)
 _PAPER_L14 = VisionConfig(
     patch_size=14, width=1024, layers=24, heads=16, mlp_width=4096, drop_path=0.2, layer_scale=1e-5
 )
-_VIT_H14 = VisionConfig(
-    patch_size=14, width=1280, layers=32, heads=16, mlp_width=5120, drop_path=0.2, layer_scale=1e-5
-)
-_VIT_G14 = VisionConfig(
-    patch_size=14, width=1408, layers=40, heads=16, mlp_width=6144, drop_path=0.2, layer_scale=1e-5
-)
+_VIT_H14 = VisionConfig(patch_size=14, width=1280, layers=32, heads=16, mlp_width=5120, drop_path=0.2, layer_scale=1e-5)
+_VIT_G14 = VisionConfig(patch_size=14, width=1408, layers=40, heads=16, mlp_width=6144, drop_path=0.2, layer_scale=1e-5)
 _OPT_125M = LanguageConfig(dropout=0.1)
 _OPT_1_3B = LanguageConfig(width=2048, layers=24, heads=32, mlp_width=8192, dropout=0.1)
 _OPT_6_7B = LanguageConfig(width=4096, layers=32, heads=32, mlp_width=16384, dropout=0.1)
@@ -62,9 +58,7 @@ def _paper(name: str, model: ModelConfig, steps: int, batch: int, lr: float) -> 
     return RunConfig(
         recipe=name,
         model=model,
-        data=DataConfig(
-            tokenizer=TokenizerConfig(kind="opt", path="facebook/opt-125m"), sequence_length=2048
-        ),
+        data=DataConfig(tokenizer=TokenizerConfig(kind="opt", path="facebook/opt-125m"), sequence_length=2048),
         optim=OptimConfig(lr=lr),
         train=TrainConfig(steps=steps, micro_batch_size=4, global_batch_size=batch, precision="bf16"),
     )
@@ -152,12 +146,8 @@ def demo() -> RunConfig:
     return RunConfig(
         recipe="demo",
         model=ModelConfig(
-            vision=VisionConfig(
-                image_size=64, width=128, layers=6, heads=4, mlp_width=512, class_token=False
-            ),
-            language=LanguageConfig(
-                vocab_size=2048, width=128, layers=2, heads=4, mlp_width=512, max_positions=256
-            ),
+            vision=VisionConfig(image_size=64, width=128, layers=6, heads=4, mlp_width=512, class_token=False),
+            language=LanguageConfig(vocab_size=2048, width=128, layers=2, heads=4, mlp_width=512, max_positions=256),
             pool_heads=4,
         ),
         data=DataConfig(tokenizer=TokenizerConfig(kind="file"), sequence_length=256),
@@ -185,12 +175,7 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 _SOURCE_OPTIONS: dict[str, dict[str, Any]] = {
     "released-b16-laion": {"ends": "released", "max_text_tokens": 80},
     "released-b32-laion": {"ends": "released", "max_text_tokens": 75},
-    "released-b32-mmc4": {
-        "image_choice": "first",
-        "one_image_per_text": True,
-        "cut_rule": "tokens",
-        "min_images": 1,
-    },
+    "released-b32-mmc4": {"image_choice": "first", "one_image_per_text": True, "cut_rule": "tokens", "min_images": 1},
 }
 
 

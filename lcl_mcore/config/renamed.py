@@ -57,6 +57,4 @@ def with_current_names(tree: dict[str, Any]) -> dict[str, Any]:
 def _source_with_current_values(source: Any) -> Any:
     if not isinstance(source, dict):
         return source
-    return source | {
-        name: values[source[name]] for name, values in SOURCE_VALUES.items() if source.get(name) in values
-    }
+    return source | {name: values[source[name]] for name, values in SOURCE_VALUES.items() if source.get(name) in values}

@@ -600,8 +600,7 @@ class RunConfig:
                 heads % tp == 0 or not split,
                 f"{name} = {heads} with parallel.tensor_parallel_size = {tp}",
                 "each tensor-parallel rank gets a whole share of the heads",
-                f"Use one of --tp {divisors}"
-                + (", or --vision-parallel data." if "language" not in name else "."),
+                f"Use one of --tp {divisors}" + (", or --vision-parallel data." if "language" not in name else "."),
             )
         padded = model.language.padded_vocab_size
         require(

@@ -54,14 +54,10 @@ def gather_reports(report: RankReport | Exception, group: dist.ProcessGroup | No
             raise report
         return [report]
     gathered: list[Any] = [None] * group.size()
-    dist.all_gather_object(
-        gathered, cause_of(report) if isinstance(report, Exception) else report, group=group
-    )
+    dist.all_gather_object(gathered, cause_of(report) if isinstance(report, Exception) else report, group=group)
     if isinstance(report, Exception):
         raise report
-    causes = [
-        f"data-parallel rank {rank}: {cause}" for rank, cause in enumerate(gathered) if isinstance(cause, str)
-    ]
+    causes = [f"data-parallel rank {rank}: {cause}" for rank, cause in enumerate(gathered) if isinstance(cause, str)]
     if causes:
         raise DataError("reading stopped. " + "; ".join(causes))
     return gathered
@@ -73,9 +69,7 @@ def cause_of(error: Exception) -> str:
     return text[:MAX_CAUSE] or type(error).__name__
 
 
-def send_step(
-    step: StepBatch | Exception, group: dist.ProcessGroup, pixel_ranks: Sequence[int] | None = None
-) -> None:
+def send_step(step: StepBatch | Exception, group: dist.ProcessGroup, pixel_ranks: Sequence[int] | None = None) -> None:
     """Give a step (or the reason why there is none) to the other ranks of the model-parallel group.
 
     Args:
@@ -87,9 +81,7 @@ def send_step(
         dist.broadcast_object_list([cause_of(step)], group_src=0, group=group)
         return
     # Everything but the numbers: tensors on the meta device keep shape and type without content.
-    outline = replace(
-        step, micro_batches=tuple(batch.to(torch.device("meta")) for batch in step.micro_batches)
-    )
+    outline = replace(step, micro_batches=tuple(batch.to(torch.device("meta")) for batch in step.micro_batches))
     dist.broadcast_object_list([outline], group_src=0, group=group)
     integers = [getattr(batch, name).reshape(-1) for batch in step.micro_batches for name in INTEGER_FIELDS]
     dist.broadcast(torch.cat(integers), group_src=0, group=group)
@@ -116,9 +108,7 @@ def receive_step(group: dist.ProcessGroup, pixel_ranks: Sequence[int] | None = N
     if isinstance(outline, str):
         raise DataError(outline)
     wanted = pixel_ranks is None or dist.get_rank(group) in pixel_ranks
-    shapes = [
-        {name: getattr(batch, name).shape for name in INTEGER_FIELDS} for batch in outline.micro_batches
-    ]
+    shapes = [{name: getattr(batch, name).shape for name in INTEGER_FIELDS} for batch in outline.micro_batches]
     integers = torch.empty(sum(s.numel() for item in shapes for s in item.values()), dtype=torch.int64)
     dist.broadcast(integers, group_src=0, group=group)
     pixel_count = sum(batch.images.numel() for batch in outline.micro_batches)

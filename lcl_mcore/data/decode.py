@@ -245,9 +245,7 @@ class DaliDecoder:
         probe = optional_packages.dali()
         if not probe.usable:
             raise ConfigError(
-                explain(
-                    "data.decode_backend = dali", f"DALI cannot be imported ({probe.reason})", DALI_REMEDY
-                )
+                explain("data.decode_backend = dali", f"DALI cannot be imported ({probe.reason})", DALI_REMEDY)
             )
         self._threads = threads
         self._device = device

@@ -110,9 +110,7 @@ class Document:
         if not isinstance(texts, list) or not isinstance(images, list):
             raise BadJsonError("text_list and image_info must be lists")
         if len(texts) > MAX_TEXTS or len(images) > MAX_IMAGES:
-            raise BadJsonError(
-                f"{len(texts)} texts and {len(images)} images, allowed {MAX_TEXTS} and {MAX_IMAGES}"
-            )
+            raise BadJsonError(f"{len(texts)} texts and {len(images)} images, allowed {MAX_TEXTS} and {MAX_IMAGES}")
         index_name = "matched_text_index" if kind == "matched" else "text_index"
         last = len(texts) if kind == "sequence" else max(len(texts) - 1, 0)
         entries = tuple(
@@ -212,9 +210,7 @@ class ShardWriter:
             raise ValueError(f"key {key!r} must be new, without dot or slash, of 1 to 80 characters")
         self._keys.add(key)
         self._first_members.append(len(self._places))
-        text = json.dumps(
-            document.to_json(**more), ensure_ascii=False, allow_nan=False, separators=(",", ":")
-        )
+        text = json.dumps(document.to_json(**more), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
         self._member(key, "json", text.encode())
         for image, content in zip(document.images, images, strict=True):
             self._member(key, image.name, content)
@@ -222,9 +218,7 @@ class ShardWriter:
 
     def _member(self, key: str, name: str, content: bytes) -> None:
         self._places.append((self.size + BLOCKSIZE, len(content)))
-        self._tar.write(
-            {"__key__": key, name: content}
-        )  # one member at a time: it would sort several by name
+        self._tar.write({"__key__": key, name: content})  # one member at a time: it would sort several by name
 
     def close(self) -> ShardInfo:
         """Complete the shard and its index, and say what the manifest must list."""
@@ -312,9 +306,7 @@ def listed_shards(where: str, manifest: dict[str, Any]) -> list[ShardInfo]:
         raise DataError(explain(where, f"is damaged: {error}", "Prepare the data set again.")) from error
     for shard in shards:
         if "/" in shard.file or shard.file.startswith("."):
-            raise DataError(
-                explain(f"{where}: shard {shard.file!r}", "must be a plain name", "Prepare it again.")
-            )
+            raise DataError(explain(f"{where}: shard {shard.file!r}", "must be a plain name", "Prepare it again."))
     if fingerprint(shards) != manifest.get("fingerprint"):
         rule = f"fingerprint {manifest.get('fingerprint')} does not fit its shard list"
         raise DataError(explain(where, rule, "Restore the manifest or prepare the data set again."))
@@ -442,9 +434,7 @@ class NativeDataset:
         return places
 
     def _bad_index(self, file: str, detail: str) -> DataError:
-        return DataError(
-            explain(f"{self.path}/{file}", f"is damaged: {detail}", "Prepare the data set again.")
-        )
+        return DataError(explain(f"{self.path}/{file}", f"is damaged: {detail}", "Prepare the data set again."))
 
     def _require_files(self) -> None:
         """One listing shows missing and cut shards before a run starts."""
@@ -455,6 +445,4 @@ class NativeDataset:
                 if sizes.get(file) != wanted:
                     found = f"has {sizes[file]} bytes" if file in sizes else "is missing"
                     rule = f"{found}, the manifest says {wanted} bytes"
-                    raise DataError(
-                        explain(f"{self.path}/{file}", rule, "Copy it again or prepare it again.")
-                    )
+                    raise DataError(explain(f"{self.path}/{file}", rule, "Copy it again or prepare it again."))

@@ -25,9 +25,7 @@ SEQUENCES = 128  # packed for the statistics of a data set
 class Inspector:
     """Tokenizes and packs the documents of one source as training does."""
 
-    def __init__(
-        self, config: DataConfig, source: SourceConfig, tokenizer: Tokenizer, tokens_per_image: int
-    ) -> None:
+    def __init__(self, config: DataConfig, source: SourceConfig, tokenizer: Tokenizer, tokens_per_image: int) -> None:
         self._config = replace(config, sources=(source,))
         self._tokenizer = tokenizer
         self._tokens_per_image = tokens_per_image
@@ -99,9 +97,7 @@ class Inspector:
 
     def _packed(self) -> tuple[float, list[int]]:
         """Share of used tokens over the first sequences of one stream, and the images in each of them."""
-        stream = SampleStream(
-            self._config, self._mixture.documents_of(0), self._tokens_per_image, StreamState()
-        )
+        stream = SampleStream(self._config, self._mixture.documents_of(0), self._tokens_per_image, StreamState())
         packed = [stream.next_sequence() for _ in range(SEQUENCES)]
         used = sum(span.length for sequence in packed for span in sequence)
         images = [sum(span.images for span in sequence) for sequence in packed]
@@ -123,9 +119,7 @@ class Inspector:
                     "first": place,
                     "length": length,
                     "cut": place + length > self._config.sequence_length,
-                    "image": self._image(document.stored, document.members, segment.image)
-                    if is_image
-                    else None,
+                    "image": self._image(document.stored, document.members, segment.image) if is_image else None,
                     "tokens": [self._tokenizer.decode([i]) for i in segment.ids],
                 }
             )
@@ -146,10 +140,4 @@ def _spread(values: list[int]) -> dict[str, float]:
     if not values:
         return {}
     low, middle, high = np.percentile(values, [5, 50, 95])
-    return {
-        "mean": round(float(np.mean(values)), 1),
-        "5%": low,
-        "50%": middle,
-        "95%": high,
-        "max": max(values),
-    }
+    return {"mean": round(float(np.mean(values)), 1), "5%": low, "50%": middle, "95%": high, "max": max(values)}

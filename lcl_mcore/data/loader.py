@@ -161,9 +161,7 @@ class StepLoader(Iterator[StepBatch]):
             try:
                 step = self._source.next_step()
                 if on_cuda:
-                    step = replace(
-                        step, micro_batches=tuple(batch.pin_memory() for batch in step.micro_batches)
-                    )
+                    step = replace(step, micro_batches=tuple(batch.pin_memory() for batch in step.micro_batches))
                 self._steps.put(step)
             except BaseException as error:  # handed to the consumer, whatever it is
                 self._steps.put(error)
@@ -200,9 +198,7 @@ class StepReader:
             for stream in range(self._first_stream, self._first_stream + own)
         ]
         # Streams are independent. Waiting for an object store overlaps; local reads gain nothing from it.
-        self._pool = (
-            ThreadPoolExecutor(REMOTE_READERS, thread_name_prefix="read") if self._mixture.remote else None
-        )
+        self._pool = ThreadPoolExecutor(REMOTE_READERS, thread_name_prefix="read") if self._mixture.remote else None
 
     def next_step(self) -> StepBatch:
         """Read, decode and exchange one step. An error on any rank is raised on every rank."""

@@ -27,13 +27,7 @@ class Mixture:
     """
 
     def __init__(
-        self,
-        config: DataConfig,
-        tokenizer: Tokenizer,
-        tokens_per_image: int,
-        *,
-        streams: int = 1,
-        seed: int = 0,
+        self, config: DataConfig, tokenizer: Tokenizer, tokens_per_image: int, *, streams: int = 1, seed: int = 0
     ) -> None:
         if not config.sources:
             raise DataError(explain("data.sources = []", "nothing to read", "Give at least one data set."))
@@ -46,11 +40,7 @@ class Mixture:
         }
         self._tokenizers = [
             DocumentTokenizer(
-                source,
-                tokenizer,
-                tokens_per_image=tokens_per_image,
-                sequence_length=config.sequence_length,
-                seed=seed,
+                source, tokenizer, tokens_per_image=tokens_per_image, sequence_length=config.sequence_length, seed=seed
             )
             for source in config.sources
         ]

@@ -53,9 +53,7 @@ class Span:
 PackedSequence = tuple[Span, ...]
 
 
-def span_from(
-    n: int, document: TokenizedDocument, image_length: int, first_segment: int = 0, offset: int = 0
-) -> Span:
+def span_from(n: int, document: TokenizedDocument, image_length: int, first_segment: int = 0, offset: int = 0) -> Span:
     """What is left of a document from a segment on (to its end); `image_length` is that of an image with markers."""
     segments = document.segments[first_segment:]
     if offset:
@@ -97,14 +95,7 @@ def cut_window(span: Span, room: int, image_length: int) -> tuple[Span, tuple[tu
             taken.append(Segment(ids=segment.ids[:left]))
             offset, left = offset + left, 0
         head = Span(
-            span.n,
-            span.document,
-            tuple(taken),
-            span.first_segment,
-            span.offset,
-            span.begin,
-            False,
-            room - left,
+            span.n, span.document, tuple(taken), span.first_segment, span.offset, span.begin, False, room - left
         )
         return head, ((span.n, span.first_segment + i, offset),)
     end = span.end and left > 0
@@ -211,9 +202,7 @@ def _image_counter(wanted_images: float | None) -> Callable[[Span], int]:
     return (lambda span: 0) if wanted_images is None else (lambda span: span.images)
 
 
-def _best_bit(
-    reachable: int, stride: int, image_counts: int, room: int, wanted: float | None, enough: int
-) -> int:
+def _best_bit(reachable: int, stride: int, image_counts: int, room: int, wanted: float | None, enough: int) -> int:
     """The bit of the best subset: nearest the wanted images if full enough, else the fullest."""
     mask = (1 << (room + 1)) - 1
     fullest = [((reachable >> (stride * images)) & mask).bit_length() - 1 for images in range(image_counts)]
@@ -251,9 +240,7 @@ class StreamState:
             DataError: no state has this many integers.
         """
         if len(values) < 2 or (len(values) - 2) % 3:
-            raise DataError(
-                explain(f"sample stream state {list(values)}", "is damaged", "Use an older checkpoint.")
-            )
+            raise DataError(explain(f"sample stream state {list(values)}", "is damaged", "Use an older checkpoint."))
         carry = tuple(zip(values[2::3], values[3::3], values[4::3], strict=True))
         return StreamState(values[0], values[1], carry)
 
@@ -277,14 +264,9 @@ class SampleStream:
     ) -> None:
         self._documents = documents
         self._packer = BestFitPacker(
-            config.sequence_length,
-            tokens_per_image + MARKERS_PER_IMAGE,
-            config.min_fill,
-            config.balance_images,
+            config.sequence_length, tokens_per_image + MARKERS_PER_IMAGE, config.min_fill, config.balance_images
         )
-        self._next_block = {"best_fit": self._best_fit, "windows": self._window, "off": self._single}[
-            config.packing
-        ]
+        self._next_block = {"best_fit": self._best_fit, "windows": self._window, "off": self._single}[config.packing]
         self._block_tokens = config.packing_buffer * config.sequence_length
         self._start = state
         self._block: list[PackedSequence] | None = None

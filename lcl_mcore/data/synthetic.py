@@ -33,13 +33,7 @@ class SyntheticSequences:
         self.options = source_options(config.recipe)
         vocab = config.model.language.vocab_size
         self.ids = SpecialIds(
-            bos=vocab - 6,
-            eos=vocab - 5,
-            pad=vocab - 4,
-            boi=vocab - 3,
-            eoi=vocab - 2,
-            image=vocab - 1,
-            vocab_size=vocab,
+            bos=vocab - 6, eos=vocab - 5, pad=vocab - 4, boi=vocab - 3, eoi=vocab - 2, image=vocab - 1, vocab_size=vocab
         )
         self.random = np.random.default_rng(seed)
         self.image_length = config.model.vision.patches + MARKERS_PER_IMAGE
@@ -100,15 +94,11 @@ class SyntheticSequences:
         self.documents += 1
         side = self.config.model.vision.image_size
         entries = tuple(
-            ImageEntry(f"{segment.image}.jpg", side, side, "jpeg", "", 0)
-            for segment in segments
-            if segment.image >= 0
+            ImageEntry(f"{segment.image}.jpg", side, side, "jpeg", "", 0) for segment in segments if segment.image >= 0
         )
         stored = Document(str(self.documents), kind, (), entries)
         sample = SampleIndex(0, 0, self.documents)
-        document = TokenizedDocument(
-            sample, "synthetic", stored, Members("synthetic", ()), tuple(segments), begin, end
-        )
+        document = TokenizedDocument(sample, "synthetic", stored, Members("synthetic", ()), tuple(segments), begin, end)
         return span_from(self.documents, document, self.image_length)
 
 

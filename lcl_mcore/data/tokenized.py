@@ -65,13 +65,7 @@ class DocumentTokenizer:
     """Tokenizes the documents of one source by its rules."""
 
     def __init__(
-        self,
-        source: SourceConfig,
-        tokenizer: Tokenizer,
-        *,
-        tokens_per_image: int,
-        sequence_length: int,
-        seed: int,
+        self, source: SourceConfig, tokenizer: Tokenizer, *, tokens_per_image: int, sequence_length: int, seed: int
     ) -> None:
         self.source = source
         self._tokenizer = tokenizer
@@ -119,9 +113,7 @@ class DocumentTokenizer:
             images = [images[i] for i in random.sample(len(images), limit)]
         return [number for _, number in images[:limit]]
 
-    def _interleave(
-        self, stored: Document, images: Sequence[int], random: KeyedRandom
-    ) -> tuple[Segment, ...]:
+    def _interleave(self, stored: Document, images: Sequence[int], random: KeyedRandom) -> tuple[Segment, ...]:
         """Texts and images of a document of kind `matched` or `sequence`, in reading order."""
         before: dict[int, list[int]] = {}  # text index -> images that stand before this text
         for number in images:

@@ -42,9 +42,7 @@ class SpecialIds:
 class Tokenizer:
     """Encodes ordinary text only. Markers inside a document's text stay ordinary characters."""
 
-    def __init__(
-        self, backend: tokenizers.Tokenizer, ids: SpecialIds, *, clip_cleaning: bool = False
-    ) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, ids: SpecialIds, *, clip_cleaning: bool = False) -> None:
         self._definition = backend.to_str()
         self._backend = _without_special_matching(self._definition)
         self._ids = ids
@@ -84,13 +82,7 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int], *, markers: bool = False) -> str:
         """Text of ids; with `markers`, special ids appear as readable marks instead of vanishing."""
-        names = {
-            self.bos: "<bos>",
-            self.eos: "<eos>",
-            self.boi: "<BoI>",
-            self.eoi: "<EoI>",
-            self.image: "<image>",
-        }
+        names = {self.bos: "<bos>", self.eos: "<eos>", self.boi: "<BoI>", self.eoi: "<EoI>", self.image: "<image>"}
         parts: list[str] = []
         run: list[int] = []
         for i in ids:
@@ -151,9 +143,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     backend.decoder = hf_decoders.ByteLevel()
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
+        vocab_size=vocab_size, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     backend.train_from_iterator(texts, trainer)
     return _after_last_id(backend)

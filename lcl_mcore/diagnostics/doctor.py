@@ -162,9 +162,7 @@ def describe_system() -> tuple[list[Line], list[str]]:
     if gpus or not driver:
         return lines, []
     if versions["cuda"] is None:
-        return lines, [
-            "There is a GPU driver, but this torch is built for CPU: install a CUDA build of torch."
-        ]
+        return lines, ["There is a GPU driver, but this torch is built for CPU: install a CUDA build of torch."]
     return lines, [f"This torch is built for CUDA {versions['cuda']}, but sees no GPU with driver {driver}."]
 
 
@@ -195,9 +193,7 @@ def choose_parts(precision: str) -> list[Line]:
     lines += [Line(choice.part, choice.backend, True, choice.reason) for choice in (adam, fusion)]
     engine = select_engine("auto", torch.empty(0, device=device))
     name = "reference" if engine is None else engine.__name__.rpartition(".")[2].removesuffix("_engine")
-    reason = (
-        "contrastive" if name == "triton" else f"contrastive; triton: {optional_packages.triton().reason}"
-    )
+    reason = "contrastive" if name == "triton" else f"contrastive; triton: {optional_packages.triton().reason}"
     lines.append(Line("loss", name, True, reason))
     lines.append(Line("", "chunked", True, "vocabulary cross-entropy, logits never stored whole"))
     decoder = build_decoder(DataConfig(), torch.device(device))
@@ -218,10 +214,7 @@ def _quiet() -> Iterator[None]:
 
 
 def examine(
-    precision: str | None = None,
-    folder: Path | None = None,
-    megabytes: float | None = None,
-    min_bandwidth: float = 0.0,
+    precision: str | None = None, folder: Path | None = None, megabytes: float | None = None, min_bandwidth: float = 0.0
 ) -> Report:
     """Look at everything; under torchrun also at links, clocks, equal software and the run folder.
 

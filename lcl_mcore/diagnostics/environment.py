@@ -35,9 +35,7 @@ def describe() -> dict[str, Any]:
         "gpu": {**found[0], "count": len(found), **driver()} if found else None,
         "host": host(),
         "versions": versions(),
-        "optional": {
-            p.name: {"usable": p.usable, "version": p.version, "reason": p.reason} for p in all_probes()
-        },
+        "optional": {p.name: {"usable": p.usable, "version": p.version, "reason": p.reason} for p in all_probes()},
         "source": source_commit(),
     }
 

@@ -243,9 +243,7 @@ def _try_storage(
             path.unlink(missing_ok=True)
     for writer in writers:
         seen = {"write": 0.0, "read": 0.0, "rename": 0.0, "free": 0.0} | everyone[writer]
-        one = StorageResult(
-            nodes[writer], seen["write"], seen["read"], seen["rename"], seen["free"], seen["problem"]
-        )
+        one = StorageResult(nodes[writer], seen["write"], seen["read"], seen["rename"], seen["free"], seen["problem"])
         result.storage.append(one)
         if one.problem:
             result.errors.append(f"{folder} on {one.node}: {one.problem}")
@@ -256,9 +254,7 @@ def _guard(action: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     try:
         return {"problem": ""} | action()
     except OSError as error:
-        return {
-            "problem": f"{error.strerror or error}. The run folder must be writable storage of all nodes."
-        }
+        return {"problem": f"{error.strerror or error}. The run folder must be writable storage of all nodes."}
 
 
 def _write(path: Path, payload: bytes) -> dict[str, Any]:

@@ -45,9 +45,7 @@ class Context:
 
 def detached(device: Device, groups: Groups) -> Context:
     """A context outside a run, for the planner, benchmarks and tests: nothing is logged or written."""
-    return Context(
-        device, groups, dist.get_rank(), dist.get_world_size(), Path(), lambda line: None, dist.HashStore()
-    )
+    return Context(device, groups, dist.get_rank(), dist.get_world_size(), Path(), lambda line: None, dist.HashStore())
 
 
 def start(config: RunConfig, run_folder: Path) -> Context:
@@ -61,9 +59,7 @@ def start(config: RunConfig, run_folder: Path) -> Context:
     _limit_threads()
     if os.environ.get("LOCAL_RANK") == "0":
         _end_orphans()
-    if (
-        config.parallel.tensor_parallel_size > 1
-    ):  # megatron's overlap of gradient reduction counts on launch order
+    if config.parallel.tensor_parallel_size > 1:  # megatron's overlap of gradient reduction counts on launch order
         os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "1")
     device = pick_device(config.train.device)
     # Imported after the CPU platform, which keeps megatron-core's import from loading torch's compiler.

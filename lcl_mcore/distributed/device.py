@@ -104,9 +104,7 @@ def pick_device(requested: str = "auto") -> Device:
     """
     available = torch.cuda.is_available()
     if requested == "cuda" and not available:
-        raise ConfigError(
-            explain("device = cuda", "no CUDA device is visible to torch", "Use --device cpu or auto.")
-        )
+        raise ConfigError(explain("device = cuda", "no CUDA device is visible to torch", "Use --device cpu or auto."))
     if requested == "cpu" or not available:
         from lcl_mcore.distributed import cpu
 

@@ -48,9 +48,7 @@ class Groups:
     host_checkpoint: dist.ProcessGroup
 
 
-def _make(
-    members: list[list[int]], backend: str | None, timeout: timedelta, name: str
-) -> dist.ProcessGroup | None:
+def _make(members: list[list[int]], backend: str | None, timeout: timedelta, name: str) -> dist.ProcessGroup | None:
     """One group per list; every rank takes part in making all of them, in the same order. This rank's, if any."""
     mine = None
     for ranks in members:
@@ -92,9 +90,7 @@ def make_groups(tp: int, pp: int, timeout_seconds: float, seed: int, *, host_bac
     vision = copy.copy(collection)
     if tp > 1:
         own = [dist.get_rank()]
-        vision.tp = dist.new_group(
-            own, timeout=timeout, group_desc="vision-tp", use_local_synchronization=True
-        )
+        vision.tp = dist.new_group(own, timeout=timeout, group_desc="vision-tp", use_local_synchronization=True)
     return Groups(
         megatron=collection,
         tp=collection.tp,

@@ -71,10 +71,7 @@ def greedy(
         if bool(done.all()):
             break
     ends = (tokenizer.eos, tokenizer.boi)
-    return [
-        ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))]
-        for ids in generated.tolist()
-    ]
+    return [ids[: next((i for i, token in enumerate(ids) if token in ends), len(ids))] for ids in generated.tolist()]
 
 
 class LclDecoder(TransferHead):
@@ -131,10 +128,7 @@ class LclDecoder(TransferHead):
         hidden, starts = self._hidden(latents, [text[:-1] for text in ids])
         first = len(self.prompt) - 1  # predicts the first token
         positions = torch.cat(
-            [
-                start + first + torch.arange(len(text))
-                for start, text in zip(starts.tolist(), ids, strict=True)
-            ]
+            [start + first + torch.arange(len(text)) for start, text in zip(starts.tolist(), ids, strict=True)]
         )
         labels = torch.tensor([token for text in ids for token in text])
         language, device = self.language, hidden.device
@@ -236,17 +230,13 @@ class HuggingFaceDecoder(nn.Module):
         device, longest = latents.device, max(map(len, ids))
         prefix = self._prefix(latents)
         inputs = torch.tensor(
-            [[*text[:-1], *[self.end] * (longest - len(text))] for text in ids],
-            dtype=torch.int64,
-            device=device,
+            [[*text[:-1], *[self.end] * (longest - len(text))] for text in ids], dtype=torch.int64, device=device
         )
         labels = torch.tensor([[*text, *[IGNORED] * (longest - len(text))] for text in ids], device=device)
         # Padding stands behind every target, where a causal mask hides it.
         embeds = torch.cat((prefix, self.model.get_input_embeddings()(inputs)), 1)
         logits = self.model(inputs_embeds=embeds).logits[:, prefix.shape[1] - 1 :]
-        return F.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum"
-        )
+        return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
 
     @torch.no_grad()
     def generate(self, latents: Tensor, max_tokens: int) -> list[str]:

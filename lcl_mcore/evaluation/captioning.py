@@ -60,9 +60,7 @@ def require_scorers() -> None:
         ConfigError: pycocoevalcap is missing.
     """
     if not installed("pycocoevalcap", "pycocoevalcap", "pycocoevalcap").usable:
-        raise ConfigError(
-            explain("caption scores", "need pycocoevalcap", "pip install 'lcl-mcore[captions]'.")
-        )
+        raise ConfigError(explain("caption scores", "need pycocoevalcap", "pip install 'lcl-mcore[captions]'."))
 
 
 def scores(generated: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
@@ -99,9 +97,7 @@ def scores_with_examples(generated: Sequence[str], data: CaptionDataset) -> dict
 
 
 @torch.no_grad()
-def generate(
-    model: LclModel, tokenizer: Tokenizer, images: Tensor, max_tokens: int, begin: bool
-) -> list[list[int]]:
+def generate(model: LclModel, tokenizer: Tokenizer, images: Tensor, max_tokens: int, begin: bool) -> list[list[int]]:
     """Greedy captions of uint8 [n, 3, S, S]: ids after `[begin] <BoI> image <EoI>`, up to an end token or `<BoI>`."""
     n, patches, device = len(images), model.shape.vision.patches, images.device
     start = [tokenizer.bos] if begin else []
@@ -175,9 +171,7 @@ def make_connector(width: int, out: int, seed: int) -> nn.Sequential:
     return connector
 
 
-def make_decoder(
-    loaded: LoadedModel, config: CaptionConfig, pretrained: Sequence[Tensor] | None
-) -> CaptionDecoder:
+def make_decoder(loaded: LoadedModel, config: CaptionConfig, pretrained: Sequence[Tensor] | None) -> CaptionDecoder:
     """The LM that `config` asks for, ready to train or frozen.
 
     Args:
@@ -225,11 +219,7 @@ def train_decoder(
 
 @torch.no_grad()
 def score_decoder(
-    decoder: CaptionDecoder,
-    connector: nn.Module,
-    encoder: ImageEncoder,
-    test: CaptionDataset,
-    max_tokens: int,
+    decoder: CaptionDecoder, connector: nn.Module, encoder: ImageEncoder, test: CaptionDataset, max_tokens: int
 ) -> dict[str, Any]:
     """BLEU-4 and CIDEr of greedy captions, and the loss of each image's first caption, nats a token."""
     generated: list[str] = []

@@ -250,7 +250,5 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     theta = torch.zeros(n, 2, 3)
     theta[:, 0, 0], theta[:, 1, 1], theta[:, :, 2] = scale * mirror, scale, shift
     grid = nn.functional.affine_grid(theta.to(images.device), list(images.shape), align_corners=False)
-    moved = nn.functional.grid_sample(
-        images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False
-    )
+    moved = nn.functional.grid_sample(images.float(), grid, mode="bilinear", padding_mode="border", align_corners=False)
     return moved.round().clamp(0, 255).byte()

@@ -32,18 +32,7 @@ from lcl_mcore.errors import DataError, explain
 IMAGE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp")
 SPLITS = {"train": ("train",), "test": ("val", "validation", "test")}
 IDX_PREFIX = {"train": "train", "test": "t10k"}
-FASHION_MNIST = (
-    "T-shirt",
-    "trouser",
-    "pullover",
-    "dress",
-    "coat",
-    "sandal",
-    "shirt",
-    "sneaker",
-    "bag",
-    "ankle boot",
-)
+FASHION_MNIST = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
 
 
 @dataclass(frozen=True)
@@ -124,9 +113,7 @@ def _read_idx(path: Path) -> Tensor:
     sizes = np.frombuffer(content, ">i4", axes, 4).tolist()
     values = np.frombuffer(content, np.uint8, offset=4 + 4 * axes)
     if values.size != int(np.prod(sizes)):
-        raise DataError(
-            explain(path, f"holds {values.size} bytes, its header says {sizes}", "Download it again.")
-        )
+        raise DataError(explain(path, f"holds {values.size} bytes, its header says {sizes}", "Download it again."))
     return torch.from_numpy(values.reshape(sizes).copy())
 
 
@@ -154,9 +141,7 @@ def _decode(content: bytes, image_size: int) -> Tensor:
     return functional.interpolate(planes, size=(image_size, image_size), mode="bicubic", antialias=True)[0]
 
 
-def image_fetcher(
-    read: Callable[[int], tuple[str, bytes]], image_size: int
-) -> Callable[[Sequence[int]], Tensor]:
+def image_fetcher(read: Callable[[int], tuple[str, bytes]], image_size: int) -> Callable[[Sequence[int]], Tensor]:
     """Fetch images by index, decoding on threads.
 
     Args:
@@ -223,9 +208,7 @@ def _open_tars(folder: Path, tars: Sequence[Path], image_size: int) -> Classific
         with open(path, "rb") as file:
             return f"{path}: {stem}", os.pread(file.fileno(), size, offset)
 
-    return ClassificationDataset(
-        folder.parent.name, classes, torch.tensor(labels), image_fetcher(read, image_size)
-    )
+    return ClassificationDataset(folder.parent.name, classes, torch.tensor(labels), image_fetcher(read, image_size))
 
 
 # --- images with captions
@@ -253,9 +236,7 @@ class CaptionDataset:
         return texts, torch.tensor([i for i, captions in enumerate(self.captions) for _ in captions])
 
 
-def open_caption_dataset(
-    path: str, images: Path | None, split: str, limit: int, image_size: int
-) -> CaptionDataset:
+def open_caption_dataset(path: str, images: Path | None, split: str, limit: int, image_size: int) -> CaptionDataset:
     """A prepared data set of pairs; Karpathy's JSON (COCO, Flickr30k); or COCO-style JSON (NoCaps).
 
     Args:
@@ -307,11 +288,7 @@ def _coco(content: dict[str, Any]) -> list[tuple[str, tuple[str, ...]]]:
     captions: dict[Any, list[str]] = {}
     for item in content["annotations"]:
         captions.setdefault(item["image_id"], []).append(item["caption"])
-    return [
-        (item["file_name"], tuple(captions[item["id"]]))
-        for item in content["images"]
-        if item["id"] in captions
-    ]
+    return [(item["file_name"], tuple(captions[item["id"]])) for item in content["images"] if item["id"] in captions]
 
 
 class _StoredCaptions(Sequence[tuple[str, ...]]):

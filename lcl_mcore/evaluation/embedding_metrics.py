@@ -32,9 +32,7 @@ class Recall:
         return 0.5 * (self.image_to_text[k] + self.text_to_image[k])
 
 
-def recall_at(
-    image: Tensor, text: Tensor, ks: Sequence[int] = (1, 5), image_of_text: Tensor | None = None
-) -> Recall:
+def recall_at(image: Tensor, text: Tensor, ks: Sequence[int] = (1, 5), image_of_text: Tensor | None = None) -> Recall:
     """Recall at each k of `ks`; ties count against the query. NaN without images.
 
     Args:

@@ -269,12 +269,7 @@ class PeriodicEvaluation:
         dist.all_gather_object(ranks, (own.image, own.text), group=dp)
         image, text = (torch.cat(vectors) for vectors in zip(*ranks, strict=True))
         recall = recall_at(image, text, KS)
-        return {
-            "images": recall.images,
-            "R@1": recall.mean(1),
-            "R@5": recall.mean(5),
-            "generation": mean_loss(sums),
-        }
+        return {"images": recall.images, "R@1": recall.mean(1), "R@5": recall.mean(5), "generation": mean_loss(sums)}
 
     def _batches(self, order: Order, stop: Callable[[], bool]) -> Iterator[MicroBatch]:
         """This rank's micro-batches, as long as any rank has some.

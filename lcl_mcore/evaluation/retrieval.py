@@ -45,9 +45,7 @@ from lcl_mcore.rng import key63
 KS = (1, 5, 10)
 
 
-def retrieval_scores(
-    image: Tensor, text: Tensor, image_of_text: Tensor, ks: Sequence[int] = KS
-) -> dict[str, float]:
+def retrieval_scores(image: Tensor, text: Tensor, image_of_text: Tensor, ks: Sequence[int] = KS) -> dict[str, float]:
     """TR@k: some own caption among an image's k nearest. IR@k: its image among a caption's k nearest.
 
     Args:
@@ -220,9 +218,7 @@ def train_dual_encoder(
 
 
 @torch.no_grad()
-def score_dual_encoder(
-    dual_encoder: DualEncoder, encoder: ImageEncoder, test: CaptionDataset
-) -> dict[str, float]:
+def score_dual_encoder(dual_encoder: DualEncoder, encoder: ImageEncoder, test: CaptionDataset) -> dict[str, float]:
     """TR@k and IR@k."""
     texts, image_of_text = test.flat_captions()
     images = [
@@ -230,18 +226,13 @@ def score_dual_encoder(
         for i in torch.arange(len(test)).split(FORWARD_BATCH)
     ]
     captions = [
-        dual_encoder.text_embeds(texts[i : i + FORWARD_BATCH]).cpu()
-        for i in range(0, len(texts), FORWARD_BATCH)
+        dual_encoder.text_embeds(texts[i : i + FORWARD_BATCH]).cpu() for i in range(0, len(texts), FORWARD_BATCH)
     ]
     return retrieval_scores(torch.cat(images), torch.cat(captions), image_of_text)
 
 
 def retrieval_transfer(
-    loaded: LoadedModel,
-    train: CaptionDataset,
-    test: CaptionDataset,
-    config: RetrievalConfig,
-    baselines: bool = True,
+    loaded: LoadedModel, train: CaptionDataset, test: CaptionDataset, config: RetrievalConfig, baselines: bool = True
 ) -> dict[str, Any]:
     """TR@k and IR@k after training on `train`; with `baselines`, the same on random weights and on raw patches."""
     tokenizer = loaded.tokenizer()

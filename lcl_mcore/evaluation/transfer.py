@@ -198,9 +198,7 @@ def fit_head(
             log(f"step {step + 1} of {steps}: loss {float(loss):.4f}")
     mean = float(torch.stack(late).mean())
     if not math.isfinite(mean):
-        raise NonFiniteError(
-            explain(f"mean loss {mean}", "training has diverged", "Lower --lr, or raise --warmup.")
-        )
+        raise NonFiniteError(explain(f"mean loss {mean}", "training has diverged", "Lower --lr, or raise --warmup."))
     return mean
 
 
@@ -220,9 +218,7 @@ def sample_captions(data: CaptionDataset, indices: Tensor, seed: int) -> list[st
     return [texts[int(u * len(texts))] for u, texts in zip(uniform, options, strict=True)]
 
 
-def patch_tokens(
-    encoder: ImageEncoder, data: CaptionDataset, cache_mb: int
-) -> Callable[[Tensor, int], Tensor]:
+def patch_tokens(encoder: ImageEncoder, data: CaptionDataset, cache_mb: int) -> Callable[[Tensor, int], Tensor]:
     """indices int64 [n], seed -> patch tokens [n, P, h]; those of a frozen encoder from memory if they fit."""
 
     def tokens(indices: Tensor, seed: int) -> Tensor:

@@ -167,14 +167,10 @@ def _features_open_clip(shape: VisionConfig, folder: Path, pixels: Tensor) -> Te
     import open_clip
 
     file = folder / "visual.safetensors"
-    model = open_clip.create_model(
-        f"local-dir:{folder}", load_weights=False, pretrained_image_path=str(file)
-    ).eval()
+    model = open_clip.create_model(f"local-dir:{folder}", load_weights=False, pretrained_image_path=str(file)).eval()
     loaded, written = model.visual.state_dict(), load_file(file)
     if loaded.keys() != written.keys() or not all(torch.equal(loaded[key], written[key]) for key in written):
-        raise CheckpointError(
-            explain(file, "was not loaded whole by open_clip", "Report this with its version.")
-        )
+        raise CheckpointError(explain(file, "was not loaded whole by open_clip", "Report this with its version."))
     model.visual.output_tokens = True
     return model.visual(pixels)[1]
 
@@ -229,9 +225,7 @@ def _write_transformers(state: Mapping[str, Tensor], shape: VisionConfig, folder
     prefix = naming.prefixes[0]
     tensors = {prefix + name: tensor for name, tensor in to_format(state, shape, naming).items()}
     _save(tensors, folder / "model.safetensors")
-    _write_json(
-        folder / "config.json", {"architectures": [_CLASSES[naming.format]], "dtype": "float32", **config}
-    )
+    _write_json(folder / "config.json", {"architectures": [_CLASSES[naming.format]], "dtype": "float32", **config})
     side = {"height": shape.image_size, "width": shape.image_size}
     processor = {
         "image_processor_type": "CLIPImageProcessor",
@@ -263,9 +257,7 @@ def _features_transformers(shape: VisionConfig, folder: Path, pixels: Tensor) ->
     problems = {key: value for key, value in report.items() if value and key != "error_msgs"}
     if problems:
         raise CheckpointError(
-            explain(
-                folder, f"was not loaded whole by transformers: {problems}", "Report this with its version."
-            )
+            explain(folder, f"was not loaded whole by transformers: {problems}", "Report this with its version.")
         )
     tokens = model.eval()(pixel_values=pixels).last_hidden_state
     if naming is CLIP_VISION:  # it keeps its last norm for the pooled output
@@ -288,7 +280,5 @@ def _use_transformers(shape: VisionConfig) -> str:
 FORMATS = {
     "timm": ExportFormat(_timm_refuses, _write_timm, _features_timm, _use_timm),
     "open_clip": ExportFormat(_open_clip_refuses, _write_open_clip, _features_open_clip, _use_open_clip),
-    "transformers": ExportFormat(
-        _transformers_refuses, _write_transformers, _features_transformers, _use_transformers
-    ),
+    "transformers": ExportFormat(_transformers_refuses, _write_transformers, _features_transformers, _use_transformers),
 }

@@ -76,9 +76,7 @@ def numbers(content: Any, path: str = "") -> list[tuple[str, str]]:
     """Every number of a nested result with its path."""
     if isinstance(content, dict):
         return [
-            number
-            for key, value in content.items()
-            for number in numbers(value, f"{path} / {key}" if path else key)
+            number for key, value in content.items() for number in numbers(value, f"{path} / {key}" if path else key)
         ]
     if isinstance(content, bool) or not isinstance(content, int | float):
         return []

@@ -17,11 +17,7 @@ EVENTS = "events.jsonl"
 
 # What runs of earlier versions wrote -> what it is called now. Applied where events are read.
 RENAMED_FIELDS = {"redone": "recomputed", "own": "compute", "read": "data"}
-RENAMED_VALUES = {
-    ("event", "leave-out"): "skip",
-    ("kind", "own"): "compute",
-    ("kind", "read"): "data",
-}
+RENAMED_VALUES = {("event", "leave-out"): "skip", ("kind", "own"): "compute", ("kind", "read"): "data"}
 
 
 class EventLog:

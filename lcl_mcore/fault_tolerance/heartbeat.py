@@ -127,9 +127,7 @@ def diagnose(heartbeats: HeartbeatStore, own: Heartbeat, interval: float) -> Dia
     behind = [beat for beat in now.values() if beat.phases < own.phases]
     if behind:
         fewest = min(beat.phases for beat in behind)
-        return Diagnosis(
-            "; ".join(f"{b.name()} is behind, {b.where()}" for b in behind if b.phases == fewest)
-        )
+        return Diagnosis("; ".join(f"{b.name()} is behind, {b.where()}" for b in behind if b.phases == fewest))
     return Diagnosis("all ranks are alive and none is behind")
 
 

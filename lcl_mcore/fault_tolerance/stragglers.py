@@ -121,9 +121,7 @@ class StragglerDetector:
             data_seconds: time that this rank has spent reading and decoding data since its start.
         """
         wall, before = time.monotonic() - self._started, self.times
-        self.times = StepTimes(
-            before.steps + 1, before.wall + wall, before.compute + wall - self._waited, data_seconds
-        )
+        self.times = StepTimes(before.steps + 1, before.wall + wall, before.compute + wall - self._waited, data_seconds)
 
     # --- all ranks ---
 
@@ -150,16 +148,10 @@ class StragglerDetector:
             log(found.describe())
             events.record("straggler", **asdict(found))
         self._logged = named
-        return {
-            "slowest_rank": found.slowest,
-            "slowest_seconds": found.seconds,
-            "slowest_ratio": found.ratio,
-        }
+        return {"slowest_rank": found.slowest, "slowest_seconds": found.seconds, "slowest_ratio": found.ratio}
 
 
-def compare(
-    before: Sequence[StepTimes], now: Sequence[StepTimes], straggler_ratio: float
-) -> StragglerReport | None:
+def compare(before: Sequence[StepTimes], now: Sequence[StepTimes], straggler_ratio: float) -> StragglerReport | None:
     """Compare the ranks over a window.
 
     Args:
@@ -187,9 +179,7 @@ def compare(
     return StragglerReport(min(steps), compute, data, rank, values[rank], median, kind)
 
 
-def _slowest(
-    values: Sequence[float], counted: Sequence[float], ratio: float, floor: float
-) -> tuple[int, float, bool]:
+def _slowest(values: Sequence[float], counted: Sequence[float], ratio: float, floor: float) -> tuple[int, float, bool]:
     """The rank with the largest value, the median of the other `counted` values, and whether it is out of line."""
     rank = max(range(len(values)), key=values.__getitem__)
     others = list(counted)

@@ -104,9 +104,7 @@ class Watchdog:
         first = self.rank - int(os.environ.get("LOCAL_RANK", "0"))
         self.neighbours = [r for r in range(first, first + local) if r != self.rank and r < self.world_size]
         # One process of each machine watches one of the next.
-        self.remote = (
-            (first + local) % self.world_size if self.rank == first and local < self.world_size else None
-        )
+        self.remote = (first + local) % self.world_size if self.rank == first and local < self.world_size else None
         self.remote_seen = (0, time.monotonic())
         self.ending = threading.Lock()
         self.finished = threading.Event()
@@ -151,9 +149,7 @@ class Watchdog:
             try:
                 self._publish(phase, reason)
                 if publish_failure:
-                    self.heartbeats.publish_failure(
-                        f"rank {self.rank} ended in step {self.phase.step}: {reason}"
-                    )
+                    self.heartbeats.publish_failure(f"rank {self.rank} ended in step {self.phase.step}: {reason}")
             except (RuntimeError, dist.DistError) as error:
                 print(f"the job's store could not be reached: {error}", file=sys.stderr, flush=True)
 
@@ -188,9 +184,7 @@ class Watchdog:
         diagnosis = diagnose(self.heartbeats, self._heartbeat(), HEARTBEAT_SECONDS)
         inside = f" (collective: {'; '.join(pending)})" if pending else ""
         kill_unresponsive(diagnosis, self.namespace)
-        return self.heartbeats.publish_failure(
-            f"{diagnosis.text}. Noticed by rank {self.rank} {where}: {what}{inside}"
-        )
+        return self.heartbeats.publish_failure(f"{diagnosis.text}. Noticed by rank {self.rank} {where}: {what}{inside}")
 
     # --- the thread ---
 

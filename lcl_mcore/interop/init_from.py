@@ -61,9 +61,7 @@ def read_encoder(path: Path, shape: VisionConfig) -> tuple[dict[str, Tensor], st
         raise CheckpointError(explain(files[0], f"cannot be read ({error})", "Check the path.")) from None
     found = recognise(state)
     if found is None:
-        rule = (
-            "is neither a consolidated state dict of lcl_mcore nor a ViT of timm, open_clip or transformers"
-        )
+        rule = "is neither a consolidated state dict of lcl_mcore nor a ViT of timm, open_clip or transformers"
         raise CheckpointError(explain(files[0], rule, "See docs/export.md for what can be read."))
     check_stated(files[0].parent, shape)
     return from_format(state, shape, *found), found[0].format

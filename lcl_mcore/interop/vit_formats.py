@@ -200,9 +200,7 @@ def recognise(state: Mapping[str, Tensor]) -> tuple[Naming, str] | None:
     return None
 
 
-def from_format(
-    state: Mapping[str, Tensor], shape: VisionConfig, naming: Naming, prefix: str
-) -> dict[str, Tensor]:
+def from_format(state: Mapping[str, Tensor], shape: VisionConfig, naming: Naming, prefix: str) -> dict[str, Tensor]:
     """Encoder state dict of a file's tensors; heads, projections and text towers in the file are ignored.
 
     Raises:
@@ -221,9 +219,7 @@ def from_format(
             return torch.zeros(size)
         return tensor.reshape(size)
 
-    result = {
-        "vision.patch_embedding": take(f"{naming.patches}.weight", h, 3, shape.patch_size, shape.patch_size)
-    }
+    result = {"vision.patch_embedding": take(f"{naming.patches}.weight", h, 3, shape.patch_size, shape.patch_size)}
     result["vision.patch_embedding"] = result["vision.patch_embedding"].reshape(h, -1)
     stored = state.get(prefix + naming.positions, torch.zeros(0)).numel() // h
     if shape.class_token and stored == shape.patches:  # a class token without a position

@@ -74,9 +74,7 @@ class ReferenceStep:
             same = (ids[:, None] == ids[None]) & ~torch.eye(total, dtype=torch.bool, device=ids.device)
             logits = logits.masked_fill(same, -torch.inf)
         labels = torch.arange(total, device=image.device)
-        each = F.cross_entropy(logits, labels, reduction="none") + F.cross_entropy(
-            logits.T, labels, reduction="none"
-        )
+        each = F.cross_entropy(logits, labels, reduction="none") + F.cross_entropy(logits.T, labels, reduction="none")
         return 0.5 * (each * self._weights(each)).sum()
 
     def _weights(self, like: Tensor) -> Tensor:

@@ -38,10 +38,7 @@ class CachedGradients:
 
 
 def cache_gradients(
-    loss: Callable[[Tensor, Tensor, Tensor], Tensor],
-    image: Sequence[Tensor],
-    context: Sequence[Tensor],
-    scale: Tensor,
+    loss: Callable[[Tensor, Tensor, Tensor], Tensor], image: Sequence[Tensor], context: Sequence[Tensor], scale: Tensor
 ) -> CachedGradients:
     """Form a loss over the embeddings of all parts and differentiate it with respect to them.
 

@@ -106,11 +106,7 @@ def choose_layers(dtype: torch.dtype, requested: str = "auto") -> tuple[LayerBac
     if te.usable and dtype == torch.float32:
         reason = "fp32 runs use megatron-core's own layers"
     attention = choose_attention(dtype)
-    choices = [
-        Choice("layers", "megatron-core", reason),
-        attention,
-        Choice("norm", "torch LayerNorm", reason),
-    ]
+    choices = [Choice("layers", "megatron-core", reason), attention, Choice("norm", "torch LayerNorm", reason)]
     return torch_backend(attention.backend), choices  # type: ignore[arg-type]
 
 

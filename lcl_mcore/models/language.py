@@ -68,10 +68,7 @@ class LanguageModel(MegatronModule):
                 shape.padded_vocab_size, shape.width, init_method=no_init, config=dense, tp_group=groups.tp
             )
             self.position_embedding = parameter(shape.max_positions + shape.position_offset, shape.width)
-        specs = [
-            layer_spec(config, backend, "language", i, causal=True, dropout=shape.dropout)
-            for i in stage.layers
-        ]
+        specs = [layer_spec(config, backend, "language", i, causal=True, dropout=shape.dropout) for i in stage.layers]
         self.blocks = TransformerBlock(
             config,
             TransformerBlockSubmodules(layer_specs=specs, layer_norm=None),

@@ -50,12 +50,7 @@ class ResidualBranch(nn.Module):
     """
 
     def __init__(
-        self,
-        config: TransformerConfig,
-        place: str,
-        layer_scale: float | None,
-        drop_path: float,
-        dropout: float,
+        self, config: TransformerConfig, place: str, layer_scale: float | None, drop_path: float, dropout: float
     ) -> None:
         super().__init__()
         self.place, self.drop_path, self.dropout = place, drop_path, dropout
@@ -76,9 +71,7 @@ class ResidualBranch(nn.Module):
             branch = branch + bias
         return branch if self.gamma is None else branch * self.gamma
 
-    def _evaluate(
-        self, branch_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float
-    ) -> Tensor:
+    def _evaluate(self, branch_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:
         return residual + self._scaled(branch_with_bias)
 
     def _train(self, branch_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:
@@ -97,9 +90,7 @@ class ResidualBranch(nn.Module):
         return residual + branch
 
 
-def sequence_dropout(
-    x: Tensor, segments: Segments, seed: int, p: float, token_range: tuple[int, int]
-) -> Tensor:
+def sequence_dropout(x: Tensor, segments: Segments, seed: int, p: float, token_range: tuple[int, int]) -> Tensor:
     """Dropout of x [t_local, 1, h], the positions `token_range` of the packed sequences."""
     length = sum(segments.lengths) // len(segments.sequence_keys)
     keep = dropout_keep_mask(segments.sequence_keys, seed, p, length, x.shape[-1], *token_range, x.device)
@@ -196,8 +187,7 @@ def layer_spec(
             self_attn_bda=branch("attention"),
             pre_mlp_layernorm=backend.norm,
             mlp=ModuleSpec(
-                module=MLP,
-                submodules=MLPSubmodules(linear_fc1=backend.column_linear, linear_fc2=backend.row_linear),
+                module=MLP, submodules=MLPSubmodules(linear_fc1=backend.column_linear, linear_fc2=backend.row_linear)
             ),
             mlp_bda=branch("mlp"),
         ),

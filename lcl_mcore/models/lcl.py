@@ -89,9 +89,7 @@ class LclModel(MegatronModule):
         super().__init__(config=language_config)
         self.shape, self.tp_group = config.model, groups.tp
         self.fp8 = config.train.precision == "fp8"
-        self.vision_data = (
-            config.resolved_vision_parallel == "data" and config.parallel.tensor_parallel_size > 1
-        )
+        self.vision_data = config.resolved_vision_parallel == "data" and config.parallel.tensor_parallel_size > 1
         """Every TP rank holds the whole ViT and encodes a share of the images."""
         self.stage_layers = stage_layers
         self.stage = stage_of(stage_layers, groups.pp.rank() if len(stage_layers) > 1 else 0)
@@ -153,13 +151,7 @@ class LclModel(MegatronModule):
         return ImageFeatures(features[:n, 0], features[:n, 1:])
 
     def forward_language(
-        self,
-        batch: MicroBatch,
-        x: Tensor,
-        sequence_keys: tuple[int, ...],
-        seed: int,
-        *,
-        received: bool = False,
+        self, batch: MicroBatch, x: Tensor, sequence_keys: tuple[int, ...], seed: int, *, received: bool = False
     ) -> Tensor:
         """Run this stage's part of the LM over a micro-batch.
 

@@ -33,9 +33,7 @@ def _recompute(choice: str) -> dict[str, Any]:
     return {"recompute_granularity": "full", "recompute_method": "block", "recompute_num_layers": layers}
 
 
-def _common(
-    config: RunConfig, device: torch.device, tensor_parallel_size: int, recompute: str
-) -> dict[str, Any]:
+def _common(config: RunConfig, device: torch.device, tensor_parallel_size: int, recompute: str) -> dict[str, Any]:
     """Options that both towers share."""
     dtype = DTYPES[config.train.precision]
     options: dict[str, Any] = {

@@ -20,13 +20,7 @@ from torch import Tensor, nn
 
 from lcl_mcore.config.schema import ModelConfig, VisionConfig
 from lcl_mcore.models.attention import make_segments
-from lcl_mcore.models.layers import (
-    LayerBackend,
-    LayerNorm,
-    layer_spec,
-    mark_sequence_parallel,
-    parameter_device,
-)
+from lcl_mcore.models.layers import LayerBackend, LayerNorm, layer_spec, mark_sequence_parallel, parameter_device
 from lcl_mcore.models.transformer_config import no_init, without_sequence_parallel
 
 # OpenAI CLIP's pixel statistics (paper section 4.1: "same image transform as OpenCLIP").
@@ -47,11 +41,7 @@ class VisionEncoder(MegatronModule):
     """ViT: patch embedding, learned positions, pre-norm blocks, final norm; the class token is dropped."""
 
     def __init__(
-        self,
-        config: TransformerConfig,
-        shape: VisionConfig,
-        backend: LayerBackend,
-        groups: ProcessGroupCollection,
+        self, config: TransformerConfig, shape: VisionConfig, backend: LayerBackend, groups: ProcessGroupCollection
     ) -> None:
         super().__init__(config=config)
         self.shape = shape
@@ -72,9 +62,7 @@ class VisionEncoder(MegatronModule):
         self.norm_pre = LayerNorm(config, width, shape.norm_eps) if shape.pre_norm else nn.Identity()
         rates = [shape.drop_path * i / max(shape.layers - 1, 1) for i in range(shape.layers)]
         specs = [
-            layer_spec(
-                config, backend, "vision", i, causal=False, layer_scale=shape.layer_scale, drop_path=rate
-            )
+            layer_spec(config, backend, "vision", i, causal=False, layer_scale=shape.layer_scale, drop_path=rate)
             for i, rate in enumerate(rates)
         ]
         self.blocks = TransformerBlock(
@@ -96,9 +84,7 @@ class VisionEncoder(MegatronModule):
             share = total // self.tp_group.size()
             images = images.narrow(0, self.tp_group.rank() * share, share)
         x = F.linear(
-            patchify(images, self.pixel_mean, self.pixel_std, self.shape.patch_size).to(
-                self.patch_embedding.dtype
-            ),
+            patchify(images, self.pixel_mean, self.pixel_std, self.shape.patch_size).to(self.patch_embedding.dtype),
             self.patch_embedding,
         )
         if self.class_token is not None:
@@ -117,12 +103,7 @@ class AttentionPool(MegatronModule):
     uniform attention pools to the mean of the projected latents.
     """
 
-    def __init__(
-        self,
-        config: TransformerConfig,
-        shape: ModelConfig,
-        groups: ProcessGroupCollection,
-    ) -> None:
+    def __init__(self, config: TransformerConfig, shape: ModelConfig, groups: ProcessGroupCollection) -> None:
         super().__init__(config=config)
         h, width = shape.vision.width, shape.language.width
         dense = without_sequence_parallel(config)

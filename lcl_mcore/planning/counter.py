@@ -133,9 +133,7 @@ class StepCounter(TorchDispatchMode):
         collectives: in the order they were issued.
     """
 
-    def __init__(
-        self, device: torch.device, *, rounding: int = 1, known_results: KnownResults | None = None
-    ) -> None:
+    def __init__(self, device: torch.device, *, rounding: int = 1, known_results: KnownResults | None = None) -> None:
         """Count tensors and operators of one device.
 
         Args:
@@ -316,9 +314,7 @@ class StepCounter(TorchDispatchMode):
             return out
         if not known:
             return _RUN
-        made = [
-            torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in known
-        ]
+        made = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in known]
         return made[0] if len(func._schema.returns) == 1 else tuple(made)
 
     # --- collectives ---
@@ -330,9 +326,7 @@ class StepCounter(TorchDispatchMode):
         gathers = "gather" in op or "scatter" in op
         names = [argument.name for argument in func._schema.arguments]
         where = tuple(
-            value
-            for name, value in zip(names, args, strict=False)
-            if name in ("root_rank", "dst", "src", "tag")
+            value for name, value in zip(names, args, strict=False) if name in ("root_rank", "dst", "src", "tag")
         )
         ranks = tuple(dist.get_process_group_ranks(group))
         size = max(sides) if gathers else sides[0]
@@ -399,9 +393,7 @@ def _call_key(func: Any, args: Any, kwargs: Any) -> tuple[Any, ...] | None:
                     return None
                 parts.append(_layout(item))
             else:
-                parts.append(
-                    (type(item), item) if isinstance(item, int | float | str | type(None)) else str(item)
-                )
+                parts.append((type(item), item) if isinstance(item, int | float | str | type(None)) else str(item))
     return tuple(parts)
 
 

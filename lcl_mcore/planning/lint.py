@@ -102,9 +102,7 @@ def _progress(logs: Mapping[int, Sequence[CollectiveCall]], order: RankOrder) ->
                 elif call.op.startswith("recv"):
                     size = mail[order.stand_in(call.ranks[call.where[0]]), rank, call.group].popleft()
                     if size != call.bytes:
-                        return [
-                            f"rank {rank} waits for {call.bytes} bytes and is sent {size}, call {at[rank]}"
-                        ]
+                        return [f"rank {rank} waits for {call.bytes} bytes and is sent {size}, call {at[rank]}"]
                     at[rank] += 1
                 else:
                     for member in {order.stand_in(r) for r in call.ranks}:
@@ -114,11 +112,7 @@ def _progress(logs: Mapping[int, Sequence[CollectiveCall]], order: RankOrder) ->
         f"rank {rank} waits for ever in call {at[rank]} of {len(log)}: {_text(log[at[rank]])}"
         for rank, log in own.items()
         if at[rank] < len(log)
-    ] + [
-        f"{len(left)} messages of rank {a} to {b} are never received"
-        for (a, b, _), left in mail.items()
-        if left
-    ]
+    ] + [f"{len(left)} messages of rank {a} to {b} are never received" for (a, b, _), left in mail.items() if left]
 
 
 def _meets(call: CollectiveCall, other: CollectiveCall, order: RankOrder) -> bool:

@@ -53,9 +53,7 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
         f"{outcome}: {size(memory['peak_bytes'])} of tensors at most, {size(memory['usable_bytes'])} usable of "
         f"{size(memory['gpu_bytes'])}"
     )
-    yield predicted(
-        f"step {duration(step['seconds'])}, MFU {step['mfu']:.1%}; bottleneck: {step['bottleneck']}"
-    )
+    yield predicted(f"step {duration(step['seconds'])}, MFU {step['mfu']:.1%}; bottleneck: {step['bottleneck']}")
     yield from map(predicted, _run_lines(plan))
     yield ""
     yield "memory per rank at its peak"
@@ -101,9 +99,7 @@ def _lines(plan: dict[str, Any]) -> Iterator[str]:
     for item in plan["layouts"]:
         fits = size(item["peak_bytes"]) if item["fits"] else f"{size(item['peak_bytes'])}, does not fit"
         star = "*" if item["all_counted"] else " "
-        yield predicted(
-            f" {star} {duration(item['seconds']):>9}  MFU {item['mfu']:.1%}  {fits}  {item['flags']}"
-        )
+        yield predicted(f" {star} {duration(item['seconds']):>9}  MFU {item['mfu']:.1%}  {fits}  {item['flags']}")
     yield ""
     yield "assumptions"
     yield from (f"  {line}" for line in plan["assumptions"])

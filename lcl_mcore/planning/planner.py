@@ -74,9 +74,7 @@ def make_plan(request: PlanRequest, log: Callable[[str], None]) -> dict[str, Any
         ConfigError: the request is not a job that can start.
     """
     config, simulator = request.run, Simulator()
-    cluster = make_cluster(
-        find_gpu(request.gpu), request.assumptions, request.node_busbw, request.network_busbw
-    )
+    cluster = make_cluster(find_gpu(request.gpu), request.assumptions, request.node_busbw, request.network_busbw)
     dp = config.check_processes(request.gpus)
     parallel, train = config.parallel, config.train
     micro_batches = train.global_batch_size // dp // train.micro_batch_size
@@ -191,15 +189,10 @@ def _largest(
 ) -> LayoutEstimate | None:
     """The layout with the largest micro-batch that is expected to fit; None if the job cannot be split so."""
     sequences = (
-        config.train.global_batch_size
-        * changes["tensor_parallel_size"]
-        * changes["pipeline_parallel_size"]
-        // world
+        config.train.global_batch_size * changes["tensor_parallel_size"] * changes["pipeline_parallel_size"] // world
     )
     sizes = [
-        size
-        for size in range(1, min(sequences, LARGEST_MICRO_BATCH) + 1)
-        if _accepted(config, changes, size, world)
+        size for size in range(1, min(sequences, LARGEST_MICRO_BATCH) + 1) if _accepted(config, changes, size, world)
     ]
     if not sizes:
         return None
@@ -379,9 +372,7 @@ def _assumptions(request: PlanRequest, cluster: Cluster) -> list[str]:
     a, gpu = cluster.assumed, cluster.gpu
     failures = "as given"
     if not request.mtbf_hours:
-        failures = (
-            "419 in 54 days of 16,384 H100 (Llama 3, arXiv:2407.21783), in proportion to the number of GPUs"
-        )
+        failures = "419 in 54 days of 16,384 H100 (Llama 3, arXiv:2407.21783), in proportion to the number of GPUs"
     return [
         f"{gpu.name}: {gpu.memory / 2**30:.0f} GiB, {gpu.bandwidth / 1e12:.2f} TB/s, matmul rate of "
         f"lcl_mcore.hardware (data sheets); tensors may fill {a.headroom:.0%}, the rest is for kernels' "

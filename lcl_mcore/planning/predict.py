@@ -150,12 +150,7 @@ def stage_time(count: RankCount, cluster: Cluster, micro_batches: int, repeat: f
 
 
 def predict(
-    config: RunConfig,
-    world: int,
-    counts: Sequence[RankCount],
-    batch: StepBatch,
-    cluster: Cluster,
-    repeat: float = 1.0,
+    config: RunConfig, world: int, counts: Sequence[RankCount], batch: StepBatch, cluster: Cluster, repeat: float = 1.0
 ) -> Prediction:
     """The step of a job.
 
@@ -221,13 +216,7 @@ def checkpoint_bytes(config: RunConfig) -> int:
 
 
 def reliability(
-    config: RunConfig,
-    world: int,
-    step_seconds: float,
-    *,
-    storage: float,
-    restart: float,
-    mtbf: float | None = None,
+    config: RunConfig, world: int, step_seconds: float, *, storage: float, restart: float, mtbf: float | None = None
 ) -> ReliabilityEstimate:
     """Seconds that saves and failures take, and the share of time that trains.
 

@@ -54,9 +54,7 @@ class PlanRequest:
     """Bus bandwidth within a node as nccl-tests reports it, GB/s; by default 80 % of the data sheet's."""
     network_busbw: PositiveFloat | None = None
     """Bus bandwidth between nodes per GPU, GB/s; by default 80 % of the GPU's share of the adapters."""
-    matmul_efficiency: Annotated[Efficiency, tyro.conf.arg(aliases=("--product-efficiency",))] = (
-        Assumptions.matmul
-    )
+    matmul_efficiency: Annotated[Efficiency, tyro.conf.arg(aliases=("--product-efficiency",))] = Assumptions.matmul
     """Share of the matrix rate that matmuls reach."""
     memory_efficiency: Efficiency = Assumptions.memory
     """Share of the memory bandwidth that other operators reach."""
@@ -87,6 +85,4 @@ class PlanRequest:
     @property
     def assumptions(self) -> Assumptions:
         """What the request says about efficiencies."""
-        return Assumptions(
-            matmul=self.matmul_efficiency, memory=self.memory_efficiency, launch=self.launch_us * 1e-6
-        )
+        return Assumptions(matmul=self.matmul_efficiency, memory=self.memory_efficiency, launch=self.launch_us * 1e-6)

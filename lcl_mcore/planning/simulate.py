@@ -178,9 +178,7 @@ def _first_micro_batch(batch: StepBatch) -> StepBatch:
         "targets": (len(micro.target_positions),) * ranks,
     }
     return replace(
-        batch,
-        micro_batches=(micro,),
-        counts=replace(counts, **small, micro_contexts=counts.micro_contexts[:1]),
+        batch, micro_batches=(micro,), counts=replace(counts, **small, micro_contexts=counts.micro_contexts[:1])
     )
 
 
@@ -234,9 +232,7 @@ def _attention_of(kind: str) -> Iterator[None]:
         if kind == "cpu":
             out = aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, dropout, causal, scale=scale)
         elif q.dtype == torch.float32:
-            out = aten._scaled_dot_product_efficient_attention(
-                q, k, v, mask, True, dropout, causal, scale=scale
-            )
+            out = aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, dropout, causal, scale=scale)
         else:
             out = aten._scaled_dot_product_flash_attention(q, k, v, dropout, causal, scale=scale)
         attended: Tensor = out[0]

@@ -87,9 +87,7 @@ def test_a_result_and_a_bad_exit_status_is_a_failure() -> None:
 
 
 def test_time_runs_out_for_the_part_and_its_children() -> None:
-    child = (
-        f"import subprocess, sys; subprocess.run([{sys.executable!r}, '-c', 'import time; time.sleep(60)'])"
-    )
+    child = f"import subprocess, sys; subprocess.run([{sys.executable!r}, '-c', 'import time; time.sleep(60)'])"
     started = time.perf_counter()
     result = run_part(script(child, seconds=6.0), 500)
     assert result["status"] == "failed"

@@ -116,16 +116,9 @@ def test_one_tensor_parallel_rank_switches_sequence_parallelism_off() -> None:
 
 
 def test_set_is_applied_last_and_appends() -> None:
-    config = run_of(
-        "--recipe demo --set train.steps=5 log.every=6 --steps 4 --set=train.seed=7 --set train.steps=8"
-    )
+    config = run_of("--recipe demo --set train.steps=5 log.every=6 --steps 4 --set=train.seed=7 --set train.steps=8")
     assert (config.train.steps, config.log.every, config.train.seed) == (8, 6, 7)
-    words = [
-        "data.sources=[{path: a, name: b}]",
-        "checkpoint.folder=x",
-        "faults.spike=off",
-        "log.tensorboard=no",
-    ]
+    words = ["data.sources=[{path: a, name: b}]", "checkpoint.folder=x", "faults.spike=off", "log.tensorboard=no"]
     config = parse_options(["--recipe", "demo", "--set", *words]).run
     assert [(s.path, s.label) for s in config.data.sources] == [("a", "b")]
     assert (config.checkpoint.folder, config.faults.spike, config.log.tensorboard) == ("x", "off", False)
@@ -171,9 +164,7 @@ def test_help_shows_recipes_sections_and_real_values() -> None:
     ):
         assert part in text, part
     assert "(default: None)" not in text
-    assert "Defaults are those of no recipe; with --recipe NAME its own are shown." in printed_help(
-        "pretrain_lcl.py"
-    )
+    assert "Defaults are those of no recipe; with --recipe NAME its own are shown." in printed_help("pretrain_lcl.py")
 
 
 @pytest.mark.parametrize("name", command_options())
@@ -192,9 +183,7 @@ def test_help_of_every_command(name: str, capsys: pytest.CaptureFixture[str]) ->
     assert caught.value.code == 0
     text = capsys.readouterr().out
     shown = set(re.findall(r"(?<![\w-])--[a-z][\w.-]*", text))
-    assert {flag for flag in flags_of(cls) if not re.search(r"--(.*\.)?no-", flag)} <= shown | {
-        "--no-baselines"
-    }
+    assert {flag for flag in flags_of(cls) if not re.search(r"--(.*\.)?no-", flag)} <= shown | {"--no-baselines"}
     assert "(default: None)" not in text
 
 
@@ -214,17 +203,12 @@ def test_help_imports_nothing_heavy() -> None:
         "except SystemExit:\n    pass\n"
         "print([m for m in ('torch', 'megatron', 'numpy', 'fsspec', 'PIL') if m in sys.modules])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 
 
 SEQUENCES = {
-    (name, flag)
-    for name, cls in command_options().items()
-    for flag, field in flags_of(cls).items()
-    if field.appends
+    (name, flag) for name, cls in command_options().items() for flag, field in flags_of(cls).items() if field.appends
 }
 
 

@@ -29,9 +29,7 @@ def test_a_file_of_an_earlier_version_is_the_same_run() -> None:
 
 
 def test_old_names_on_the_command_line() -> None:
-    old = (
-        "parallel.tensor=2 parallel.pipeline=2 parallel.sequence=true parallel.vision=data parallel.context=1"
-    )
+    old = "parallel.tensor=2 parallel.pipeline=2 parallel.sequence=true parallel.vision=data parallel.context=1"
     old += " parallel.overlap_tensor=false parallel.fuse_gradients=false loss.mean=rank optim.backend=torch"
     config = parse_options(["--recipe", "demo", "--set", *old.split()]).run
     new = "--recipe demo --tp 2 --pp 2 --sequence-parallel --vision-parallel data --no-gradient-accumulation-fusion"
@@ -44,9 +42,7 @@ def test_some_settings_are_merged_over_the_named_recipe(tmp_path: Path) -> None:
     recipe = load_recipe("paper-l14")
     vision = dataclasses.replace(recipe.model.vision, layers=2)
     assert read_config(path) == dataclasses.replace(
-        recipe,
-        train=dataclasses.replace(recipe.train, steps=7),
-        model=dataclasses.replace(recipe.model, vision=vision),
+        recipe, train=dataclasses.replace(recipe.train, steps=7), model=dataclasses.replace(recipe.model, vision=vision)
     )
     path.write_text("train: {steps: 7}\n")
     assert read_config(path) == RunConfig(train=TrainConfig(steps=7))

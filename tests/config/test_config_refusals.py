@@ -46,9 +46,7 @@ OF_DEMO = {
     "--set model=3": "model = 3: is a section of settings, not a value. See --help, or any run's config.yaml.",
     "--set data.sources=[{path:]": "--set data.sources=[{path:]: the value is not YAML. Correct it.",
     # names
-    "--set model.vision.wdith=3": (
-        "model.vision.wdith: no setting has this name. Did you mean model.vision.width?"
-    ),
+    "--set model.vision.wdith=3": ("model.vision.wdith: no setting has this name. Did you mean model.vision.width?"),
     "--set optim.steps=3": "optim.steps: no setting has this name. Did you mean train.steps?",
     "--set nonsense=3": "nonsense: no setting has this name. See --help, or any run's config.yaml.",
     "--set lr": "--set lr: an assignment reads PATH=VALUE. For example --set model.vision.layers=6.",
@@ -153,9 +151,7 @@ OF_DEMO = {
     ),
     "--data.crop-scale 0.5 0.4": "data.crop_scale = 0.5 0.4: low <= high <= 1. The paper uses 0.9 1.",
     "--data.crop-ratio 2 1": "data.crop_ratio = 2.0 1.0: low <= high. The paper uses 0.75 1.3333.",
-    "--faults.skip-batches 5 4": (
-        "faults.skip_batches holds 5 4: a range reads FIRST LAST. Exchange the two."
-    ),
+    "--faults.skip-batches 5 4": ("faults.skip_batches holds 5 4: a range reads FIRST LAST. Exchange the two."),
     "--set data.sources=[{path:_a,cut_rule:_tokens,long_documents:_split}]": (
         "data.sources: cut_rule = tokens with long_documents = split: a document is cut at a token only where its rest "
         "is dropped. Use cut_rule = segments, or long_documents = cut."
@@ -211,9 +207,7 @@ def test_a_refused_command_line(words: str) -> None:
 
 
 def test_what_to_start_from() -> None:
-    neither = (
-        "neither of --recipe and --config: exactly one says what to run. For a first try: --recipe demo."
-    )
+    neither = "neither of --recipe and --config: exactly one says what to run. For a first try: --recipe demo."
     assert refusal() == neither
     assert refusal("--recipe", "demo", "--config", "x.yaml") == neither.replace("neither", "both")
     assert refusal("--recipe", "demoo") == (

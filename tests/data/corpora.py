@@ -10,14 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from lcl_mcore.config.schema import (
-    DataConfig,
-    ModelConfig,
-    RunConfig,
-    SourceConfig,
-    TrainConfig,
-    VisionConfig,
-)
+from lcl_mcore.config.schema import DataConfig, ModelConfig, RunConfig, SourceConfig, TrainConfig, VisionConfig
 from lcl_mcore.data.format import Document, ShardWriter, write_manifest
 from lcl_mcore.data.loader import DataContext, StepLoader, build_loader
 from lcl_mcore.data.prepare.normalise import entry_for
@@ -26,9 +19,7 @@ from lcl_mcore.data.tokenizer import Tokenizer, train_bpe
 WORDS = ("red", "green", "blue", "round", "square", "old", "new", "large", "cat", "dog", "house", "tree")
 
 
-def image_bytes(
-    seed: int, width: int = 80, height: int = 72, container: str = "JPEG", **options: Any
-) -> bytes:
+def image_bytes(seed: int, width: int = 80, height: int = 72, container: str = "JPEG", **options: Any) -> bytes:
     """A smooth coloured image."""
     coarse = np.random.default_rng(seed).integers(0, 256, (6, 6, 3), dtype=np.uint8)
     image = Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC)
@@ -58,9 +49,7 @@ def document(kind: str, seed: int) -> tuple[list[str], list[tuple[int, float]]]:
     return texts, images
 
 
-def make_dataset(
-    folder: Path, kind: str = "pair", documents: int = 60, *, per_shard: int = 25, seed: int = 0
-) -> Path:
+def make_dataset(folder: Path, kind: str = "pair", documents: int = 60, *, per_shard: int = 25, seed: int = 0) -> Path:
     """A native data set of random documents of one kind."""
     folder.mkdir(parents=True)
     shards = []

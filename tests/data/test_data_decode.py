@@ -143,11 +143,7 @@ def exact(task: DecodeTask, side: int) -> np.ndarray:
     image = Image.open(io.BytesIO(task.read())).convert("RGB")
     w = task.window
     box = (w.left, w.top, w.left + w.width, w.top + w.height)
-    return (
-        np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=box))
-        .transpose(2, 0, 1)
-        .astype(int)
-    )
+    return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=box)).transpose(2, 0, 1).astype(int)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -177,9 +173,7 @@ def test_decoders_agree_on_a_real_photograph(backend: str, side: int) -> None:
     pixels, reasons = decoder.decode(work, side)
     decoder.close()
     assert reasons == [""] * 12
-    worst = max(
-        np.abs(pixels[i].numpy().astype(int) - exact(task, side)).mean() for i, task in enumerate(work)
-    )
+    worst = max(np.abs(pixels[i].numpy().astype(int) - exact(task, side)).mean() for i, task in enumerate(work))
     assert worst < 0.7
 
 

@@ -29,15 +29,7 @@ def start(out: Path, world: int, options: dict[str, Any]) -> list[Job]:
     meeting.touch()
     environment = {"MEETING": str(meeting), "ATTEMPT": str(attempt), "WORLD_SIZE": str(world)}
     return [
-        Job(
-            None,
-            WORKER,
-            str(out),
-            json.dumps(options),
-            RANK=str(rank),
-            GLOO_SOCKET_IFNAME="lo",
-            **environment,
-        )
+        Job(None, WORKER, str(out), json.dumps(options), RANK=str(rank), GLOO_SOCKET_IFNAME="lo", **environment)
         for rank in range(world)
     ]
 
@@ -146,15 +138,11 @@ def test_an_error_on_one_rank_stops_all_with_its_reason(options: dict[str, Any],
     assert all("shard-002.tar, document doc-000020: is damaged" in message for message in messages)
 
 
-def test_any_exception_on_one_rank_stops_the_others_with_its_cause(
-    options: dict[str, Any], tmp_path: Path
-) -> None:
+def test_any_exception_on_one_rank_stops_the_others_with_its_cause(options: dict[str, Any], tmp_path: Path) -> None:
     """Not only errors that the reader plans for: nobody waits for a rank that has broken down."""
     out = tmp_path / "run"
     assert finish(start(out, 2, {**options, "break_rank": 1})) == [3, 4]
-    assert (out / "error0.txt").read_text() == (
-        "reading stopped. data-parallel rank 1: TypeError: no such thing"
-    )
+    assert (out / "error0.txt").read_text() == ("reading stopped. data-parallel rank 1: TypeError: no such thing")
     assert (out / "error1.txt").read_text() == "no such thing"
 
 

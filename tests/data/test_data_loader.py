@@ -23,9 +23,7 @@ S = 128
 def folders(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     """One data set of each kind."""
     base = tmp_path_factory.mktemp("sets")
-    return [
-        make_dataset(base / kind, kind, 60, seed=i) for i, kind in enumerate(["pair", "matched", "sequence"])
-    ]
+    return [make_dataset(base / kind, kind, 60, seed=i) for i, kind in enumerate(["pair", "matched", "sequence"])]
 
 
 def steps(data: Any, count: int, **more: Any) -> list[StepBatch]:
@@ -108,9 +106,7 @@ def test_order_does_not_depend_on_the_layout(folders: list[Path]) -> None:
     data = config(*folders, weights=(0.5, 0.3, 0.2))
     wanted = [sequences_of(step) for step in steps(data, 5)]
     assert [sequences_of(s) for s in steps(data, 5, micro_batch_size=8)] == wanted
-    assert [
-        sequences_of(s) for s in steps(config(*folders, weights=(0.5, 0.3, 0.2), decode_threads=1), 5)
-    ] == wanted
+    assert [sequences_of(s) for s in steps(config(*folders, weights=(0.5, 0.3, 0.2), decode_threads=1), 5)] == wanted
     other = config(*folders, weights=(0.5, 0.3, 0.2), prefetch_steps=5)
     assert [sequences_of(s) for s in steps(other, 5)] == wanted
     assert [sequences_of(s) for s in steps(data, 5, seed=6)] != wanted
@@ -181,9 +177,7 @@ def test_released_variants_differ_as_documented(folders: list[Path]) -> None:
                 texts = sum(token < TOKENIZER.text_size for token in tokens)
                 mine = (batch.target_positions >= b * S) & (batch.target_positions < (b + 1) * S)
                 assert int(mine.sum()) == texts + 1  # <BoI> if the text is first, else the end token
-                has_context = (
-                    (batch.context_positions >= b * S) & (batch.context_positions < (b + 1) * S)
-                ).any()
+                has_context = ((batch.context_positions >= b * S) & (batch.context_positions < (b + 1) * S)).any()
                 assert bool(has_context) == text_first
 
 

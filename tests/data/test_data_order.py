@@ -54,8 +54,7 @@ def test_each_epoch_shows_every_document_once() -> None:
     first = {sample.index for sample in samples if sample.source == 1 and sample.epoch == 0}
     assert first == set(range(20))
     epochs = [
-        [s.index for s in (order.sample(0, n) for n in range(2000)) if s == SampleIndex(0, e, s.index)]
-        for e in (0, 1)
+        [s.index for s in (order.sample(0, n) for n in range(2000)) if s == SampleIndex(0, e, s.index)] for e in (0, 1)
     ]
     assert epochs[0] != epochs[1]
 

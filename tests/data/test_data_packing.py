@@ -157,8 +157,7 @@ def test_packing_is_that_of_earlier_versions(packing: str, balance: bool, digest
 
     one = stream(lambda n: document(n, contents(n)), packing, balance_images=balance)
     packed = [
-        [(s.n, s.first_segment, s.offset, s.begin, s.end, s.length) for s in one.next_sequence()]
-        for _ in range(60)
+        [(s.n, s.first_segment, s.offset, s.begin, s.end, s.length) for s in one.next_sequence()] for _ in range(60)
     ]
     found = hashlib.sha256(repr((packed, one.state.to_list())).encode()).hexdigest()
     assert found[:16] == digest

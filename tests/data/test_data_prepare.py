@@ -62,15 +62,7 @@ def make_mmc4(folder: Path, good: int) -> Path:
     (folder / "secret.jpg").write_bytes(image_bytes(5))
     (images / "link.jpg").symlink_to(folder / "secret.jpg")
     info = {"matched_text_index": 0, "matched_sim": 0.3}
-    bad_images = [
-        "page.jpg",
-        "cut.jpg",
-        "bomb.png",
-        "../secret.jpg",
-        str(folder / "secret.jpg"),
-        "link.jpg",
-        "no.jpg",
-    ]
+    bad_images = ["page.jpg", "cut.jpg", "bomb.png", "../secret.jpg", str(folder / "secret.jpg"), "link.jpg", "no.jpg"]
     hostile = [
         mmc4_line(0, image_info=[{"image_name": name, **info} for name in [*bad_images, "0.jpg"]]),
         mmc4_line(0, image_info=[{"image_name": "0.jpg", **info}] * 10_000),
@@ -122,10 +114,7 @@ def test_mmc4_with_hostile_lines_and_images(tmp_path: Path) -> None:
     assert data.image(document, members, 0) == image_bytes(7)
     kept, _ = data.document(20)
     assert [image.name for image in kept.images] == ["0.jpg"]
-    assert data.document(21)[0].texts[0] in (
-        "lone ? surrogate <BoI> </s>",
-        "lone \ufffd surrogate <BoI> </s>",
-    )
+    assert data.document(21)[0].texts[0] in ("lone ? surrogate <BoI> </s>", "lone \ufffd surrogate <BoI> </s>")
 
 
 def test_zip_input_and_zip_bomb(tmp_path: Path) -> None:
@@ -189,9 +178,7 @@ def test_pairs_from_good_and_damaged_tars(tmp_path: Path) -> None:
     source = tmp_path / "in"
     source.mkdir()
     pairs = [
-        m
-        for n in range(10)
-        for m in [(f"{n:04d}.jpg", image_bytes(n)), (f"{n:04d}.txt", f"caption {n}".encode())]
+        m for n in range(10) for m in [(f"{n:04d}.jpg", image_bytes(n)), (f"{n:04d}.txt", f"caption {n}".encode())]
     ]
     odd = [
         ("a.b.jpg", image_bytes(1)),
@@ -218,9 +205,7 @@ def test_pairs_from_good_and_damaged_tars(tmp_path: Path) -> None:
     assert dropped["no image in the sample"] >= 1
     assert dropped["the tar is cut or damaged here"] == 2
     assert manifest["documents"] >= 12 + 4
-    texts = {
-        NativeDataset(str(tmp_path / "out")).document(i)[0].texts[0] for i in range(manifest["documents"])
-    }
+    texts = {NativeDataset(str(tmp_path / "out")).document(i)[0].texts[0] for i in range(manifest["documents"])}
     assert {"caption 3", "from json"} <= texts
     assert not list(tmp_path.parent.glob("escape*"))
 
@@ -368,10 +353,7 @@ def test_killed_at_random_moments_gives_the_same_files(tmp_path: Path) -> None:
         pairs = [
             member
             for n in range(20)
-            for member in [
-                (f"{n:04d}.png", image_bytes(n + t, 150, 150, "PNG")),
-                (f"{n:04d}.txt", b"a caption"),
-            ]
+            for member in [(f"{n:04d}.png", image_bytes(n + t, 150, 150, "PNG")), (f"{n:04d}.txt", b"a caption")]
         ]
         make_tar(source / f"{t:05d}.tar", pairs)
 

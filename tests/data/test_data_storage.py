@@ -53,11 +53,7 @@ class S3Server:
                 assert time.monotonic() < deadline, "the server does not start"
                 time.sleep(0.1)
         client = boto3.client(
-            "s3",
-            endpoint_url=self.url,
-            region_name="us-east-1",
-            aws_access_key_id="a",
-            aws_secret_access_key="b",
+            "s3", endpoint_url=self.url, region_name="us-east-1", aws_access_key_id="a", aws_secret_access_key="b"
         )
         client.create_bucket(Bucket="data")
         for path in self.folder.iterdir():
@@ -144,9 +140,7 @@ def test_cache_is_bounded() -> None:
     assert sum(len(data) for data in cache._ranges.values()) <= 1000
 
 
-@pytest.mark.parametrize(
-    "path", ["pipe:cat x", "pipe:x|sh", "ftp://host/x", "simplecache::s3://b/x", "exec://x"]
-)
+@pytest.mark.parametrize("path", ["pipe:cat x", "pipe:x|sh", "ftp://host/x", "simplecache::s3://b/x", "exec://x"])
 def test_only_known_places_are_read(path: str) -> None:
     with pytest.raises(DataError, match="only local folders and URLs of"):
         open_storage(path)

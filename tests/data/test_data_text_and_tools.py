@@ -67,10 +67,7 @@ def test_fingerprint_follows_the_vocabulary(tmp_path: Path) -> None:
     assert a.fingerprint == b.fingerprint
     a.save(tmp_path / "a.json")
     assert build_tokenizer(TokenizerConfig(path=str(tmp_path / "a.json"))).fingerprint == a.fingerprint
-    assert (
-        build_tokenizer(TokenizerConfig(path=str(save_vocabulary(tmp_path / "b.json")))).fingerprint
-        != a.fingerprint
-    )
+    assert build_tokenizer(TokenizerConfig(path=str(save_vocabulary(tmp_path / "b.json")))).fingerprint != a.fingerprint
 
 
 def fake_clip(folder: Path) -> Tokenizer:
@@ -87,12 +84,7 @@ def fake_clip(folder: Path) -> Tokenizer:
 def test_clip_layout(tmp_path: Path) -> None:
     tokenizer = fake_clip(tmp_path)
     assert (tokenizer.bos, tokenizer.eos, tokenizer.pad) == (49406, 49407, 0)
-    assert (tokenizer.image, tokenizer.boi, tokenizer.eoi, tokenizer.vocab_size) == (
-        49408,
-        49409,
-        49410,
-        49411,
-    )
+    assert (tokenizer.image, tokenizer.boi, tokenizer.eoi, tokenizer.vocab_size) == (49408, 49409, 49410, 49411)
     assert tokenizer.encode("  CAT ") == [513]  # 256 bytes, 256 bytes ending a word, then the merges
     assert tokenizer.encode("!") == [256]
     assert tokenizer.encode("&amp;amp;") == tokenizer.encode("&")
@@ -159,9 +151,7 @@ def test_opt_by_path_and_by_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         assert {0, 1, 2, 3, 50264}.isdisjoint(ids)
         assert max(ids) < 50265
         assert tokenizer.decode(ids) == text
-    with pytest.raises(
-        DataError, match=r"opt-6\.7b: no tokenizer\.json.*under that name in .*hub.*hf download"
-    ):
+    with pytest.raises(DataError, match=r"opt-6\.7b: no tokenizer\.json.*under that name in .*hub.*hf download"):
         build_tokenizer(TokenizerConfig(kind="opt", path="facebook/opt-6.7b"))
 
 
@@ -179,16 +169,7 @@ def test_wrong_vocabularies_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "text",
-    [
-        "NaN",
-        "[Infinity]",
-        '{"a": 1, "a": 2}',
-        "[" * 100_000,
-        "9" * 6_000,
-        '"' + "x" * (5 << 20) + '"',
-        "1e999",
-        "{",
-    ],
+    ["NaN", "[Infinity]", '{"a": 1, "a": 2}', "[" * 100_000, "9" * 6_000, '"' + "x" * (5 << 20) + '"', "1e999", "{"],
 )
 def test_json_limits(text: str) -> None:
     with pytest.raises(BadJsonError):

@@ -18,13 +18,7 @@ P = 9
 
 
 def tokenize(
-    kind: str,
-    texts: list[str],
-    images: list[tuple[int, float]],
-    *,
-    n: int = 0,
-    length: int = 500,
-    **options: Any,
+    kind: str, texts: list[str], images: list[tuple[int, float]], *, n: int = 0, length: int = 500, **options: Any
 ) -> TokenizedDocument | None:
     entries = tuple(
         ImageEntry(f"{i}.jpg", 80, 80, "jpg", "0" * 64, 9, index, similarity)
@@ -49,22 +43,8 @@ def test_similarity_limit_is_inclusive() -> None:
 
 def test_images_stand_at_their_own_sentence() -> None:
     images = [(2, 0.3), (0, 0.3), (2, 0.3)]
-    assert shape(tokenize("matched", ["a", "b", "c"], images, image_first_probability=1.0)) == [
-        1,
-        "a",
-        "b",
-        0,
-        2,
-        "c",
-    ]
-    assert shape(tokenize("matched", ["a", "b", "c"], images, image_first_probability=0.0)) == [
-        "a",
-        1,
-        "b",
-        "c",
-        0,
-        2,
-    ]
+    assert shape(tokenize("matched", ["a", "b", "c"], images, image_first_probability=1.0)) == [1, "a", "b", 0, 2, "c"]
+    assert shape(tokenize("matched", ["a", "b", "c"], images, image_first_probability=0.0)) == ["a", 1, "b", "c", 0, 2]
 
 
 def test_sides_are_fair_and_keyed() -> None:
@@ -89,11 +69,7 @@ def test_up_to_six_images_at_random_or_the_first() -> None:
 def test_one_image_per_text() -> None:
     images = [(0, 0.3), (0, 0.3), (1, 0.3)]
     kept = [
-        tuple(
-            p
-            for p in shape(tokenize("matched", ["a", "b"], images, n=n, one_image_per_text=True))
-            if p in (0, 1, 2)
-        )
+        tuple(p for p in shape(tokenize("matched", ["a", "b"], images, n=n, one_image_per_text=True)) if p in (0, 1, 2))
         for n in range(100)
     ]
     assert set(kept) == {(0, 2), (1, 2)}
@@ -128,15 +104,11 @@ def test_paper_cut_keeps_whole_segments() -> None:
     texts = ["old cat " * 5] * 3
     size = len(TOKENIZER.encode(texts[0].strip()))
     after = len(TOKENIZER.encode(" " + texts[0].strip()))
-    document = tokenize(
-        "matched", texts, [(1, 0.3)], length=2 + size + after + P + 1, image_first_probability=0.0
-    )
+    document = tokenize("matched", texts, [(1, 0.3)], length=2 + size + after + P + 1, image_first_probability=0.0)
     assert shape(document) == [texts[0].strip()] * 2  # the image does not fit, so nothing after it comes
 
 
-@pytest.mark.parametrize(
-    ("spare", "segments", "end"), [(-1, 1, True), (0, 2, False), (1, 2, True), (4, 3, True)]
-)
+@pytest.mark.parametrize(("spare", "segments", "end"), [(-1, 1, True), (0, 2, False), (1, 2, True), (4, 3, True)])
 def test_released_cut(spare: int, segments: int, end: bool) -> None:
     """An image is dropped when cut; its marker may take the end token's place; text is cut anywhere."""
     text = "cat dog"

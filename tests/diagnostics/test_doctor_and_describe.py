@@ -40,9 +40,7 @@ def test_describe_imports_nothing_heavy() -> None:
         f"try:\n    runpy.run_path({str(TOOLS / 'describe.py')!r}, run_name='__main__')\n"
         "except SystemExit:\n    pass\nprint([m for m in ('torch', 'megatron') if m in sys.modules])"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=True)
     assert done.stdout.splitlines()[-1] == "[]"
 
 
@@ -114,11 +112,7 @@ def test_doctor_names_versions_that_do_not_fit() -> None:
     lines = doctor.check_requirements(
         ["torch>=99", "no-such-package>=1", "numpy", "flash-attn>=2.8; extra == 'flash-attn'"], "Do this."
     )
-    assert [(line.name, line.ok) for line in lines] == [
-        ("torch", False),
-        ("no-such-package", False),
-        ("numpy", True),
-    ]
+    assert [(line.name, line.ok) for line in lines] == [("torch", False), ("no-such-package", False), ("numpy", True)]
     assert lines[0].reason == "torch>=99 is required. Do this."
     assert lines[1].found == "missing"
 
@@ -170,9 +164,7 @@ def test_preflight_tells_shared_storage_from_two_folders(tmp_path: Path) -> None
     assert "must be writable storage of all nodes" in broken["problem"]
 
 
-def test_preflight_says_when_the_nodes_do_not_share_the_folder(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_preflight_says_when_the_nodes_do_not_share_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     times = iter([0.0, 5.0, 11.0, 12.0])
     monkeypatch.setattr(preflight.time, "monotonic", lambda: next(times))
     monkeypatch.setattr(preflight.time, "sleep", lambda seconds: None)

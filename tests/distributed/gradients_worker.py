@@ -24,14 +24,7 @@ from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 from batches import SHAPES, Document, micro_batch, with_rates
 from lcl_mcore.batch import GlobalCounts, MicroBatch, StepBatch
 from lcl_mcore.build import build_training
-from lcl_mcore.config.schema import (
-    DataConfig,
-    LossConfig,
-    ModelConfig,
-    ParallelConfig,
-    RunConfig,
-    TrainConfig,
-)
+from lcl_mcore.config.schema import DataConfig, LossConfig, ModelConfig, ParallelConfig, RunConfig, TrainConfig
 from lcl_mcore.distributed.context import detached
 from lcl_mcore.distributed.device import init_process_group, pick_device
 from lcl_mcore.distributed.groups import Groups, make_groups
@@ -57,31 +50,20 @@ LAYOUTS: dict[int, list[ParallelConfig]] = {
         ParallelConfig(pipeline_parallel_size=2, stage_layers=(0, 2), recompute_language="selective"),
         ParallelConfig(tensor_parallel_size=2, vision_parallel="tensor"),
         ParallelConfig(
-            tensor_parallel_size=2,
-            vision_parallel="tensor",
-            sequence_parallel=True,
-            recompute_vision="block:1",
+            tensor_parallel_size=2, vision_parallel="tensor", sequence_parallel=True, recompute_vision="block:1"
         ),
         ParallelConfig(tensor_parallel_size=2, vision_parallel="data"),
         ParallelConfig(
-            tensor_parallel_size=2,
-            vision_parallel="data",
-            sequence_parallel=True,
-            recompute_vision="selective",
+            tensor_parallel_size=2, vision_parallel="data", sequence_parallel=True, recompute_vision="selective"
         ),
     ],
     4: [
         ParallelConfig(),
         ParallelConfig(
-            pipeline_parallel_size=2,
-            stage_layers=(1, 1),
-            recompute_vision="full",
-            recompute_language="block:1",
+            pipeline_parallel_size=2, stage_layers=(1, 1), recompute_vision="full", recompute_language="block:1"
         ),
         ParallelConfig(pipeline_parallel_size=4, stage_layers=(1, 1, 1, 1)),
-        ParallelConfig(
-            tensor_parallel_size=2, pipeline_parallel_size=2, stage_layers=(1, 1), vision_parallel="data"
-        ),
+        ParallelConfig(tensor_parallel_size=2, pipeline_parallel_size=2, stage_layers=(1, 1), vision_parallel="data"),
         ParallelConfig(
             tensor_parallel_size=2,
             pipeline_parallel_size=2,
@@ -142,15 +124,7 @@ def merge(micros: list[MicroBatch]) -> MicroBatch:
         for name in ("image_starts", "context_positions", "target_positions"):
             shifted.setdefault(name, []).append(getattr(m, name) + tokens)
         shifted.setdefault("context_images", []).append(m.context_images + images)
-        for name in (
-            "tokens",
-            "positions",
-            "images",
-            "target_labels",
-            "image_keys",
-            "sequence_keys",
-            "group_ids",
-        ):
+        for name in ("tokens", "positions", "images", "target_labels", "image_keys", "sequence_keys", "group_ids"):
             shifted.setdefault(name, []).append(getattr(m, name))
         tokens, images = tokens + m.tokens.shape[0], images + m.images.shape[0]
     return MicroBatch(**joined, **{name: torch.cat(parts) for name, parts in shifted.items()})
@@ -180,9 +154,7 @@ def step_batch(per_rank: list[list[MicroBatch]], rank: int) -> StepBatch:
     return StepBatch(tuple(per_rank[rank]), global_counts, {}, "")
 
 
-def whole(
-    model: LclModel, groups: Groups, tensor_of: Callable[[Any], torch.Tensor]
-) -> dict[str, torch.Tensor]:
+def whole(model: LclModel, groups: Groups, tensor_of: Callable[[Any], torch.Tensor]) -> dict[str, torch.Tensor]:
     """Undo the split over tp and pp: a tensor of every parameter under its name in the whole model."""
     result = {}
     for name, parameter in model.named_parameters():
@@ -193,9 +165,7 @@ def whole(
             result[model.canonical_name(name)] = torch.cat(parts, parameter.partition_dim)
         else:
             spread = max(float((part - parts[0]).abs().max()) for part in parts)
-            assert spread <= 1e-6 * max(float(parts[0].abs().max()), 1e-3), (
-                f"{name} differs over tp: {spread}"
-            )
+            assert spread <= 1e-6 * max(float(parts[0].abs().max()), 1e-3), f"{name} differs over tp: {spread}"
             result[model.canonical_name(name)] = parts[0].clone()
     stages: list[Any] = [None] * groups.pp.size()
     dist.all_gather_object(stages, result, group=groups.pp)
@@ -206,9 +176,7 @@ def whole(
     return result
 
 
-def full_gradients(
-    model: LclModel, ddp: Any, optimizer: Optimizer, groups: Groups
-) -> dict[str, torch.Tensor]:
+def full_gradients(model: LclModel, ddp: Any, optimizer: Optimizer, groups: Groups) -> dict[str, torch.Tensor]:
     """Gather the reduced shards over dp, then undo the other splits."""
     for buffer in ddp.buffers:
         for bucket in buffer.buckets:
@@ -263,11 +231,7 @@ def run_case(
         total = config.loss.contrastive_weight * theirs[0] + config.loss.generation_weight * theirs[1]
         total.backward()
         worst, name = worst_gradient(gradients, reference_grads_as_lcl(reference))
-        result |= {
-            "expected": [t.item() for t in theirs],
-            "worst_gradient": worst,
-            "worst_name": name,
-        }
+        result |= {"expected": [t.item() for t in theirs], "worst_gradient": worst, "worst_name": name}
     elif stochastic:
         result["gradient_sum"] = sum(float(g.abs().sum()) for g in gradients.values())
     return result
@@ -282,9 +246,7 @@ def cases(groups: Groups, parallel: ParallelConfig, last: bool) -> Iterator[dict
         several = 2 if most > 1 else 1
         ways = ((1, "global"), (2, "global"), (5, "global"), (several, "rank"))
         for micros, mean in ways if name == "opt" else ((several, "global"),):
-            if micros <= most and (
-                micros < 5 or parallel.pipeline_parallel_size == 1
-            ):  # a pipeline's have equal sizes
+            if micros <= most and (micros < 5 or parallel.pipeline_parallel_size == 1):  # a pipeline's have equal sizes
                 case = {"shape": name, "micros": micros, "mean": mean}
                 yield case | run_case(shape, groups, parallel, micros, mean)
         for micros, options in EXTRA if last or parallel.pipeline_parallel_size == 2 else ():
@@ -293,9 +255,7 @@ def cases(groups: Groups, parallel: ParallelConfig, last: bool) -> Iterator[dict
                 yield case | run_case(shape, groups, parallel, micros, "global", **options)
     dropping, _ = fit(with_rates(SHAPES["opt"], 0.3, 0.2), parallel)
     deep = dataclasses.replace(dropping, language=dataclasses.replace(dropping.language, layers=4))
-    for shape, micros in ((dropping, 1), (dropping, 2), (deep, 1))[
-        : 3 if parallel.pipeline_parallel_size == 1 else 2
-    ]:
+    for shape, micros in ((dropping, 1), (dropping, 2), (deep, 1))[: 3 if parallel.pipeline_parallel_size == 1 else 2]:
         case = {"shape": "dropping", "micros": micros, "mean": "global", "layers": shape.language.layers}
         yield case | run_case(shape, groups, parallel, micros, "global")
 

@@ -24,11 +24,7 @@ print([name for name in ("torch._inductor.compile_fx", "torch._inductor.lowering
 
 def test_importing_the_trainer_does_not_load_the_compiler() -> None:
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-c", IMPORTS],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
+        [sys.executable, "-W", "ignore", "-c", IMPORTS], capture_output=True, text=True, timeout=120, check=False
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip() == "[]"

@@ -68,9 +68,7 @@ def take_apart(text: str) -> Text:
 
 def commands(text: Text) -> list[str]:
     """Everything that starts like a command and has at least one more word, without repeated blanks."""
-    return [
-        " ".join(line.split()) for line in (*text.blocks, *text.inline) if starts_like_a_command(line.split())
-    ]
+    return [" ".join(line.split()) for line in (*text.blocks, *text.inline) if starts_like_a_command(line.split())]
 
 
 def starts_like_a_command(words: list[str]) -> bool:

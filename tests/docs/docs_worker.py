@@ -117,11 +117,7 @@ def step(words: list[str]) -> dict[str, Any]:
     if words[1:3] != ["-m", "torch.distributed.run"]:
         return {"words": words, "until": READ, "world": 1}
     count = int(words[words.index("--nproc-per-node") + 1])
-    return {
-        "words": ["torchrun", *words[3:]],
-        "until": "lcl_mcore.distributed.context.start",
-        "world": count,
-    }
+    return {"words": ["torchrun", *words[3:]], "until": "lcl_mcore.distributed.context.start", "world": count}
 
 
 def main() -> None:

@@ -53,9 +53,7 @@ def runs(command: str, *more: str, prints: str = "", leaves: tuple[str, ...] = (
     return Entry(command, run=more, prints=prints, leaves=leaves)
 
 
-def read(
-    command: str, *by: str, until: str = ARGUMENTS, worlds: tuple[int, ...] = (1,), **words: str
-) -> Entry:
+def read(command: str, *by: str, until: str = ARGUMENTS, worlds: tuple[int, ...] = (1,), **words: str) -> Entry:
     """Its command line is read by the tool itself, with its values; the work is shown by other tests or a record."""
     pairs = tuple((name, tuple(values.split())) for name, values in words.items())
     return Entry(command, until=until, worlds=worlds, words=pairs, by=by)
@@ -84,13 +82,10 @@ ENTRIES = (
         leaves=("data/prepared/python-skimage-doc/dataset.json",),
     ),
     runs(
-        "python tools/prepare_data.py split data/prepared/python-skimage-doc data/skimage --heldout-share 0.1 "
-        "--seed 0",
+        "python tools/prepare_data.py split data/prepared/python-skimage-doc data/skimage --heldout-share 0.1 --seed 0",
         leaves=("data/skimage/train/dataset.json", "data/skimage/heldout/dataset.json"),
     ),
-    runs(
-        "python tools/inspect_data.py data/demo/train --tokenizer data/demo/tokenizer.json", prints='"fill"'
-    ),
+    runs("python tools/inspect_data.py data/demo/train --tokenizer data/demo/tokenizer.json", prints='"fill"'),
     runs(
         "python tools/inspect_data.py data/demo/train --tokenizer data/demo/tokenizer.json --document 7 "
         "--html page.html",
@@ -108,9 +103,7 @@ ENTRIES = (
         leaves=("runs/again/checkpoints/step-00000020/manifest.json",),
     ),
     runs(
-        "python tools/evaluate.py runs/demo --data data/demo/heldout",
-        prints="R@5",
-        leaves=("runs/demo/report.html",),
+        "python tools/evaluate.py runs/demo --data data/demo/heldout", prints="R@5", leaves=("runs/demo/report.html",)
     ),
     runs(
         "python tools/evaluate.py classify runs/demo --data imagenet",
@@ -143,10 +136,7 @@ ENTRIES = (
     runs("python tools/checkpoint.py list runs/demo", prints="complete"),
     runs("python tools/checkpoint.py verify runs/demo", prints="intact"),
     runs("python tools/checkpoint.py info runs/demo", prints="20"),
-    runs(
-        "python tools/checkpoint.py consolidate runs/demo --out weights",
-        leaves=("weights/model.safetensors",),
-    ),
+    runs("python tools/checkpoint.py consolidate runs/demo --out weights", leaves=("weights/model.safetensors",)),
     # --- read by the tool up to its work
     read(
         "torchrun --nproc-per-node 2 tools/pretrain_lcl.py --recipe demo --tp 2 --pp 1 --steps 20 "
@@ -196,8 +186,7 @@ ENTRIES = (
         "tests/evaluation/test_evaluation_commands.py::test_the_other_commands",
     ),
     read(
-        "python tools/evaluate.py retrieval runs/demo --data dataset_coco.json --images coco "
-        "--train dataset_coco.json",
+        "python tools/evaluate.py retrieval runs/demo --data dataset_coco.json --images coco --train dataset_coco.json",
         "tests/evaluation/test_transfer.py::test_both_splits_of_one_file",
     ),
     read(
@@ -218,22 +207,15 @@ ENTRIES = (
         "python benchmarks/contrastive.py --n 32768 65536 131072 --repeats 5",
         "tests/benchmarks/test_gpu_report.py::test_dry_run",
     ),
+    read("python examples/ablation/run.py", "tests/evaluation/test_ablation.py::test_two_settings_end_in_a_table"),
     read(
-        "python examples/ablation/run.py",
-        "tests/evaluation/test_ablation.py::test_two_settings_end_in_a_table",
-    ),
-    read(
-        "python tools/gpu_report.py --commit HASH",
-        "tests/benchmarks/test_gpu_report.py::test_dry_run",
-        HASH="1d1f3e5",
+        "python tools/gpu_report.py --commit HASH", "tests/benchmarks/test_gpu_report.py::test_dry_run", HASH="1d1f3e5"
     ),
     read("python campaigns/soak.py --minutes 30", "campaigns/soak.json"),
     read("python campaigns/steady.py", "campaigns/steady.json"),
     read("python campaigns/recovery.py", "campaigns/recovery.json"),
     # --- targets of the Makefile, packages, SLURM, the tests
-    shown(
-        "make demo", "make demo", "tests/docs/test_documents.py::test_the_demo_is_made_of_accepted_commands"
-    ),
+    shown("make demo", "make demo", "tests/docs/test_documents.py::test_the_demo_is_made_of_accepted_commands"),
     shown("git clone REPOSITORY lcl_mcore", "Makefile"),
     shown("make check", "make check"),
     shown("make lint", "make lint"),

@@ -111,9 +111,7 @@ def asks_cuda(node: ast.AST) -> bool:
     match node:
         case ast.Attribute(attr="is_cuda") | ast.Attribute(attr="cuda", value=ast.Name(id="torch")):
             return True
-        case ast.Compare(
-            left=ast.Attribute(attr="type" | "kind"), comparators=[ast.Constant(value="cuda" | "cpu")]
-        ):
+        case ast.Compare(left=ast.Attribute(attr="type" | "kind"), comparators=[ast.Constant(value="cuda" | "cpu")]):
             return True
     return False
 
@@ -125,9 +123,7 @@ def probes(node: ast.AST) -> bool:
 
 
 @pytest.mark.parametrize(("found_by", "allowed"), [(asks_cuda, CUDA_MODULES), (probes, PROBING_MODULES)])
-def test_each_kind_of_question_has_one_place(
-    found_by: Callable[[ast.AST], bool], allowed: dict[str, str]
-) -> None:
+def test_each_kind_of_question_has_one_place(found_by: Callable[[ast.AST], bool], allowed: dict[str, str]) -> None:
     """CUDA or CPU, and whether an optional package is here; `lcl_kernels` stands alone and answers for itself."""
     package = ROOT / "lcl_mcore"
     asking = {
@@ -171,9 +167,7 @@ def test_the_trainer_is_imported_by_its_command_alone() -> None:
 
 def test_importing_the_package_does_nothing_else() -> None:
     code = "import sys; before = set(sys.modules); import lcl_mcore; print(sorted(set(sys.modules) - before))"
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.strip() == "['lcl_mcore']"
 
 

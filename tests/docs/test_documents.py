@@ -176,12 +176,7 @@ def flags_of_tools() -> set[str]:
     from lcl_mcore.config.arguments import flags_of
 
     found = {"--help", "--no-overlap"}.union(*(flags_of(cls) for cls in command_options().values()))
-    scripts = (
-        "benchmarks/*.py",
-        "examples/*/run.py",
-        "campaigns/*.py",
-        "tests/planning/*_worker.py",
-    )
+    scripts = ("benchmarks/*.py", "examples/*/run.py", "campaigns/*.py", "tests/planning/*_worker.py")
     for path in (path for pattern in scripts for path in ROOT.glob(pattern)):
         found |= set(re.findall(r'"(--[a-z][a-z-]*)"', path.read_text(encoding="utf-8")))
     return found
@@ -241,9 +236,7 @@ def test_links_and_files_exist(texts: dict[str, Text]) -> None:
     folders = "docs|tools|tests|benchmarks|campaigns|examples|lcl_mcore|kernels"
     for name, text in texts.items():
         for code in (*text.inline, *text.blocks):
-            for path in re.findall(
-                rf"(?<![\w/.-])((?:{folders})/[\w./-]+\.(?:py|md|json|yaml|sh|sbatch))\b", code
-            ):
+            for path in re.findall(rf"(?<![\w/.-])((?:{folders})/[\w./-]+\.(?:py|md|json|yaml|sh|sbatch))\b", code):
                 assert (ROOT / path).exists(), (name, path)
 
 

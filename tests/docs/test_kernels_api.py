@@ -21,10 +21,7 @@ def documented() -> dict[str, inspect.Signature]:
     """Signatures in the section's blocks, by name."""
     blocks = "\n".join(re.findall(r"```python\n(.*?)```", SECTION, re.DOTALL))
     calls = re.findall(r"^(\w[\w.]*)\(([^()]*)\)$", blocks, re.MULTILINE)
-    return {
-        name: inspect.signature(eval(f"lambda {' '.join(parameters.split())}: 0"))
-        for name, parameters in calls
-    }
+    return {name: inspect.signature(eval(f"lambda {' '.join(parameters.split())}: 0")) for name, parameters in calls}
 
 
 def real(name: str) -> inspect.Signature:

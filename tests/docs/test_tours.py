@@ -65,9 +65,7 @@ def test_four_tours_of_a_page_with_stops() -> None:
 
 
 def test_four_answers_name_file_and_function() -> None:
-    rows = re.findall(
-        r"^\| (?!to add)(\w.+?) \| (.+) \|$", sections(TEXT, 2)["Where to change what"], re.MULTILINE
-    )
+    rows = re.findall(r"^\| (?!to add)(\w.+?) \| (.+) \|$", sections(TEXT, 2)["Where to change what"], re.MULTILINE)
     assert len(rows) >= 4
     for question, answer in rows:
         assert STOP.findall(answer), question

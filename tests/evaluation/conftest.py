@@ -28,10 +28,7 @@ def run(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     from launch import torchrun
 
     out = tmp_path_factory.mktemp("evaluation-runs") / "run"
-    torchrun(
-        2,
-        *command(pairs, out, "parallel.tensor_parallel_size=2", "evaluation.every=2", "evaluation.limit=60"),
-    )
+    torchrun(2, *command(pairs, out, "parallel.tensor_parallel_size=2", "evaluation.every=2", "evaluation.limit=60"))
     return out
 
 
@@ -46,9 +43,7 @@ def labelled(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i, label in enumerate(labels):
             pixels[i, :, (0, 18, 9)[label] : (10, 28, 19)[label]] += 150
         for kind, values in (("images-idx3-ubyte", pixels), ("labels-idx1-ubyte", labels)):
-            header = bytes((0, 0, 8, values.ndim)) + b"".join(
-                size.to_bytes(4, "big") for size in values.shape
-            )
+            header = bytes((0, 0, 8, values.ndim)) + b"".join(size.to_bytes(4, "big") for size in values.shape)
             (folder / f"{prefix}-{kind}").write_bytes(header + values.tobytes())
     return folder
 

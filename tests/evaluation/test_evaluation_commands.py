@@ -87,17 +87,7 @@ def test_the_other_commands(run: Path, pairs: Path, labelled: Path, tool: Tool, 
     assert found["images"] == 20
     assert found["captions"] >= 20
     assert found["trained"] != found["random_init"]
-    tool(
-        "tools/evaluate.py",
-        "caption",
-        str(run),
-        "--data",
-        str(pairs / "pairs"),
-        "--limit",
-        "6",
-        "--max-tokens",
-        "5",
-    )
+    tool("tools/evaluate.py", "caption", str(run), "--data", str(pairs / "pairs"), "--limit", "6", "--max-tokens", "5")
     found = json.loads((run / "results" / "caption.json").read_text())
     assert len(found["examples"]) == 6
     assert all(0 <= found["trained"][name] <= 100 for name in ("BLEU-1", "BLEU-4"))

@@ -42,9 +42,7 @@ def test_effective_rank() -> None:
     assert effective_rank(cloud[:, :3] @ torch.eye(16)[:3]) == pytest.approx(3, rel=0.01)
     assert effective_rank(torch.ones(10, 4)) == 0.0
     unit = torch.nn.functional.normalize(cloud, dim=1)
-    assert mean_cosine(unit) == pytest.approx(
-        float((unit @ unit.T).fill_diagonal_(0).sum() / (5000 * 4999)), abs=1e-6
-    )
+    assert mean_cosine(unit) == pytest.approx(float((unit @ unit.T).fill_diagonal_(0).sum() / (5000 * 4999)), abs=1e-6)
     assert mean_cosine(torch.ones(7, 4) / 2) == pytest.approx(1.0)
 
 
@@ -84,11 +82,7 @@ def test_labelled_readers_agree(tmp_path: Path) -> None:
     """A folder of classes, a tar per class and webdataset tars hold the same images."""
     levels = {"cat": (10, 60), "dog": (200,)}
     for split in ("train", "val"):
-        folder, tars, samples = (
-            tmp_path / "folder" / split,
-            tmp_path / "tars" / split,
-            tmp_path / "web" / split,
-        )
+        folder, tars, samples = (tmp_path / "folder" / split, tmp_path / "tars" / split, tmp_path / "web" / split)
         for place in (tars, samples):
             place.mkdir(parents=True)
         with tarfile.open(samples / "shard-0.tar", "w") as web:
@@ -127,12 +121,7 @@ def test_caption_files(tmp_path: Path) -> None:
         (tmp_path / name).write_bytes(jpeg(90))
     karpathy = {
         "images": [
-            {
-                "filename": "a.png",
-                "filepath": "",
-                "split": "test",
-                "sentences": [{"raw": "one"}, {"raw": "two"}],
-            },
+            {"filename": "a.png", "filepath": "", "split": "test", "sentences": [{"raw": "one"}, {"raw": "two"}]},
             {"filename": "b.png", "split": "train", "sentences": [{"raw": "three"}]},
         ]
     }
@@ -145,10 +134,7 @@ def test_caption_files(tmp_path: Path) -> None:
         "annotations": [{"image_id": i, "caption": text} for i, text in ((7, "x"), (8, "y"), (7, "z"))],
     }
     (tmp_path / "n.json").write_text(json.dumps(nocaps))
-    assert open_caption_dataset(str(tmp_path / "n.json"), tmp_path, "test", 0, 16).captions == (
-        ("x", "z"),
-        ("y",),
-    )
+    assert open_caption_dataset(str(tmp_path / "n.json"), tmp_path, "test", 0, 16).captions == (("x", "z"), ("y",))
     assert len(open_caption_dataset(str(tmp_path / "n.json"), tmp_path, "test", 1, 16)) == 1
     (tmp_path / "a.png").unlink()
     with pytest.raises(DataError, match=r"a\.png: is not there"):
@@ -166,9 +152,7 @@ def test_probe_learns_where_to_look() -> None:
     tokens[:, 2, 8] = 6
     config = ProbeConfig(epochs=40, batch_size=100, lr=1e-2)
     probe = AttentionProbe(16, 2, 4, seed=0)
-    loss = fit_classifier(
-        probe, [(list(probe.parameters()), 1.0)], lambda i: (tokens[i], labels[i]), 300, config
-    )
+    loss = fit_classifier(probe, [(list(probe.parameters()), 1.0)], lambda i: (tokens[i], labels[i]), 300, config)
     held = accuracy(probe, lambda i: (tokens[300 + i], labels[300 + i]), 100)
     assert loss < 0.2
     assert held["top1"] > 0.95

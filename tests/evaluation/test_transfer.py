@@ -28,9 +28,7 @@ from lcl_mcore.evaluation.transfer import ImageEncoder, drop_path, require_disjo
 
 SHAPE = ModelConfig(
     vision=VisionConfig(image_size=32, patch_size=16, width=32, layers=2, heads=4, mlp_width=64),
-    language=LanguageConfig(
-        vocab_size=306, width=32, layers=2, heads=4, mlp_width=64, max_positions=48, dropout=0.1
-    ),
+    language=LanguageConfig(vocab_size=306, width=32, layers=2, heads=4, mlp_width=64, max_positions=48, dropout=0.1),
     pool_heads=4,
 )
 COLOURS = torch.cartesian_prod(*[torch.tensor([30.0, 220.0])] * 3)
@@ -90,9 +88,7 @@ def same(before: list[Tensor], after: list[Tensor]) -> bool:
 RETRIEVAL = RetrievalConfig(steps=60, batch_size=16, lr=1e-2, chunk_size=16)
 
 
-def make_dual_encoder(
-    loaded: LoadedModel, width: int, config: RetrievalConfig = RETRIEVAL
-) -> retrieval.DualEncoder:
+def make_dual_encoder(loaded: LoadedModel, width: int, config: RetrievalConfig = RETRIEVAL) -> retrieval.DualEncoder:
     return retrieval.DualEncoder(SHAPE, width, loaded.context, loaded.tokenizer(), config)
 
 
@@ -104,9 +100,7 @@ def test_the_text_feature_is_that_of_the_plain_model_at_the_last_token(loaded: L
     dual, tokenizer = make_dual_encoder(loaded, 32), loaded.tokenizer()
     with torch.no_grad():
         for parameter in dual.parameters():
-            parameter += 0.1 * torch.randn(
-                parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())
-            )
+            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel()))
     state = loaded.model.state_dict() | {f"language.{k}": v for k, v in dual.language.state_dict().items()}
     reference = ReferenceLcl(SHAPE)
     reference.load_lcl_state({k: v for k, v in state.items() if v is not None})
@@ -115,10 +109,7 @@ def test_the_text_feature_is_that_of_the_plain_model_at_the_last_token(loaded: L
         for text, vector in zip(CAPTIONS, found, strict=False):
             ids = torch.tensor([tokenizer.bos, *tokenizer.encode(text), tokenizer.eos])
             batch = replace(
-                micro_batch(SHAPE, [[(3,)]]),
-                tokens=ids,
-                positions=torch.arange(len(ids)),
-                lengths=(len(ids),),
+                micro_batch(SHAPE, [[(3,)]]), tokens=ids, positions=torch.arange(len(ids)), lengths=(len(ids),)
             )
             hidden = reference.read(batch, torch.zeros(0, 4, 32))
             expected = reference.contexts(hidden, torch.tensor([len(ids) - 1]))[0]
@@ -131,9 +122,7 @@ def test_a_batch_in_parts_has_the_gradient_of_the_whole(loaded: LoadedModel) -> 
     before = weights(loaded)
     for chunk in (16, 5):
         dual = make_dual_encoder(loaded, 32)
-        config = replace(
-            RETRIEVAL, transfer="full", steps=1, batch_size=16, chunk_size=chunk, encoder_lr=1e-30
-        )
+        config = replace(RETRIEVAL, transfer="full", steps=1, batch_size=16, chunk_size=chunk, encoder_lr=1e-30)
         encoder = vit(loaded.model, full=True)
         losses.append(retrieval.train_dual_encoder(dual, encoder, train, config))
         gradients.append([p.grad for p in [*dual.parameters(), *encoder.parameters] if p.grad is not None])
@@ -238,9 +227,7 @@ def local_lm(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     folder = tmp_path_factory.mktemp("lm")
     small_tokenizer().save(folder / "raw.json")
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_file=str(folder / "raw.json"), eos_token="</s>", bos_token="<s>"
-    )
+    tokenizer = PreTrainedTokenizerFast(tokenizer_file=str(folder / "raw.json"), eos_token="</s>", bos_token="<s>")
     torch.manual_seed(0)
     shape = GPT2Config(
         vocab_size=len(tokenizer),
@@ -267,16 +254,11 @@ def test_a_hugging_face_lm_reads_latents_like_tokens(loaded: LoadedModel, local_
     begin, expected = decoder.tokenizer.bos_token_id, 0.0
     for prefix, text in zip(tokens.tolist(), ids, strict=True):
         whole = torch.tensor([[begin, *prefix, *text]])
-        loss = decoder.model(
-            input_ids=whole, labels=torch.where(torch.arange(whole.shape[1]) < 4, -100, whole)
-        ).loss
+        loss = decoder.model(input_ids=whole, labels=torch.where(torch.arange(whole.shape[1]) < 4, -100, whole)).loss
         expected += loss.item() * len(text)
     assert decoder.loss_sum(latents, ids).item() == pytest.approx(expected, rel=1e-5)
     greedy = decoder.model.generate(
-        torch.cat((torch.full((2, 1), begin), tokens), 1),
-        max_new_tokens=6,
-        do_sample=False,
-        pad_token_id=decoder.end,
+        torch.cat((torch.full((2, 1), begin), tokens), 1), max_new_tokens=6, do_sample=False, pad_token_id=decoder.end
     )[:, 4:]
     assert decoder.generate(latents, 6) == [
         text.strip() for text in decoder.tokenizer.batch_decode(greedy, skip_special_tokens=True)
@@ -359,10 +341,7 @@ def test_what_is_refused(loaded: LoadedModel) -> None:
             ("--train", "t", "--transfer", "zeroshot"),
             "--train without a transfer: zero-shot trains nothing. Use --transfer frozen or full.",
         ),
-        (
-            ("--steps", "3"),
-            "--steps without a transfer: zero-shot trains nothing. Give --train, or leave it out.",
-        ),
+        (("--steps", "3"), "--steps without a transfer: zero-shot trains nothing. Give --train, or leave it out."),
         (("--train", "t", "--steps", "0"), "--steps 0: must be positive. For example 5000."),
     ):
         with pytest.raises(ConfigError) as caught:
@@ -383,10 +362,6 @@ def test_what_is_refused(loaded: LoadedModel) -> None:
         captioning.make_decoder(loaded, CaptionConfig(language_model="nowhere"), None)
     with pytest.raises(ConfigError, match=r"cannot be loaded .* It needs config\.json"):
         captioning.make_decoder(loaded, CaptionConfig(language_model=str(loaded.folder)), None)
-    broken = ImageEncoder(
-        32, lambda images, seed: torch.full((len(images), 4, 32), torch.inf), torch.device("cpu")
-    )
+    broken = ImageEncoder(32, lambda images, seed: torch.full((len(images), 4, 32), torch.inf), torch.device("cpu"))
     with pytest.raises(NonFiniteError, match="diverged"):
-        retrieval.train_dual_encoder(
-            make_dual_encoder(loaded, 32), broken, coloured(1, 0), replace(RETRIEVAL, steps=1)
-        )
+        retrieval.train_dual_encoder(make_dual_encoder(loaded, 32), broken, coloured(1, 0), replace(RETRIEVAL, steps=1))

@@ -71,16 +71,7 @@ def test_goodput_adds_up_the_attempts(tmp_path: Path, monkeypatch: pytest.Monkey
     assert total.describe().startswith("goodput    ")
     assert " in 2 attempts: productive " in total.describe()
     end = read_events(tmp_path)[-1]
-    assert {
-        "event",
-        "time",
-        "productive",
-        "data",
-        "checkpoint",
-        "recomputed",
-        "restart",
-        "wall",
-    } == end.keys()
+    assert {"event", "time", "productive", "data", "checkpoint", "recomputed", "restart", "wall"} == end.keys()
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "b")
     assert not is_restart(tmp_path)
 
@@ -146,9 +137,7 @@ def test_a_straggler_is_logged_once(tmp_path: Path) -> None:
             "slowest_seconds": pytest.approx(0.6),
             "slowest_ratio": pytest.approx(3.0),
         }
-    assert lines == [
-        "straggler  rank 2: 0.600 s of compute a step, the others 0.200 s (3.0 times; over 10 steps)"
-    ]
+    assert lines == ["straggler  rank 2: 0.600 s of compute a step, the others 0.200 s (3.0 times; over 10 steps)"]
     (event,) = read_events(tmp_path)
     assert event["slowest"] == 2
     assert event["kind"] == "compute"

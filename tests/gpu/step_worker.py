@@ -44,23 +44,10 @@ def config_for(args: argparse.Namespace) -> RunConfig:
     """Heads of 64 channels, ragged documents, drop-path; no dropout, whose masks differ between devices."""
     shape = ModelConfig(
         vision=VisionConfig(
-            image_size=64,
-            patch_size=16,
-            width=128,
-            layers=2,
-            heads=2,
-            mlp_width=256,
-            layer_scale=0.3,
-            drop_path=0.2,
+            image_size=64, patch_size=16, width=128, layers=2, heads=2, mlp_width=256, layer_scale=0.3, drop_path=0.2
         ),
         language=LanguageConfig(
-            vocab_size=1000,
-            width=256,
-            layers=2,
-            heads=4,
-            mlp_width=512,
-            max_positions=256,
-            dropout=args.dropout,
+            vocab_size=1000, width=256, layers=2, heads=4, mlp_width=512, max_positions=256, dropout=args.dropout
         ),
         pool_heads=4,
     )
@@ -69,9 +56,7 @@ def config_for(args: argparse.Namespace) -> RunConfig:
         model=shape,
         data=DataConfig(sequence_length=256),
         parallel=ParallelConfig(
-            recompute_vision=args.recompute,
-            recompute_language=args.recompute,
-            gradient_accumulation_fusion=args.fuse,
+            recompute_vision=args.recompute, recompute_language=args.recompute, gradient_accumulation_fusion=args.fuse
         ),
         optim=OptimConfig(optimizer_backend=args.optimizer),
         train=TrainConfig(

@@ -12,10 +12,7 @@ from lcl_mcore import optional_packages as probe
 from lcl_mcore.config.schema import OptimConfig
 from lcl_mcore.fused_adam import Adam, FusedAdam, TorchAdam
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 DEVICE = torch.device("cuda", 0)
 OPTIM = OptimConfig(lr=3e-2, weight_decay=0.2)
 SIZES = (70_001, 3, 1, 2_000_000)
@@ -35,10 +32,7 @@ def groups() -> list[dict[str, Any]]:
 
 def tensors(update: Adam) -> list[torch.Tensor]:
     shards = [shard for group in update.inner.param_groups for shard in group["params"]]
-    return [
-        *shards,
-        *(update.inner.state[shard][name] for shard in shards for name in ("exp_avg", "exp_avg_sq")),
-    ]
+    return [*shards, *(update.inner.state[shard][name] for shard in shards for name in ("exp_avg", "exp_avg_sq"))]
 
 
 @pytest.mark.parametrize("name", ["te", "apex"])

@@ -12,10 +12,7 @@ from lcl_mcore import optional_packages as probe
 from lcl_mcore.models import attention as module
 from lcl_mcore.models.attention import make_segments, sdpa_segments
 
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
-]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 RAGGED = (1, 7, 64, 200, 513, 17, 1246)
 LENGTHS = {"ragged": RAGGED, "uniform": (257,) * 8, "one": (2048,)}
 

@@ -13,9 +13,7 @@ from launch import run_script
 @pytest.mark.slow
 def test_the_worker_trains_on_a_cpu(tmp_path: Path) -> None:
     out = tmp_path / "result.pt"
-    done = run_script(
-        "tests/gpu/step_worker.py", "--device", "cpu", "--micro-batches", "2", "--out", str(out)
-    )
+    done = run_script("tests/gpu/step_worker.py", "--device", "cpu", "--micro-batches", "2", "--out", str(out))
     assert done.returncode == 0, done.stderr
     result = torch.load(out, weights_only=True)
     assert result["backends"]["optimizer"] == "torch AdamW"

@@ -51,12 +51,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
             command = [sys.executable, str(WORKER), "--device", device, *options, "--out", str(out)]
             hidden = {"CUDA_VISIBLE_DEVICES": ""} if device == "cpu" else {}
             process = subprocess.run(
-                command,
-                env={**os.environ, **hidden},
-                capture_output=True,
-                text=True,
-                timeout=120,
-                check=False,
+                command, env={**os.environ, **hidden}, capture_output=True, text=True, timeout=120, check=False
             )
             assert process.returncode == 0, process.stderr[-4000:]
             done[key] = torch.load(out, weights_only=True)
@@ -140,9 +135,7 @@ def test_fused_optimizer_learns_what_torch_learns(run: Run, name: str, title: st
     ],
 )
 @pytest.mark.parametrize("recompute", ["none", "full"])
-def test_gradient_accumulation_fusion_changes_no_gradient(
-    run: Run, layers: str, who: str, recompute: str
-) -> None:
+def test_gradient_accumulation_fusion_changes_no_gradient(run: Run, layers: str, who: str, recompute: str) -> None:
     """Over two micro-batches, which share the fp32 buffers; not fused, a weight's gradient is rounded to bf16 first."""
     options = ("--precision", "bf16", "--backend", layers, "--micro-batches", "2", "--recompute", recompute)
     plain, fused = run("cuda", *options), run("cuda", *options, "--fuse")

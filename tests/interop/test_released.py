@@ -55,11 +55,7 @@ SHAPE = ModelConfig(
 )
 IMAGE = [BOI, *[HOLE] * PATCHES, EOI]
 SEQUENCES = [
-    [
-        [BEGIN, 5, 6, 7, *IMAGE, 8, 9, *IMAGE, 10, 11, 12, END],
-        [*IMAGE, 20, 21, 22, END],
-        [BEGIN, 30, 31, *IMAGE],
-    ],
+    [[BEGIN, 5, 6, 7, *IMAGE, 8, 9, *IMAGE, 10, 11, 12, END], [*IMAGE, 20, 21, 22, END], [BEGIN, 30, 31, *IMAGE]],
     [[BEGIN, *IMAGE, 40, 41, END], [BEGIN, 50, 51, 52, 53, *IMAGE]],
 ]
 
@@ -190,11 +186,7 @@ def test_both_directions_are_exact(build: Build) -> None:
     again = build(SHAPE, seed=5)
     load_consolidated(again, from_released(to_released(own, SHAPE), SHAPE), 0, 1)
     for name, parameter in again.named_parameters():
-        real = (
-            slice(0, VOCABULARY)
-            if name in ("language.head", "language.token_embedding.weight")
-            else slice(None)
-        )
+        real = slice(0, VOCABULARY) if name in ("language.head", "language.token_embedding.weight") else slice(None)
         assert torch.equal(parameter[real], own[name][real]), name
         assert real.stop is None or parameter[VOCABULARY:].eq(0).all(), name
 
@@ -241,9 +233,7 @@ def test_every_rank_gets_whole_heads(build: Build) -> None:
         split += 1
         axis = parameter.partition_dim
         assert torch.equal(torch.cat(parts, axis), parameter), name
-    assert (
-        split == 5 * 6 + 7 + 2
-    )  # per layer 6 (qkv, fc1: weight and bias; proj, fc2), pool 7, two vocabularies
+    assert split == 5 * 6 + 7 + 2  # per layer 6 (qkv, fc1: weight and bias; proj, fc2), pool 7, two vocabularies
     # Head 0 of layer 0 lies on rank 0: its queries, keys and values are the first rows of each released part.
     rows = ranks[0].shares["language.blocks.layers.0.self_attention.linear_qkv.weight"]
     stacked = released_state()["text.transformer.resblocks.0.attn.in_proj_weight"]
@@ -302,9 +292,7 @@ class Malicious:
         return print, ("executed",)
 
 
-def test_files_that_are_not_plain_tensors_are_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_files_that_are_not_plain_tensors_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "epoch_1.pt"
     with pytest.raises(CheckpointError, match="there is no such file"):
         read_released(file)
@@ -357,13 +345,7 @@ def test_the_tool_writes_weights_and_a_configuration(tmp_path: Path) -> None:
     with torch.no_grad():
         state = {name: torch.randn(p.shape) for name, p in ReferenceLcl(shape).named_parameters()}
     torch.save({"epoch": 1, "name": "x", "state_dict": state}, tmp_path / "epoch_1.pt")
-    command = [
-        "tools/import_released.py",
-        str(tmp_path / "epoch_1.pt"),
-        "--out",
-        str(tmp_path / "out"),
-        "--tp",
-    ]
+    command = ["tools/import_released.py", str(tmp_path / "epoch_1.pt"), "--out", str(tmp_path / "out"), "--tp"]
     refused = run_script(*command, "3")
     assert refused.returncode == 2
     assert "model.language.heads = 2 with parallel.tensor_parallel_size = 3" in refused.stderr

@@ -29,9 +29,7 @@ INTEGERS = ("M", "N", "K", "ldg", "tiles_per_split", "a_row", "a_col", "accumula
 DIVISIBLE = ("ldg",)
 
 
-def compile_one(
-    name: str, kernel: Any, precision: str, capability: int, constants: dict[str, Any]
-) -> dict[str, Any]:
+def compile_one(name: str, kernel: Any, precision: str, capability: int, constants: dict[str, Any]) -> dict[str, Any]:
     element = "*fp16" if precision == "fp16" else "*fp32"
     signature, attributes, values = {}, {}, {}
     for position, argument in enumerate(kernel.arg_names):

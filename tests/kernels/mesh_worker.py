@@ -15,12 +15,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
-from lcl_kernels import (
-    DistributedInfoNCE,
-    infonce_reference,
-    linear_cross_entropy,
-    linear_cross_entropy_reference,
-)
+from lcl_kernels import DistributedInfoNCE, infonce_reference, linear_cross_entropy, linear_cross_entropy_reference
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -108,9 +103,7 @@ def run_contrastive(case: dict[str, Any], mesh: Mesh) -> dict[str, Any]:
     image64, text64, scale64 = exact(x.double(), y.double())
     weights = torch.cat(
         [
-            torch.full(
-                (c,), 1 / total if case["weighting"] == "image" else 1 / (c * sum(k > 0 for k in counts))
-            )
+            torch.full((c,), 1 / total if case["weighting"] == "image" else 1 / (c * sum(k > 0 for k in counts)))
             for c in counts
             if c
         ]
@@ -181,11 +174,7 @@ def main() -> None:
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     torch.set_num_threads(1)
     dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=world,
-        timeout=timedelta(seconds=60),
+        "gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=world, timeout=timedelta(seconds=60)
     )
     meshes: dict[tuple[int, int], Mesh] = {}
     results = []

@@ -21,9 +21,7 @@ def problem(rows: int, vocab: int, width: int = 16) -> tuple[Tensor, Tensor, Ten
 
 
 def worst(ours: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float:
-    return max(
-        float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(ours, truth, strict=True)
-    )
+    return max(float((a.double() - b.double()).norm() / b.double().norm()) for a, b in zip(ours, truth, strict=True))
 
 
 def evaluate(function: Any, *leaves: Tensor, dtype: torch.dtype, **options: Any) -> tuple[Tensor, ...]:
@@ -37,9 +35,7 @@ def test_matches_fp64(chunk: int | None) -> None:
     hidden, weight, bias, labels, factors = problem(50, 33)
     labels[3:9] = -100
     options: dict[str, Any] = {"labels": labels, "row_weights": factors, "valid_vocab": 33}
-    ours = evaluate(
-        linear_cross_entropy, hidden, weight, bias, dtype=torch.float32, chunk_rows=chunk, **options
-    )
+    ours = evaluate(linear_cross_entropy, hidden, weight, bias, dtype=torch.float32, chunk_rows=chunk, **options)
     truth = evaluate(linear_cross_entropy_reference, hidden, weight, bias, dtype=torch.float64, **options)
     assert worst(ours, truth) < 2e-6
 

@@ -73,9 +73,7 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, An
     (folder / "cases.json").write_text(json.dumps(CASES))
     with contextlib.ExitStack() as stack:
         ranks = [
-            stack.enter_context(
-                Job(None, WORKER, str(rank), str(WORLD), str(folder), GLOO_SOCKET_IFNAME="lo")
-            )
+            stack.enter_context(Job(None, WORKER, str(rank), str(WORLD), str(folder), GLOO_SOCKET_IFNAME="lo"))
             for rank in range(WORLD)
         ]
         for rank, job in enumerate(ranks):

@@ -22,9 +22,7 @@ def inputs(n: int = 3) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 @pytest.mark.parametrize("n", [0, 1, 3])
 def test_scatter_matches_the_loop(n: int) -> None:
     embeddings, latents, starts = inputs(n)
-    ours, truth = (
-        f(embeddings, latents, starts) for f in (scatter_image_latents, scatter_image_latents_reference)
-    )
+    ours, truth = (f(embeddings, latents, starts) for f in (scatter_image_latents, scatter_image_latents_reference))
     assert torch.equal(ours, truth)
     probe = torch.randn_like(ours)
     grads = torch.autograd.grad((ours * probe).sum(), (embeddings, latents))

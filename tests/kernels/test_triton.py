@@ -20,9 +20,7 @@ def run_worker(name: str, arguments: list[str], folder: Path, **environment: str
     variables = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     variables |= {"OMP_NUM_THREADS": "1", "TRITON_CACHE_DIR": str(folder / "cache")} | environment
     command = [sys.executable, "-W", "ignore", str(HERE / name), *arguments]
-    return subprocess.Popen(
-        command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+    return subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 
 def finish(process: subprocess.Popen[str], timeout: float) -> None:
@@ -67,9 +65,7 @@ def test_the_fallback_is_what_saves_opposite_embeddings(interpreted: dict[str, A
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("compile")
-    processes = [
-        run_worker("compile_worker.py", [str(folder / f"{c}.json"), str(c)], folder) for c in (80, 90)
-    ]
+    processes = [run_worker("compile_worker.py", [str(folder / f"{c}.json"), str(c)], folder) for c in (80, 90)]
     for process in processes:
         finish(process, 200)
     return [row for c in (80, 90) for row in json.loads((folder / f"{c}.json").read_text())]

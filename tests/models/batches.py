@@ -48,11 +48,7 @@ SHAPES = {"opt": OPT, "clip": CLIP}
 
 
 def micro_batch(
-    shape: ModelConfig,
-    rows: list[list[Document]],
-    row_length: int = 64,
-    seed: int = 0,
-    context_rule: str = "text",
+    shape: ModelConfig, rows: list[list[Document]], row_length: int = 64, seed: int = 0, context_rule: str = "text"
 ) -> MicroBatch:
     """Pack documents into rows as the data engine does: begin, text, `<BoI>` P latents `<EoI>`, end, padding.
 

@@ -127,8 +127,7 @@ def test_reference_means_over_images_and_over_ranks(build: Build) -> None:
         scores = reference.logit_scale.exp() * torch.cat(vectors) @ torch.cat(contexts).T
         target = torch.arange(6)
         losses = (
-            F.cross_entropy(scores, target, reduction="none")
-            + F.cross_entropy(scores.T, target, reduction="none")
+            F.cross_entropy(scores, target, reduction="none") + F.cross_entropy(scores.T, target, reduction="none")
         ) / 2
         assert len(losses) == 6  # 3 on the first rank, none on the second, 3 on the third
         torch.testing.assert_close(per_image, losses.mean())

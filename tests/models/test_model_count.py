@@ -66,9 +66,7 @@ def test_opt_125m_has_its_published_size() -> None:
         ("released-b32-mmc4", 1_448_704, 64_438_784, 25_299_456, 178_642_945),
     ],
 )
-def test_released_recipes_have_the_released_sizes(
-    recipe: str, pool: int, text: int, head: int, total: int
-) -> None:
+def test_released_recipes_have_the_released_sizes(recipe: str, pool: int, text: int, head: int, total: int) -> None:
     counts = parameter_counts(load_recipe(recipe).model)
     assert counts["pool_and_projector"] == pool
     assert counts["language_model"] + counts["context_projection"] == text
@@ -105,8 +103,7 @@ def test_counts_equal_a_built_model(build: Build, name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "recipe",
-    [pytest.param(name, marks=pytest.mark.slow) if name.startswith("large") else name for name in RECIPES],
+    "recipe", [pytest.param(name, marks=pytest.mark.slow) if name.startswith("large") else name for name in RECIPES]
 )
 def test_counts_equal_the_built_model_of_every_recipe(build: Build, recipe: str) -> None:
     shape = load_recipe(recipe).model
@@ -130,9 +127,7 @@ def counted(model: LclModel, batch: MicroBatch) -> tuple[int, int]:
         image, context = model.image_embeds(batch, features.vectors), model.context_embeds(batch, hidden)
         loss = infonce_reference(image, context, model.temperature())
         loss = loss + linear_cross_entropy_reference(
-            model.language.targets(hidden, batch.target_positions),
-            model.language.head_weight,
-            batch.target_labels,
+            model.language.targets(hidden, batch.target_positions), model.language.head_weight, batch.target_labels
         )
         forward = counter.get_total_flops()
         loss.backward()
@@ -221,13 +216,7 @@ def test_the_flops_of_a_batch_add_up_to_its_mfu(build: Build) -> None:
     config = RunConfig(model=OPT, data=DataConfig(sequence_length=64))
     meter = MfuMeter(config, H100, torch.float32, 4)
     expected = step_flops(
-        OPT,
-        images=2,
-        tokens=sum(lengths),
-        pairs=attention_pairs(lengths),
-        contexts=1,
-        targets=100,
-        encoder_calls=2,
+        OPT, images=2, tokens=sum(lengths), pairs=attention_pairs(lengths), contexts=1, targets=100, encoder_calls=2
     )
     assert batch_flops(config, batch) == expected
     assert meter.mfu(batch, 0.5) == pytest.approx(expected / (0.5 * 4 * 67e12))

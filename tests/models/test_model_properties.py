@@ -263,9 +263,7 @@ def test_masks_have_the_stated_rate_and_keep_the_mean(build: Build) -> None:
     model = build(with_rates(OPT, 0.4, 0.25))
     ones = torch.ones(4096 * OPT.vision.tokens, 1, OPT.vision.width)
     branch = model.vision.blocks.layers[-1].mlp_bda  # the last block has the full rate
-    segments = make_segments(
-        (OPT.vision.tokens,) * 4096, torch.device("cpu"), keys=torch.arange(4096), seed=1
-    )
+    segments = make_segments((OPT.vision.tokens,) * 4096, torch.device("cpu"), keys=torch.arange(4096), seed=1)
     branch.segments, branch.token_range = segments, (0, len(ones))
     with torch.no_grad():
         branch.gamma.fill_(1.0)
@@ -282,9 +280,7 @@ def test_recomputed_activations_give_the_same_gradients(build: Build) -> None:
     grads = []
     for recompute in ("none", "selective", "full", "block:1"):
         model = build(shape, recompute_vision=recompute, recompute_language=recompute)
-        with (
-            torch.no_grad()
-        ):  # a pass without gradients, as exact micro-batches make one, must leave no trace
+        with torch.no_grad():  # a pass without gradients, as exact micro-batches make one, must leave no trace
             losses(model, batch, seed=11)
         torch.stack(losses(model, batch, seed=11)).sum().backward()
         grads.append({n: p.grad for n, p in model.named_parameters()})

@@ -22,9 +22,7 @@ def test_every_layer_stands_on_one_stage(recipe: str, stages: int) -> None:
     split = split_stages(run)
     assert len(split) == stages
     assert min(split[1:], default=1) >= 1
-    assert [i for s in range(stages) for i in stage_of(split, s).layers] == list(
-        range(run.model.language.layers)
-    )
+    assert [i for s in range(stages) for i in stage_of(split, s).layers] == list(range(run.model.language.layers))
 
 
 def test_the_split_is_the_best_of_all_for_two_stages() -> None:
@@ -60,7 +58,5 @@ def test_the_configured_split_is_taken() -> None:
 def test_small_vits_are_replicated_and_large_ones_split() -> None:
     assert config("paper-l14", tensor_parallel_size=2).resolved_vision_parallel == "data"
     assert config("large-g14", tensor_parallel_size=2).resolved_vision_parallel == "tensor"
-    assert (
-        config("large-g14", tensor_parallel_size=2, vision_parallel="data").resolved_vision_parallel == "data"
-    )
+    assert config("large-g14", tensor_parallel_size=2, vision_parallel="data").resolved_vision_parallel == "data"
     assert config("paper-l14", tensor_parallel_size=1).resolved_vision_parallel == "tensor"

@@ -43,9 +43,7 @@ def test_recompute_of_one_tower(choice: str, granularity: str, method: str, laye
 
 
 def test_a_replicated_vit_is_not_split() -> None:
-    run = RunConfig(
-        parallel=ParallelConfig(tensor_parallel_size=2, sequence_parallel=True, vision_parallel="data")
-    )
+    run = RunConfig(parallel=ParallelConfig(tensor_parallel_size=2, sequence_parallel=True, vision_parallel="data"))
     vision, language = vision_transformer_config(run, CPU), language_transformer_config(run, CPU)
     assert (vision.tensor_model_parallel_size, vision.sequence_parallel) == (1, False)
     assert (language.tensor_model_parallel_size, language.sequence_parallel) == (2, True)

@@ -31,14 +31,7 @@ from lcl_mcore.planning.simulate import RankCount, Simulator
 FILE = Path(__file__).with_name("counters.json")
 MODEL = ModelConfig(
     vision=VisionConfig(
-        image_size=64,
-        patch_size=16,
-        width=128,
-        layers=2,
-        heads=2,
-        mlp_width=256,
-        layer_scale=0.1,
-        drop_path=0.2,
+        image_size=64, patch_size=16, width=128, layers=2, heads=2, mlp_width=256, layer_scale=0.1, drop_path=0.2
     ),
     language=LanguageConfig(
         vocab_size=1000, width=128, layers=3, heads=2, mlp_width=256, max_positions=256, dropout=0.1

@@ -35,8 +35,7 @@ def test_a_half_precision_matmul_into_fp32_is_rated_at_half_precision() -> None:
     """As the loss accumulates weight gradients: the sum is read and written once, in fp32."""
     into = torch.empty(ROWS, WORDS, device=META)
     call = counted(
-        lambda: torch.addmm(into, bf16(ROWS, WIDTH), bf16(WIDTH, WORDS), out_dtype=torch.float32, out=into),
-        "meta",
+        lambda: torch.addmm(into, bf16(ROWS, WIDTH), bf16(WIDTH, WORDS), out_dtype=torch.float32, out=into), "meta"
     )
     assert (call.kind, call.dtype, call.flops) == ("matmul", "bfloat16", 2 * ROWS * WIDTH * WORDS)
     assert call.bytes == 2 * (ROWS * WIDTH + WIDTH * WORDS) + 2 * 4 * ROWS * WORDS
@@ -46,9 +45,7 @@ def test_a_half_precision_matmul_into_fp32_is_rated_at_half_precision() -> None:
 
 def test_a_matmul_does_not_read_what_it_writes() -> None:
     out = torch.empty(ROWS, WORDS, device=META)
-    call = counted(
-        lambda: torch.mm(bf16(ROWS, WIDTH), bf16(WIDTH, WORDS), out_dtype=torch.float32, out=out), "meta"
-    )
+    call = counted(lambda: torch.mm(bf16(ROWS, WIDTH), bf16(WIDTH, WORDS), out_dtype=torch.float32, out=out), "meta")
     assert call.bytes == 2 * (ROWS * WIDTH + WIDTH * WORDS) + 4 * ROWS * WORDS
 
 
@@ -62,9 +59,7 @@ def test_selecting_operators_touch_what_the_index_names(device: str) -> None:
     assert counted(lambda: logits.gather(1, labels), device).bytes == numbers + index + numbers
     assert counted(lambda: logits.scatter_(1, labels, minus), device).bytes == numbers + index + numbers
     # Read, add, write.
-    assert (
-        counted(lambda: logits.scatter_add_(1, labels, minus), device).bytes == 2 * numbers + index + numbers
-    )
+    assert counted(lambda: logits.scatter_add_(1, labels, minus), device).bytes == 2 * numbers + index + numbers
     assert counted(lambda: logits.scatter_(1, labels, 1.0), device).bytes == numbers + index
 
 

@@ -61,8 +61,7 @@ def test_a_step_costs_what_was_committed(committed: Counts) -> None:
         assert sum(counts["bytes communicated"].values()) > 10**6
     problems = changes(committed, found)
     assert not problems, (
-        "a training step costs something else than before (docs/contributing.md, Counters):\n"
-        + "\n".join(problems)
+        "a training step costs something else than before (docs/contributing.md, Counters):\n" + "\n".join(problems)
     )
 
 
@@ -70,12 +69,7 @@ def test_what_recompute_and_splitting_cost(committed: Counts) -> None:
     """The committed numbers themselves: their relations are those of the layouts."""
     plain, again, first, last = (
         committed["counts"][place]
-        for place in (
-            "dp 2; rank 0",
-            "dp 2, recompute; rank 0",
-            "tp 2, pp 2, dp 2; rank 0",
-            "tp 2, pp 2, dp 2; rank 4",
-        )
+        for place in ("dp 2; rank 0", "dp 2, recompute; rank 0", "tp 2, pp 2, dp 2; rank 0", "tp 2, pp 2, dp 2; rank 4")
     )
     assert again["FLOPs"]["backward: matmul"] > 1.2 * plain["FLOPs"]["backward: matmul"]
     for name in ("feature pass: matmul", "forward: matmul", "loss: matmul"):

@@ -72,9 +72,7 @@ class TestAgainstRealRanks:
                 assert simulated["peak"] == pytest.approx(real["peak"], rel=0.05)
                 assert real["peak_parts"]["activations"] > 1_000_000
                 for part, size in real["peak_parts"].items():
-                    assert simulated["peak_parts"][part] == pytest.approx(
-                        size, rel=0.05, abs=0.02 * real["peak"]
-                    ), part
+                    assert simulated["peak_parts"][part] == pytest.approx(size, rel=0.05, abs=0.02 * real["peak"]), part
 
     def test_recompute_saves_activations(self, seen: Seen) -> None:
         """Recomputed towers hold less, though their rank encodes twice as many images and has the LM as well."""
@@ -100,9 +98,7 @@ class TestAgainstRealRanks:
         logs = {rank: collectives(count["simulated"]) for rank, count in seen["vision tensor"].items()}
         place = next(i for i, e in enumerate(logs[1]) if e.group == "TENSOR_MODEL_PARALLEL_GROUP")
         del logs[1][place]
-        assert any(
-            "TENSOR_MODEL_PARALLEL_GROUP [0, 1]" in problem for problem in lint(logs, ORDERS["vision tensor"])
-        )
+        assert any("TENSOR_MODEL_PARALLEL_GROUP [0, 1]" in problem for problem in lint(logs, ORDERS["vision tensor"]))
 
 
 @pytest.mark.slow
@@ -139,9 +135,7 @@ def test_command(tmp_path: Path) -> None:
     assert rank["model_state_bytes"]["gradients"] == pytest.approx(4 * rank["parameters"], rel=1e-3)
     assert rank["model_state_bytes"]["weights"] == pytest.approx(2 * rank["parameters"], rel=1e-3)
     # fp32 master and two moments of a 512th, and some numbers that take 512 bytes each
-    assert (
-        12 * rank["parameters"] / 512 < rank["model_state_bytes"]["optimizer"] < 14 * rank["parameters"] / 512
-    )
+    assert 12 * rank["parameters"] / 512 < rank["model_state_bytes"]["optimizer"] < 14 * rank["parameters"] / 512
     assert plan["memory"]["fits"]
     assert plan["memory"]["peak_bytes"] == rank["peak_bytes"] == sum(rank["peak_by_part"].values())
     # The second pass executes what the model needs; attention's backward forms its scores again.
@@ -150,9 +144,7 @@ def test_command(tmp_path: Path) -> None:
     assert 1.0 < 512 * second / plan["flops"]["model_flops_per_step"] < 1.03
     assert executed["feature pass"] > 0.3 * second
     volume = {
-        line["purpose"]: line["bytes"]
-        for line in plan["communication"]
-        if line["op"].startswith("reduce_scatter")
+        line["purpose"]: line["bytes"] for line in plan["communication"] if line["op"].startswith("reduce_scatter")
     }
     assert volume["gradients"] == rank["model_state_bytes"]["gradients"]
     assert plan["lint"]["problems"] == []

@@ -76,12 +76,7 @@ def test_crossed_collectives_of_two_groups_are_found() -> None:
     """0 waits for 1, 1 for 5, 5 for 4, 4 for 0; turning one of them round resolves it."""
     tensor = {rank: call("allreduce_", "TP", TENSOR[rank]) for rank in TENSOR}
     ends = {rank: call("allreduce_", "PP", PIPE[rank]) for rank in PIPE}
-    crossed = {
-        0: [tensor[0], ends[0]],
-        1: [ends[1], tensor[1]],
-        4: [ends[4], tensor[4]],
-        5: [tensor[5], ends[5]],
-    }
+    crossed = {0: [tensor[0], ends[0]], 1: [ends[1], tensor[1]], 4: [ends[4], tensor[4]], 5: [tensor[5], ends[5]]}
     problems = lint(crossed, ORDER)
     assert [p.split(" for ever")[0] for p in problems] == [f"rank {rank} waits" for rank in (0, 1, 4, 5)]
     assert lint(crossed | {4: [tensor[4], ends[4]]}, ORDER) == []

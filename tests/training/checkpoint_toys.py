@@ -71,9 +71,7 @@ def checkpointer(location: str, staging: Path, tensors: Toys, keep: int = 2) -> 
     """In this process alone; call it in a child, for it starts the process group."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     control, background = dist.new_group([0]), dist.new_group([0])
-    return Checkpointer(
-        open_store(location, staging), tensors, control, background, keep=keep, config="x: 1\n"
-    )
+    return Checkpointer(open_store(location, staging), tensors, control, background, keep=keep, config="x: 1\n")
 
 
 def save(location: str, staging: Path, step: int, keep: int = 2) -> str:

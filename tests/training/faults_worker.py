@@ -37,11 +37,7 @@ from lcl_mcore.trainer import Trainer
 
 def plan_for(path: Path, rank: int) -> list[dict[str, Any]]:
     attempt = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    return [
-        f
-        for f in json.loads(path.read_text())
-        if f.get("attempt", 0) == attempt and f.get("rank", rank) == rank
-    ]
+    return [f for f in json.loads(path.read_text()) if f.get("attempt", 0) == attempt and f.get("rank", rank) == rank]
 
 
 def inject_signals(faults: list[dict[str, Any]]) -> None:

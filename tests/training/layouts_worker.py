@@ -46,10 +46,7 @@ def main() -> None:
         config = options.run
         config.check_processes(world)
         groups = make_groups(
-            config.parallel.tensor_parallel_size,
-            config.parallel.pipeline_parallel_size,
-            60,
-            config.train.seed,
+            config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size, 60, config.train.seed
         )
         out = Path(folder)
         if rank == 0:

@@ -34,18 +34,12 @@ JUMP = [{"kind": "jump", "batch": 12}]
 RUNS: dict[str, tuple[dict[str, Any], list[dict[str, Any]]]] = {
     "skip": ({"nonfinite": "skip"}, NAN),
     "rollback": ({"nonfinite": "rollback"}, NAN),
-    "fused": (
-        {"nonfinite": "rollback"},
-        NAN,
-    ),  # with a stand-in for Transformer Engine's and Apex's optimizer
+    "fused": ({"nonfinite": "rollback"}, NAN),  # with a stand-in for Transformer Engine's and Apex's optimizer
     "skipped": ({"skip_batches": [[4, 4], [9, 9]]}, []),
     "spike": ({"spike": "rollback", **QUICK}, JUMP),
     "never_there": ({"spike": "rollback", **QUICK}, []),
     "stop": ({}, [{"kind": "nan", "rank": 1, "batch": 2}]),
-    "limit": (
-        {"nonfinite": "skip", "nonfinite_limit": 2},
-        [{"kind": "nan", "rank": 1, "batch": b} for b in (2, 3)],
-    ),
+    "limit": ({"nonfinite": "skip", "nonfinite_limit": 2}, [{"kind": "nan", "rank": 1, "batch": b} for b in (2, 3)]),
 }
 
 

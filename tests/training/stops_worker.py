@@ -54,9 +54,7 @@ def main() -> int:
     options.out.mkdir(parents=True, exist_ok=True)
     stop = StopRequest()  # one for the process: an earlier run's would take the next one's signals
     loop.StopRequest = lambda: stop  # type: ignore[assignment, misc]
-    plan = [
-        [f for f in faults if f["rank"] == context.rank] for faults in json.loads(Path(rounds).read_text())
-    ]
+    plan = [[f for f in faults if f["rank"] == context.rank] for faults in json.loads(Path(rounds).read_text())]
     everything = [fault for faults in plan for fault in faults]
     inject_signals(everything)
     slow_reading(everything)
@@ -69,9 +67,7 @@ def main() -> int:
         trainer = Trainer(config, replace(context, log=lines.append), resume=number > 0)
         settle = trainer.checkpoints._settle
 
-        def settled(
-            outcome: Outcome | None, final: bool, settle: Any = settle, outcomes: Any = outcomes
-        ) -> None:
+        def settled(outcome: Outcome | None, final: bool, settle: Any = settle, outcomes: Any = outcomes) -> None:
             if outcome is not None:
                 outcomes.append((outcome.step, outcome.problem))
             settle(outcome, final)

@@ -14,10 +14,7 @@ from lcl_mcore.config.schema import OptimConfig, RunConfig
 from lcl_mcore.errors import ConfigError
 from lcl_mcore.fused_adam import Adam, FusedAdam, TorchAdam, choose_adam
 from lcl_mcore.models.backends import choose_gradient_fusion
-from lcl_mcore.models.transformer_config import (
-    language_transformer_config,
-    vision_transformer_config,
-)
+from lcl_mcore.models.transformer_config import language_transformer_config, vision_transformer_config
 from lcl_mcore.optional_packages import Probe
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")

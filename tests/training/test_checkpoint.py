@@ -17,13 +17,7 @@ import torch
 from launch import torchrun
 from lcl_mcore.checkpoint.consolidate import consolidate, consolidated_weights, load_weights
 from lcl_mcore.checkpoint.dcp import METADATA
-from lcl_mcore.checkpoint.store import (
-    MANIFEST,
-    complete_checkpoints,
-    manifest_bytes,
-    parse_manifest,
-    verify,
-)
+from lcl_mcore.checkpoint.store import MANIFEST, complete_checkpoints, manifest_bytes, parse_manifest, verify
 from lcl_mcore.checkpoint.weights_file import (
     consolidated_state,
     read_consolidated,
@@ -55,9 +49,7 @@ def test_every_damaged_file_is_noticed(finished: Path, tmp_path: Path) -> None:
     """One flipped bit in each file, each file cut short, each file gone."""
     original = complete_checkpoints(finished / "checkpoints")[-1]
     assert verify(original) == []
-    files = [
-        p.relative_to(original) for p in original.rglob("*") if p.is_file() and p.name != "manifest.json"
-    ]
+    files = [p.relative_to(original) for p in original.rglob("*") if p.is_file() and p.name != "manifest.json"]
     assert len(files) >= 3
     copy = tmp_path / "copy"
     shutil.copytree(original, copy)
@@ -65,11 +57,7 @@ def test_every_damaged_file_is_noticed(finished: Path, tmp_path: Path) -> None:
         content = (original / name).read_bytes()
         flipped = bytearray(content)
         flipped[len(content) // 2] ^= 1
-        for damaged, word in (
-            (bytes(flipped), "changed"),
-            (content[: len(content) // 3], "bytes"),
-            (None, "missing"),
-        ):
+        for damaged, word in ((bytes(flipped), "changed"), (content[: len(content) // 3], "bytes"), (None, "missing")):
             if damaged is None:
                 (copy / name).unlink()
             else:
@@ -147,9 +135,7 @@ def test_a_checkpoint_with_old_parameter_names_continues_bitwise(
     assert b"_bda.gain" not in written
 
 
-def test_weights_with_old_parameter_names_are_found(
-    finished: Path, build: Callable[..., Any], tmp_path: Path
-) -> None:
+def test_weights_with_old_parameter_names_are_found(finished: Path, build: Callable[..., Any], tmp_path: Path) -> None:
     """For evaluation, for consolidation, and in a weights file that was consolidated before the change."""
     original = complete_checkpoints(finished / "checkpoints")[-1]
     copy = tmp_path / original.name
@@ -216,9 +202,7 @@ def test_a_malicious_checkpoint_does_not_run(
 
 @pytest.mark.distributed
 @pytest.mark.timeout(240)
-def test_a_full_disk_keeps_earlier_checkpoints(
-    undisturbed: Path, arguments: Arguments, tmp_path: Path
-) -> None:
+def test_a_full_disk_keeps_earlier_checkpoints(undisturbed: Path, arguments: Arguments, tmp_path: Path) -> None:
     """The file-size limit makes every write of a shard fail, as a full disk does: twice in a row end the run."""
     out = tmp_path / "run"
     shutil.copytree(undisturbed, out)

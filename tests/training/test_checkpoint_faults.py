@@ -48,15 +48,7 @@ def test_full_disk_at_three_sizes(report: dict[str, Any]) -> None:
 
 def test_every_flipped_cut_or_missing_file_is_noticed_before_use(report: dict[str, Any]) -> None:
     cases = report["damage"]
-    files = {
-        ".metadata",
-        "__0_0.distcp",
-        "config.yaml",
-        "manifest.json",
-        "state.json",
-        "metadata.json",
-        "common.pt",
-    }
+    files = {".metadata", "__0_0.distcp", "config.yaml", "manifest.json", "state.json", "metadata.json", "common.pt"}
     for kind, count in (("flip", 7), ("delete", 7), ("cut", 10)):
         of_kind = [case for case in cases if case["kind"] == kind]
         assert len(of_kind) == count

@@ -59,9 +59,7 @@ def start(groups: Any, tmp_path: Path) -> Callable[..., Run]:
     return make
 
 
-def test_steps_and_clocks_say_when_to_save(
-    start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_and_clocks_say_when_to_save(start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
     run, other = (start(every=4, minutes=2, max_hours=1, rank=rank) for rank in (0, 1))
     assert [step for step in range(1, 13) if run.manager.due(step)] == [4, 8, 12]
     run.now += 119
@@ -124,9 +122,7 @@ def test_failed_saves_are_tried_again_once(start: Callable[..., Run]) -> None:
     run.save(3)  # settles the first failure
     run.manager.checkpointer._thread.join()  # type: ignore[union-attr]
     assert run.manager.poll() is True
-    with pytest.raises(
-        CheckpointError, match=r"step-00000003: could not be written.*earlier checkpoints are"
-    ):
+    with pytest.raises(CheckpointError, match=r"step-00000003: could not be written.*earlier checkpoints are"):
         run.save(4)
     assert [line[:7] for line in run.lines] == ["WARNING", "WARNING"]
     with pytest.raises(CheckpointError, match="step-00000001: could not be written"):
@@ -146,8 +142,7 @@ def test_resume_and_going_back(start: Callable[..., Run]) -> None:
     assert state == TrainState(4, {"at": 4}, "hash", "digest")
     assert again.holds(4)
     assert again.lines == [
-        f"{run.folder}/step-00000006: damaged, skipped: state.json: 2 bytes, 132 written "
-        "(now damaged-step-00000006)",
+        f"{run.folder}/step-00000006: damaged, skipped: state.json: 2 bytes, 132 written (now damaged-step-00000006)",
         f"resume: {run.folder}/step-00000004, 4 steps done",
     ]
     again.save(5)
@@ -233,9 +228,7 @@ def test_a_renamed_or_foreign_checkpoint_is_not_loaded(start: Callable[..., Run]
     only = other.folder.with_name("only")
     only.mkdir()
     (run.folder / "damaged-step-00000007").rename(only / "step-00000007")
-    with pytest.raises(
-        CheckpointError, match="step-00000007: cannot be loaded, and no other checkpoint can be"
-    ):
+    with pytest.raises(CheckpointError, match="step-00000007: cannot be loaded, and no other checkpoint can be"):
         Run(only, CheckpointConfig()).manager.resume()
 
 

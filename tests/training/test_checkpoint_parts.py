@@ -78,9 +78,7 @@ def test_retention_keeps_the_newest_good_ones_and_every_kth() -> None:
 def test_names_of_checkpoints() -> None:
     names = ("step-00000150", "step-100000000", "step-150", "step-000000150", "step-0000015²", "x")
     assert [step_of(name) for name in names] == [150, 100_000_000, None, None, None, None]
-    assert [
-        step_of(f"{before}step-00000150{after}") for before, after in (("damaged-", ""), ("", ".partial"))
-    ] == [
+    assert [step_of(f"{before}step-00000150{after}") for before, after in (("damaged-", ""), ("", ".partial"))] == [
         None,
         None,
     ]
@@ -88,10 +86,7 @@ def test_names_of_checkpoints() -> None:
 
 
 def test_every_bit_of_a_manifest_counts() -> None:
-    entries = {
-        "__0_0.distcp": {"bytes": 17, "sha256": "ab" * 32},
-        ".metadata": {"bytes": 3, "sha256": "0" * 64},
-    }
+    entries = {"__0_0.distcp": {"bytes": 17, "sha256": "ab" * 32}, ".metadata": {"bytes": 3, "sha256": "0" * 64}}
     data = manifest_bytes(entries)
     assert parse_manifest(data) == entries
     for position in range(len(data)):

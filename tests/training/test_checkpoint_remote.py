@@ -82,8 +82,7 @@ def test_object_store(server: Any, tmp_path: Path, run_tool: Callable[..., Any])
     restored = json.loads(done.stdout.splitlines()[-1])
     assert (restored["step"], restored["exact"], restored["names"]) == (2, True, ["step-00000002"])
     assert restored["skipped"] == [
-        f"{newest}: damaged, skipped: __0_0.distcp: content changed since it was written "
-        "(now damaged-step-00000004)"
+        f"{newest}: damaged, skipped: __0_0.distcp: content changed since it was written (now damaged-step-00000004)"
     ]
     kept = server.list_objects_v2(Bucket="ckpt", Prefix="run/damaged-step-00000004/")["Contents"]
     assert len(kept) == 7

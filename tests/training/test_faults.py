@@ -29,12 +29,7 @@ STEPS = "20"
 
 
 def launch(
-    count: int,
-    plan: list[dict[str, Any]],
-    folder: Path,
-    arguments: list[str],
-    *elastic: str,
-    timeout: float = 580,
+    count: int, plan: list[dict[str, Any]], folder: Path, arguments: list[str], *elastic: str, timeout: float = 580
 ) -> subprocess.CompletedProcess[str]:
     """The training script under torchrun, with the faults of the plan injected."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -82,9 +77,7 @@ def random_kills(seed: int, count: int, steps: int, ranks: int) -> list[dict[str
 
 
 @pytest.mark.timeout(600)
-def test_five_kills_with_restarts_by_torchrun(
-    arguments: Arguments, undisturbed: Path, tmp_path: Path
-) -> None:
+def test_five_kills_with_restarts_by_torchrun(arguments: Arguments, undisturbed: Path, tmp_path: Path) -> None:
     """Plain torchrun --max-restarts: nobody passes --resume or sets a variable. One kill falls into a save."""
     plan = random_kills(seed=5, count=4, steps=18, ranks=2)
     plan.append({"kind": "writer", "attempt": 4, "rank": 1, "step": 18})  # its part is written, not verified
@@ -94,9 +87,7 @@ def test_five_kills_with_restarts_by_torchrun(
     starts = [e for e in read_events(out) if e["event"] == "start"]
     assert done.stdout.count("INJECTED FAULT") == 5
     assert len(starts) == 6
-    for kill, start in zip(
-        plan, starts[1:], strict=True
-    ):  # no step is lost beyond the last complete checkpoint
+    for kill, start in zip(plan, starts[1:], strict=True):  # no step is lost beyond the last complete checkpoint
         # Saves are asynchronous: the newest may not have been complete, the one before was.
         assert start["step"] >= 3 * ((kill["step"] - 1) // 3) - 3, (kill, start)
     assert starts[-1]["step"] == 15  # the newest that all ranks had completed, and the message says so
@@ -110,9 +101,7 @@ def test_five_kills_with_restarts_by_torchrun(
 
 
 @pytest.mark.timeout(400)
-def test_stop_signals_in_every_phase(
-    arguments: Arguments, corpus: Path, undisturbed: Path, tmp_path: Path
-) -> None:
+def test_stop_signals_in_every_phase(arguments: Arguments, corpus: Path, undisturbed: Path, tmp_path: Path) -> None:
     """To one rank while it waits for data, saves, evaluates and trains: nothing is lost, and the run ends in order.
 
     And in the first round one rank of two cannot write its part of a checkpoint: no rank takes it for complete.
@@ -129,10 +118,7 @@ def test_stop_signals_in_every_phase(
         for name, phase, step, rank in injected
     ]
     # The data of step 8 come late, so that the ranks wait for them.
-    rounds[0] += [
-        {"kind": "read", "rank": 1, "step": 8, "delay": 1.5},
-        {"kind": "disk", "rank": 1, "step": 6},
-    ]
+    rounds[0] += [{"kind": "read", "rank": 1, "step": 8, "delay": 1.5}, {"kind": "disk", "rank": 1, "step": 6}]
     plan.write_text(json.dumps(rounds))
     flags = arguments(
         out,

@@ -74,9 +74,7 @@ def test_nan_and_spike_on_two_ranks(arguments: Callable[..., list[str]], tmp_pat
     for name in ("skip", "rollback", "fused", "limit"):
         assert report[name]["unchanged"] == [[2, 2], [2, 2]], name  # two bad steps on each rank
     assert report["stop"]["unchanged"] == [[1, 1], [1, 1]]  # the default: the run ends before the update
-    assert (
-        "error: step 3: gradient norm nan: what rank 1 computed is NaN or Inf" in report["stop"]["lines"][-1]
-    )
+    assert "error: step 3: gradient norm nan: what rank 1 computed is NaN or Inf" in report["stop"]["lines"][-1]
     assert len(records(tmp_path / "stop")) == 2
     assert not list((tmp_path / "stop" / "checkpoints").glob("step-*"))
     for name in ("skip", "rollback"):
@@ -86,10 +84,7 @@ def test_nan_and_spike_on_two_ranks(arguments: Callable[..., list[str]], tmp_pat
         assert_same_run(tmp_path / "skipped", tmp_path / name)
         assert len(records(tmp_path / name)) == 18
     left, right = records(tmp_path / "skip"), records(tmp_path / "fused")
-    for (
-        step,
-        record,
-    ) in left.items():  # another optimizer, through bad steps and a checkpoint: the same learning
+    for step, record in left.items():  # another optimizer, through bad steps and a checkpoint: the same learning
         for field in ("loss", "grad_norm"):
             assert right[step][field] == pytest.approx(record[field], rel=1e-5), step
     assert "error: step 3: gradient norm nan: what rank 1 computed" in report["limit"]["lines"][-1]

@@ -34,21 +34,11 @@ LAYOUTS: dict[int, dict[str, tuple[str, ...]]] = {
         "pp2-micro4": ("--pp", "2", "--micro-batch-size", "2"),
     },
     4: {
-        "tp2-dp2-sp": (
-            "--tp",
-            "2",
-            "--sequence-parallel",
-            "--vision-parallel",
-            "tensor",
-            "--micro-batch-size",
-            "4",
-        ),
+        "tp2-dp2-sp": ("--tp", "2", "--sequence-parallel", "--vision-parallel", "tensor", "--micro-batch-size", "4"),
         "tp2-pp2": ("--tp", "2", "--pp", "2", "--micro-batch-size", "4"),
         "pp4-micro8": ("--pp", "4", "--micro-batch-size", "1", "parallel.stage_layers=[1,1,1,1]"),
     },
-    8: {
-        "tp2-pp2-dp2": ("--tp", "2", "--pp", "2", "--micro-batch-size", "2", "--checkpoint-every", "10"),
-    },
+    8: {"tp2-pp2-dp2": ("--tp", "2", "--pp", "2", "--micro-batch-size", "2", "--checkpoint-every", "10")},
 }
 # With dropout and drop-path, whose masks are keyed by identity.
 DROPPING: dict[int, dict[str, tuple[str, ...]]] = {
@@ -91,16 +81,10 @@ def matrix(arguments: Arguments, tmp_path_factory: pytest.TempPathFactory) -> Ma
     matrix = Matrix(tmp_path_factory.mktemp("layouts"), arguments)
     every = ("--checkpoint-every", str(START))
     matrix.launch(
-        1,
-        [
-            matrix.job("whole", *every, start=None, rates=PLAIN),
-            matrix.job("dropping", *every, start=None, rates=()),
-        ],
+        1, [matrix.job("whole", *every, start=None, rates=PLAIN), matrix.job("dropping", *every, start=None, rates=())]
     )
     for processes, layouts in LAYOUTS.items():
-        jobs = [
-            matrix.job(name, *flags, start=("whole", START), rates=PLAIN) for name, flags in layouts.items()
-        ]
+        jobs = [matrix.job(name, *flags, start=("whole", START), rates=PLAIN) for name, flags in layouts.items()]
         for name, flags in DROPPING.get(processes, {}).items():
             jobs += [matrix.job(name, *flags, start=("dropping", START), rates=())]
         matrix.launch(processes, jobs)

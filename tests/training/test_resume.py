@@ -42,9 +42,7 @@ def test_sigkill_of_everything_then_resume(arguments: Arguments, undisturbed: Pa
 
 
 @pytest.mark.timeout(240)
-def test_sigterm_to_one_rank_saves_and_exits_cleanly(
-    arguments: Arguments, undisturbed: Path, tmp_path: Path
-) -> None:
+def test_sigterm_to_one_rank_saves_and_exits_cleanly(arguments: Arguments, undisturbed: Path, tmp_path: Path) -> None:
     """What the script answers; `test_faults` continues such runs."""
     out = tmp_path / "stopped"
 

@@ -151,13 +151,7 @@ class PartResult:
 
 
 def prepare(
-    reader: Reader,
-    output: Path,
-    options: PrepareOptions,
-    *,
-    workers: int = 2,
-    quiet: bool = False,
-    **more: Any,
+    reader: Reader, output: Path, options: PrepareOptions, *, workers: int = 2, quiet: bool = False, **more: Any
 ) -> dict[str, Any]:
     """Write the native data set of a reader's documents; does nothing if it is there.
 

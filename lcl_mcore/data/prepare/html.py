@@ -93,11 +93,7 @@ class HtmlReader:
             if address_parts.scheme or address_parts.netloc:
                 continue
             root = self._source if self._source.is_dir() else path.parent
-            local = (
-                (path.parent / unquote(address_parts.path)).resolve()
-                if "\0" not in address_parts.path
-                else path
-            )
+            local = (path.parent / unquote(address_parts.path)).resolve() if "\0" not in address_parts.path else path
             name = str(local.relative_to(root)) if local.is_relative_to(root) else "../outside"
             images.append(RawImage(partial(read_image, root, name), place, source=address[:500]))
         return tuple(images)

@@ -67,9 +67,7 @@ class Mmc4Reader:
         except BadJsonError:
             return Dropped("bad JSON")
         url = data.get("url")
-        return RawDocument(
-            "matched", cleaned, images, {"url": clean_text(url)[:2000]} if isinstance(url, str) else {}
-        )
+        return RawDocument("matched", cleaned, images, {"url": clean_text(url)[:2000]} if isinstance(url, str) else {})
 
     def _image(self, info: Any, texts: int) -> RawImage:
         if not isinstance(info, dict):

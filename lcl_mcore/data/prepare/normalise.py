@@ -54,9 +54,7 @@ def normalise(content: bytes, limits: ImageLimits) -> tuple[bytes, str, int, int
     return stored.getvalue(), "png", *upright.size
 
 
-def entry_for(
-    number: int, stored: tuple[bytes, str, int, int], text_index: int, similarity: float
-) -> ImageEntry:
+def entry_for(number: int, stored: tuple[bytes, str, int, int], text_index: int, similarity: float) -> ImageEntry:
     """The manifest entry of a stored image."""
     content, codec, width, height = stored
     return ImageEntry(

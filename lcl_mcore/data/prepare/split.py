@@ -147,9 +147,7 @@ class _SplitWriter:
         """Complete it: only now does it count as there."""
         if self._writer is not None:
             self._shards.append(self._writer.close())
-        write_manifest(
-            self._folder, self._shards, dropped_documents=Counter(), dropped_images=Counter(), split=plan
-        )
+        write_manifest(self._folder, self._shards, dropped_documents=Counter(), dropped_images=Counter(), split=plan)
 
 
 def _done(output: Path, plan: dict[str, Any]) -> bool:
