@@ -33,7 +33,7 @@ def test_missing_and_damaged_data(tmp_path: Path, corpus: Path, run_tool: Tool, 
         "nowhere": (str(tmp_path / "nowhere"),),
         "gone": (f"{first.name}: is missing",),
         "cut": (first.name,),
-        "spoiled": ("doc-0000", "image in a row that cannot be used"),
+        "spoiled": ("doc-0000", "image in succession that cannot be used"),
     }
     cases = []
     for name in expected:
