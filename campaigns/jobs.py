@@ -25,8 +25,8 @@ from lcl_mcore.diagnostics.environment import source_commit  # noqa: E402
 from lcl_mcore.distributed.device import cpu_name  # noqa: E402
 from lcl_mcore.errors import ConfigError  # noqa: E402
 from lcl_mcore.optional_packages import megatron_version  # noqa: E402
-from runs import EXACT, records  # noqa: E402
 from tiny import DROPPING, MODEL, PLAIN, make_corpus  # noqa: E402
+from training_runs import EXACT, records  # noqa: E402
 
 __all__ = ["DROPPING", "EXACT", "MODEL", "make_corpus", "records"]
 

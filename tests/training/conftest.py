@@ -66,7 +66,7 @@ def arguments(corpus: Path) -> Callable[..., list[str]]:
 def undisturbed(arguments: Callable[..., list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Twenty steps on two ranks, dropout and drop-path on, checkpoints at 18 and 20; not to be written to."""
     from launch import torchrun
-    from runs import records
+    from training_runs import records
 
     out = tmp_path_factory.mktemp("undisturbed") / "run"
     torchrun(2, *arguments(out, "--steps", "20"), timeout=580)

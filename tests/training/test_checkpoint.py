@@ -27,7 +27,7 @@ from lcl_mcore.checkpoint.weights_file import (
 from lcl_mcore.config.run_folder import read_config
 from lcl_mcore.errors import CheckpointError
 from lcl_mcore.interop.init_from import start_from
-from runs import assert_same_run, records
+from training_runs import assert_same_run, records
 
 pytestmark = pytest.mark.slow
 Arguments = Callable[..., list[str]]

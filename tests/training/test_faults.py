@@ -20,7 +20,7 @@ import pytest
 from launch import torchrun
 from lcl_mcore.checkpoint.store import complete_checkpoints, read_state
 from lcl_mcore.fault_tolerance.events import read_events
-from runs import ROOT, assert_same_run, records
+from training_runs import ROOT, assert_same_run, records
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 Arguments = Callable[..., list[str]]

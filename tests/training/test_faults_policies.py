@@ -15,7 +15,7 @@ from lcl_mcore.config.schema import FaultConfig
 from lcl_mcore.errors import NonFiniteError
 from lcl_mcore.fault_tolerance.events import read_events
 from lcl_mcore.fault_tolerance.recovery import Recovery, SpikeDetector
-from runs import assert_same_run, records
+from training_runs import assert_same_run, records
 
 NOBODY: Any = None  # no process group: nothing here asks other ranks
 COUNTS = GlobalCounts((), (), (), ())

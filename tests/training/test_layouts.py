@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 from launch import torchrun
 from lcl_mcore.checkpoint.consolidate import consolidate
-from runs import records
+from training_runs import records
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 Arguments = Callable[..., list[str]]

@@ -12,7 +12,7 @@ import pytest
 
 from launch import Job, torchrun
 from lcl_mcore.checkpoint.store import complete_checkpoints, read_state, verify
-from runs import assert_same_run, records
+from training_runs import assert_same_run, records
 
 pytestmark = [pytest.mark.distributed, pytest.mark.slow]
 Arguments = Callable[..., list[str]]
