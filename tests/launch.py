@@ -186,7 +186,8 @@ class Job:
         for chosen, limit in ((number, seconds), (signal.SIGKILL, 10.0)):
             left = self._running()
             for pid in left:
-                os.kill(pid, chosen)
+                with contextlib.suppress(ProcessLookupError):  # ended meanwhile; the server has not said so yet
+                    os.kill(pid, chosen)
             end = time.monotonic() + limit
             while self._running() and time.monotonic() < end:
                 server().poll(0.2)
