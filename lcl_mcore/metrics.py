@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
+import contextlib
 import math
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from torch import Tensor
 
@@ -16,7 +17,8 @@ from lcl_mcore.checkpoint.store import TrainState
 from lcl_mcore.config.schema import LossConfig, RunConfig
 from lcl_mcore.distributed.context import Context
 from lcl_mcore.distributed.device import Device, HostCopy
-from lcl_mcore.storage import atomic_write
+from lcl_mcore.json_lines import RETRY_SECONDS, LineWriter, Record, number, read_records
+from lcl_mcore.terminal import say
 
 
 @dataclass(frozen=True)
@@ -151,24 +153,39 @@ class Speed:
         self.data_seconds += share * (data_seconds - self.data_seconds)
 
 
-def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """Records of a metrics file; a last line cut by a crash is skipped."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
+class StepLines:
+    """A file of one record per step, such as `metrics.jsonl`, over all attempts of a run."""
+
+    def __init__(self, path: Path, log: Callable[[str], None]) -> None:
+        self.writer = LineWriter(path, log)
+        self.write, self.close = self.writer.write, self.writer.close
+
+    def rewind(self, done: int) -> list[Record]:
+        """Go on after `done` steps: drop the records of later ones, lost with a crash or rollback, and return them."""
+        return self.writer.drop(_has_step, lambda record: bool(record["step"] > done))
 
 
-def _keep_steps(path: Path, done: int) -> float:
-    """Drop the lines of steps after `done`; the seconds that those steps took, without data waits."""
-    records = read_metrics(path)
-    kept = [record for record in records if record["step"] <= done]
-    if path.is_file():
-        atomic_write(path, "".join(json.dumps(record) + "\n" for record in kept))
-    return float(sum(r["step_seconds"] - r.get("data_seconds", 0.0) for r in records if r["step"] > done))
+def read_steps(path: Path, names: Sequence[str] = ()) -> list[Record]:
+    """Records of a file of `StepLines` that have these numbers; damaged lines are skipped.
+
+    A record replaces those before it of the same or later steps: an attempt that could not drop them went on there.
+    """
+    records: list[Record] = []
+    for record in read_records(path, _has_step).records:
+        while records and records[-1]["step"] >= record["step"]:
+            records.pop()
+        records.append(record)
+    return [r for r in records if all(isinstance(r.get(name), int | float) for name in names)]
+
+
+def _has_step(record: Record) -> bool:
+    return number(record, "step")
+
+
+def _step_seconds(record: Record) -> float:
+    """Time in the step without data waits."""
+    known = [float(record[name]) if number(record, name) else 0.0 for name in ("step_seconds", "data_seconds")]
+    return known[0] - known[1]
 
 
 def step_metrics(config: RunConfig, done: FinishedStep, speed: Speed, mfu: float | None) -> dict[str, Any]:
@@ -210,8 +227,8 @@ class RunLog:
         self.enabled, self.folder = context.rank == 0, context.run_folder
         self.every, self.steps = config.log.every, config.train.steps
         self.tensorboard = config.log.tensorboard
-        self.file: TextIO | None = None
-        self.board: Any = None
+        self.lines = StepLines(self.folder / "metrics.jsonl", self.info)
+        self.board: TensorBoard | None = None
         self.lost_seconds = self.rewind(done)
         """Time in steps that an earlier attempt logged and no checkpoint holds."""
 
@@ -220,46 +237,82 @@ class RunLog:
         if not self.enabled:
             return 0.0
         self.close()
-        lost = _keep_steps(self.folder / "metrics.jsonl", done)
-        self.file = open(self.folder / "metrics.jsonl", "a", encoding="utf-8", buffering=1)  # noqa: SIM115
+        lost = sum(map(_step_seconds, self.lines.rewind(done)))
         if self.tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(self.folder / "tensorboard"), purge_step=done + 1)
+            self.board = TensorBoard(self.folder / "tensorboard", done + 1, self.info)
         return lost
 
     def info(self, text: str) -> None:
         """A line for the person watching."""
         if self.enabled:
-            print(text, flush=True)
+            say(text)
 
-    def step(self, record: dict[str, Any]) -> None:
+    def step(self, record: Record) -> None:
         """One step: to the file always, to the terminal every `every` steps and at the end."""
         if not self.enabled:
             return
-        assert self.file is not None
-        self.file.write(json.dumps(record) + "\n")
-        number = record["step"]
+        self.lines.write(record)
         if self.board is not None:
-            for name, value in record.items():
-                if isinstance(value, float) and math.isfinite(value):
-                    self.board.add_scalar(name, value, number)
-        if number % self.every == 0 or number == self.steps:
+            self.board.write(record)
+        if record["step"] % self.every == 0 or record["step"] == self.steps:
             mfu = f"  MFU {record['mfu']:5.1%}" if record.get("mfu") is not None else ""
-            print(
-                f"step {number:>6}/{self.steps}  loss {record['loss']:.4f}  con {record['contrastive']:.4f}"
+            self.info(
+                f"step {record['step']:>6}/{self.steps}  loss {record['loss']:.4f}  con {record['contrastive']:.4f}"
                 f"  gen {record['generation']:.4f}  grad {record['grad_norm']:.2f}  scale {record['scale']:.1f}"
                 f"  lr {record['lr']:.1e}  {record['images_per_second']:.0f} img/s"
                 f"  {record['tokens_per_second']:.0f} tok/s  pad {record['padding']:.1%}"
-                f"  data-wait {record['data_wait']:.1%}{mfu}  ETA {format_duration(record['eta_seconds'])}",
-                flush=True,
+                f"  data-wait {record['data_wait']:.1%}{mfu}  ETA {format_duration(record['eta_seconds'])}"
             )
 
     def close(self) -> None:
-        if self.file is not None:
-            self.file.close()
+        self.lines.close()
         if self.board is not None:
             self.board.close()
+
+
+class TensorBoard:
+    """Scalars for TensorBoard. When its disk fails it is opened again later; `metrics.jsonl` has what it misses."""
+
+    def __init__(self, folder: Path, first_step: int, log: Callable[[str], None]) -> None:
+        """Events of `first_step` and later ones, of an earlier attempt, are hidden."""
+        self.folder, self.first_step, self.log = folder, first_step, log
+        self.writer: Any = None
+        self.retry_at: float | None = None
+
+    def write(self, record: Record) -> None:
+        """Every finite floating-point number of a step."""
+        if self.retry_at is not None and time.monotonic() < self.retry_at:
+            return
+        try:
+            if self.writer is None:
+                self.writer = self._open()
+            for name, value in record.items():
+                if isinstance(value, float) and math.isfinite(value):
+                    self.writer.add_scalar(name, value, record["step"])
+        except (OSError, ValueError) as error:  # ValueError: its thread closed the file
+            self._failed(error)
+            return
+        if self.retry_at is not None:
+            self.log(f"{self.folder} can be written again")
+            self.retry_at = None
+
+    def _open(self) -> Any:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.folder.mkdir(parents=True, exist_ok=True)
+        return SummaryWriter(str(self.folder), purge_step=self.first_step)
+
+    def _failed(self, error: Exception) -> None:
+        if self.retry_at is None:
+            self.log(f"WARNING {self.folder} cannot be written ({error}): training goes on without TensorBoard")
+        self.retry_at = time.monotonic() + RETRY_SECONDS
+        self.close()
+
+    def close(self) -> None:
+        writer, self.writer = self.writer, None
+        if writer is not None:
+            with contextlib.suppress(OSError, ValueError):
+                writer.close()
 
 
 class Stopwatch:

@@ -42,7 +42,7 @@ class Trainer:
     @explained
     def __init__(self, config: RunConfig, context: Context, *, resume: bool, init_from: Path | None = None) -> None:
         self.config, self.context = config, context
-        self.stop = StopRequest()
+        self.stop = StopRequest(context.log)
         self.watchdog = Watchdog(config, context)
         training = build_training(config, context, init_from=init_from, observer=self.watchdog.stragglers)
         self.model, self.ddp, self.optimizer = training.model, training.ddp, training.optimizer

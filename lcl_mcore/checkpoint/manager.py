@@ -385,6 +385,19 @@ def _reason(error: BaseException) -> str:
 # --- policy ---
 
 
+def slurm_seconds_left(log: Callable[[str], None]) -> float | None:
+    """Seconds until SLURM ends this job; None outside SLURM, or when this machine's clock cannot be right."""
+    if "SLURM_JOB_END_TIME" not in os.environ:
+        return None
+    start, end = (float(os.environ.get(f"SLURM_JOB_{name}_TIME", "nan")) for name in ("START", "END"))
+    now = time.time()
+    if now >= end or now < start:  # false for NaN: older SLURM does not tell the start
+        span = f"the SLURM job's {start:.0f} to {end:.0f}"
+        log(f"WARNING this machine's clock says {now:.0f}, outside {span}: the job's end is not used")
+        return None
+    return end - now
+
+
 class CheckpointManager:
     """One run's checkpoints for the training loop. All ranks call every method together but those that ask.
 
@@ -399,8 +412,16 @@ class CheckpointManager:
         config: CheckpointConfig,
         rank: int,
         log: Callable[[str], None],
-        clock: Callable[[], float] = time.time,
+        seconds_left: float | None = None,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        """Take over a run's checkpoints.
+
+        Args:
+            log: prints a line once, on the first rank.
+            seconds_left: until the job is ended from outside, if that is known.
+            clock: monotonic seconds.
+        """
         self.checkpointer, self.config, self.rank = checkpointer, config, rank
         self.log, self.clock = log, clock
         self.begun = self.last_save = clock()
@@ -411,7 +432,7 @@ class CheckpointManager:
         self.failed = 0
         """Saves in a row that failed."""
         self._logged: Outcome | None = None
-        ends = [float(os.environ["SLURM_JOB_END_TIME"])] if "SLURM_JOB_END_TIME" in os.environ else []
+        ends = [] if seconds_left is None else [self.begun + seconds_left]
         if config.max_hours:
             ends.append(self.begun + 3600 * config.max_hours)
         self.end = min(ends, default=None)
@@ -567,7 +588,9 @@ def open_checkpoints(config: RunConfig, context: Context, tensors: Tensors, resu
                 "Add --resume to continue, or choose another folder.",
             )
         )
-    return CheckpointManager(checkpointer, config.checkpoint, context.rank, context.log)
+    return CheckpointManager(
+        checkpointer, config.checkpoint, context.rank, context.log, slurm_seconds_left(context.log)
+    )
 
 
 def _save_failed(outcome: Outcome) -> str:

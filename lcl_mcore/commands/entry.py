@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import multiprocessing
 import os
 import sys
@@ -32,8 +33,7 @@ def run_main(main: Callable[[], int]) -> None:
         code = 130
     except Exception:  # reported whole: a bug or a lost peer, not a mistake of the user
         traceback.print_exc()
-    sys.stdout.flush()
-    sys.stderr.flush()
+    _flush()
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
         if failed:
@@ -42,3 +42,15 @@ def run_main(main: Callable[[], int]) -> None:
             os._exit(code)
         distributed.destroy_process_group()
     sys.exit(code)
+
+
+def _flush() -> None:
+    """Write out what was printed. A reader that is gone, or a full disk, changes no exit code."""
+    for stream, descriptor in ((sys.stdout, 1), (sys.stderr, 2)):
+        try:
+            stream.flush()
+        except OSError:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, descriptor)
+            with contextlib.suppress(OSError):
+                stream.flush()

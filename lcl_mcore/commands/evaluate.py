@@ -178,11 +178,11 @@ def _print(result: dict[str, Any], indent: str = "") -> None:
 
 def _heldout(options: HeldoutOptions, loaded: LoadedModel) -> None:
     from lcl_mcore.evaluation.heldout import evaluate_heldout
-    from lcl_mcore.evaluation.heldout_report import print_table, write_report
-    from lcl_mcore.metrics import read_metrics
+    from lcl_mcore.evaluation.heldout_report import CURVES, print_table, write_report
+    from lcl_mcore.metrics import read_steps
 
     result = evaluate_heldout(loaded, options.data)
-    write_report(loaded.folder, result, read_metrics(loaded.folder / "metrics.jsonl"))
+    write_report(loaded.folder, result, read_steps(loaded.folder / "metrics.jsonl", CURVES))
     print_table(result.summary)
     print(f"\nreport: {loaded.folder / 'report.html'}")
 

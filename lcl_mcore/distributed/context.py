@@ -16,6 +16,7 @@ from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.distributed.device import Device, init_process_group, pick_device
 from lcl_mcore.distributed.flight_recorder import record_collectives
 from lcl_mcore.distributed.launcher import job_id
+from lcl_mcore.terminal import say
 
 if TYPE_CHECKING:
     from lcl_mcore.distributed.groups import Groups
@@ -77,7 +78,7 @@ def start(config: RunConfig, run_folder: Path) -> Context:
 
     def log(text: str) -> None:
         if rank == 0:
-            print(text, flush=True)
+            say(text)
 
     return Context(device, groups, rank, dist.get_world_size(), run_folder, log, store)
 

@@ -8,10 +8,8 @@ Shape legend
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -27,9 +25,8 @@ from lcl_mcore.distributed.context import Context
 from lcl_mcore.evaluation.embedding_metrics import chance, recall_at
 from lcl_mcore.evaluation.load import LoadedModel, reset_weights
 from lcl_mcore.losses.generation import generation_loss_sum
-from lcl_mcore.metrics import RunLog, read_metrics
+from lcl_mcore.metrics import RunLog, StepLines
 from lcl_mcore.models.lcl import LclModel
-from lcl_mcore.storage import atomic_write
 
 KS = (1, 5)
 SEQUENCES = 16
@@ -250,10 +247,12 @@ class PeriodicEvaluation:
             model.train()
         if not log.enabled:
             return
-        write_record(self.context.run_folder / FILE, {"step": step, **numbers})
+        lines = StepLines(self.context.run_folder / FILE, log.info)
+        lines.rewind(step - 1)
+        lines.write({"step": step, **numbers})
+        lines.close()
         if log.board is not None:
-            for name, value in numbers.items():
-                log.board.add_scalar(f"heldout/{name}", value, step)
+            log.board.write({"step": step, **{f"heldout/{name}": value for name, value in numbers.items()}})
         log.info(
             f"held-out   step {step}  R@1 {numbers['R@1']:.3f}  R@5 {numbers['R@5']:.3f} of {numbers['images']}"
             f"  generation {numbers['generation']:.4f}"
@@ -297,12 +296,6 @@ class PeriodicEvaluation:
                 return
             if batch is not None:
                 yield batch
-
-
-def write_record(path: Path, record: dict[str, Any]) -> None:
-    """Append a line; lines of the same or later steps, lost with a crash, are replaced."""
-    kept = [line for line in read_metrics(path) if line["step"] < record["step"]]
-    atomic_write(path, "".join(json.dumps(line) + "\n" for line in [*kept, record]))
 
 
 def periodic_evaluation(config: RunConfig, context: Context) -> PeriodicEvaluation | None:

@@ -19,6 +19,8 @@ from lcl_mcore.templates import render
 CARDS = 24
 """Images shown with the captions nearest to them."""
 NEAREST = 5
+CURVES = ("loss", "contrastive", "generation")
+"""Metrics that are drawn over the steps."""
 GENERATION = {"right": "with its image", "shuffled": "with another image", "none": "with a blank image"}
 
 
@@ -53,9 +55,9 @@ def write_report(folder: Path, result: HeldoutResult, records: list[dict[str, An
     """Write `report.json` and `report.html` into a folder.
 
     Args:
-        records: lines of `metrics.jsonl`.
+        records: lines of `metrics.jsonl` that have all `CURVES`.
     """
-    curves = [{name: r[name] for name in ("step", "loss", "contrastive", "generation")} for r in records]
+    curves = [{name: r[name] for name in ("step", *CURVES)} for r in records]
     summary = {**result.summary, "curves": curves}
     atomic_write(folder / "report.json", json.dumps(summary, indent=1))
     page = render(

@@ -1,19 +1,21 @@
 """`events.jsonl` in a run's folder: starts, faults and the account of time, over all attempts of the run.
 
-Needs the standard library alone: the command reads it before anything heavy is imported.
+Imports nothing heavy: the command reads it first of all.
 """
 
 from __future__ import annotations
 
-import json
-import os
 import time
 from pathlib import Path
 from typing import Any
 
 from lcl_mcore.distributed.launcher import job_id
+from lcl_mcore.json_lines import LineWriter, Record, number, read_records
+from lcl_mcore.terminal import say
 
 EVENTS = "events.jsonl"
+ACCOUNT = ("productive", "data", "checkpoint", "recomputed", "restart", "wall")
+"""Seconds that every tick and end of an attempt accounts for."""
 
 # What runs of earlier versions wrote -> what it is called now. Applied where events are read.
 RENAMED_FIELDS = {"redone": "recomputed", "own": "compute", "read": "data"}
@@ -25,9 +27,7 @@ class EventLog:
 
     def __init__(self, folder: Path, enabled: bool) -> None:
         self.folder, self.enabled = folder, enabled
-        if enabled:
-            folder.mkdir(parents=True, exist_ok=True)
-            _end_last_line(folder / EVENTS)
+        self.lines = LineWriter(folder / EVENTS, say)
 
     def record(self, name: str, *, moment: float | None = None, durable: bool = True, **fields: Any) -> None:
         """Append an event.
@@ -41,34 +41,44 @@ class EventLog:
         if not self.enabled:
             return
         moment = time.time() if moment is None else moment
-        with open(self.folder / EVENTS, "a", encoding="utf-8") as file:
-            file.write(json.dumps({"event": name, "time": round(moment, 3), **fields}) + "\n")
-            if durable:
-                file.flush()
-                os.fsync(file.fileno())
+        self.lines.write({"event": name, "time": round(moment, 3), **fields}, durable=durable)
 
 
-def read_events(folder: Path) -> list[dict[str, Any]]:
-    """All events of a run, oldest first, in today's words; lines cut by a crash are skipped."""
-    path, events = folder / EVENTS, []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
-        try:
-            event: dict[str, Any] = json.loads(line)
-        except ValueError:
-            continue
-        events.append({RENAMED_FIELDS.get(k, k): _renamed_value(k, v) for k, v in event.items()})
+def read_events(folder: Path) -> list[Record]:
+    """All events of a run, oldest first, in today's words; damaged lines are skipped."""
+    events = []
+    for event in read_records(folder / EVENTS, _is_event).records:
+        renamed = {RENAMED_FIELDS.get(k, k): _renamed_value(k, v) for k, v in event.items()}
+        if _is_whole(renamed):
+            events.append(renamed)
     return events
+
+
+def _is_event(record: Record) -> bool:
+    return isinstance(record.get("event"), str) and number(record, "time")
+
+
+def _is_whole(event: Record) -> bool:
+    """Whether an event has what those of its name always have."""
+    match event["event"]:
+        case "tick" | "end":
+            return all(number(event, name) for name in ACCOUNT)
+        case "skip":
+            return _is_range(event.get("batches"))
+    return True
+
+
+def _is_range(value: object) -> bool:
+    return (
+        isinstance(value, list)
+        and len(value) == 2
+        and all(isinstance(n, int) and not isinstance(n, bool) for n in value)
+        and 0 <= value[0] <= value[1]
+    )
 
 
 def _renamed_value(field: str, value: Any) -> Any:
     return RENAMED_VALUES.get((field, value), value) if isinstance(value, str) else value
-
-
-def _end_last_line(path: Path) -> None:
-    """A crash may have cut the last line: what follows begins a new one."""
-    if path.is_file() and path.read_bytes()[-1:] not in (b"", b"\n"):
-        with open(path, "ab") as file:
-            file.write(b"\n")
 
 
 def is_restart(folder: Path) -> bool:

@@ -13,6 +13,7 @@ ETTR = productive / wall   (Kokolis et al., arXiv:2410.21680)
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Sequence
@@ -22,7 +23,7 @@ from typing import Any
 import psutil
 
 from lcl_mcore.distributed.launcher import job_id
-from lcl_mcore.fault_tolerance.events import EventLog, read_events
+from lcl_mcore.fault_tolerance.events import ACCOUNT, EventLog, read_events
 from lcl_mcore.metrics import format_duration
 
 # The account is written this often, and less often as the run grows: its file stays small.
@@ -59,9 +60,6 @@ class Account:
         )
 
 
-SECONDS = tuple(field.name for field in fields(Account) if field.name != "restarts")
-
-
 def past_attempts(events: Sequence[dict[str, Any]], now: float) -> Account:
     """The account of all earlier attempts.
 
@@ -76,7 +74,7 @@ def past_attempts(events: Sequence[dict[str, Any]], now: float) -> Account:
         if event["event"] == "start":
             account.restarts += 1
             if last is not None:
-                account += Account(**{name: last[name] for name in SECONDS})
+                account += Account(**{name: last[name] for name in ACCOUNT})
             if ended is not None:
                 gap = max(0.0, event["time"] - ended)
                 account += Account(restart=gap, wall=gap)
@@ -100,10 +98,12 @@ class Goodput:
         """
         self.events = events
         self.born = psutil.Process().create_time()
+        # Spans are measured by a clock that nobody sets.
+        self.start = time.monotonic() - max(time.time() - self.born, 0.0)
         self.before = past_attempts(read_events(events.folder), self.born) if events.enabled else Account()
         self.own = Account()
         self.training = False
-        self.ticked = 0.0
+        self.ticked = -math.inf
         events.record(
             "start",
             moment=self.born,
@@ -119,14 +119,14 @@ class Goodput:
         """A step begins: everything until the first one was (re)starting."""
         if not self.training:
             self.training = True
-            self.own.restart = time.time() - self.born
+            self.own.restart = time.monotonic() - self.start
 
     def add_step(self, seconds: float, data_seconds: float) -> None:
         """A step of `seconds` is done, `data_seconds` of which were spent waiting for its data."""
         self.own.productive += seconds - data_seconds
         self.own.data += data_seconds
         pause = min(max(TICK_SECONDS, self.own.wall / TICKS_PER_RUN), SLOWEST_TICK)
-        if time.time() - self.ticked > pause:
+        if time.monotonic() - self.ticked > pause:
             self._write("tick")
 
     def add_checkpoint_stall(self, seconds: float) -> None:
@@ -145,11 +145,11 @@ class Goodput:
 
     def total(self) -> Account:
         """All attempts together, until now."""
-        self.own.wall = time.time() - self.born
+        self.own.wall = time.monotonic() - self.start
         return self.before + self.own
 
     def _write(self, name: str) -> None:
-        now = time.time()
-        self.ticked, self.own.wall = now, now - self.born
-        seconds = {name: round(getattr(self.own, name), 3) for name in SECONDS}
-        self.events.record(name, moment=now, durable=False, **seconds)
+        now = time.monotonic()
+        self.ticked, self.own.wall = now, now - self.start
+        seconds = {name: round(getattr(self.own, name), 3) for name in ACCOUNT}
+        self.events.record(name, durable=False, **seconds)

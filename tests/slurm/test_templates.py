@@ -291,7 +291,7 @@ def test_stop_signals_do_not_reach_helper_processes() -> None:
 import multiprocessing, os, signal, sys, time
 from lcl_mcore.fault_tolerance.signals import StopRequest
 if __name__ == "__main__":
-    stop = StopRequest()
+    stop = StopRequest(print)
     assert not stop
     queue = multiprocessing.get_context("spawn").Manager().Queue()
     for number in (signal.SIGTERM, signal.SIGUSR2):

@@ -52,8 +52,8 @@ def main() -> int:
 
     context = start(config, options.out)
     options.out.mkdir(parents=True, exist_ok=True)
-    stop = StopRequest()  # one for the process: an earlier run's would take the next one's signals
-    loop.StopRequest = lambda: stop  # type: ignore[assignment, misc]
+    stop = StopRequest(print)  # one for the process: an earlier run's would take the next one's signals
+    loop.StopRequest = lambda log: stop  # type: ignore[assignment, misc]
     plan = [[f for f in faults if f["rank"] == context.rank] for faults in json.loads(Path(rounds).read_text())]
     everything = [fault for faults in plan for fault in faults]
     inject_signals(everything)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from checkpoint_toys import SHAPES, Toys, values
-from lcl_mcore.checkpoint.manager import Checkpointer, CheckpointManager
+from lcl_mcore.checkpoint.manager import Checkpointer, CheckpointManager, slurm_seconds_left
 from lcl_mcore.checkpoint.store import TrainState, open_store, step_of, verify
 from lcl_mcore.config.schema import CheckpointConfig
 from lcl_mcore.errors import CheckpointError
@@ -21,7 +22,9 @@ from lcl_mcore.errors import CheckpointError
 class Run:
     """A run of small tensors in this process: its manager, its log, and a clock that stands still."""
 
-    def __init__(self, folder: Path, config: CheckpointConfig, rank: int = 0) -> None:
+    def __init__(
+        self, folder: Path, config: CheckpointConfig, rank: int = 0, seconds_left: float | None = None
+    ) -> None:
         groups = [dist.new_group([0], backend="gloo") for _ in range(2)]
         self.folder, self.lines, self.now = folder, list[str](), 1000.0
         self.toys = Toys(0)
@@ -33,7 +36,7 @@ class Run:
             keep_every=config.keep_every,
             config="x: 1\n",
         )
-        self.manager = CheckpointManager(checkpointer, config, rank, self.lines.append, lambda: self.now)
+        self.manager = CheckpointManager(checkpointer, config, rank, self.lines.append, seconds_left, lambda: self.now)
 
     def save(self, step: int, *, final: bool = False) -> None:
         """Save the values of `step`."""
@@ -53,13 +56,13 @@ class Run:
 def start(groups: Any, tmp_path: Path) -> Callable[..., Run]:
     """Begin, or continue, a run in the test's folder."""
 
-    def make(*, rank: int = 0, **settings: Any) -> Run:
-        return Run(tmp_path / "checkpoints", CheckpointConfig(**settings), rank)
+    def make(*, rank: int = 0, seconds_left: float | None = None, **settings: Any) -> Run:
+        return Run(tmp_path / "checkpoints", CheckpointConfig(**settings), rank, seconds_left)
 
     return make
 
 
-def test_steps_and_clocks_say_when_to_save(start: Callable[..., Run], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_steps_and_clocks_say_when_to_save(start: Callable[..., Run]) -> None:
     run, other = (start(every=4, minutes=2, max_hours=1, rank=rank) for rank in (0, 1))
     assert [step for step in range(1, 13) if run.manager.due(step)] == [4, 8, 12]
     run.now += 119
@@ -76,14 +79,29 @@ def test_steps_and_clocks_say_when_to_save(start: Callable[..., Run], monkeypatc
     run.manager.longest = 70.0
     assert run.manager.out_of_time()
     run.manager.wait()
-    monkeypatch.setenv("SLURM_JOB_END_TIME", "5000")
-    slurm = start()
+    slurm = start(seconds_left=4000.0)
     slurm.now = 4900.0  # the reserve was taken of the 4,000 s that were left at the start
     assert slurm.manager.out_of_time()
     slurm.now = 4879.0
     assert not slurm.manager.out_of_time()
     with pytest.raises(ValueError, match="minutes\n  Input should be greater than or equal to 0"):
         CheckpointConfig(minutes=-1)
+
+
+def test_the_end_of_a_slurm_job_and_a_clock_that_cannot_be_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr(time, "time", lambda: 4000.0)
+    assert slurm_seconds_left(lines.append) is None
+    monkeypatch.setenv("SLURM_JOB_END_TIME", "5000")
+    assert slurm_seconds_left(lines.append) == 1000.0
+    monkeypatch.setenv("SLURM_JOB_START_TIME", "3000")
+    assert slurm_seconds_left(lines.append) == 1000.0
+    assert lines == []
+    monkeypatch.setattr(time, "time", lambda: 5000.0 + 3 * 3600)
+    assert slurm_seconds_left(lines.append) is None
+    assert lines == [
+        "WARNING this machine's clock says 15800, outside the SLURM job's 3000 to 5000: the job's end is not used"
+    ]
 
 
 def test_a_save_is_logged_once_and_not_repeated(start: Callable[..., Run]) -> None:

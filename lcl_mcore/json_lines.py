@@ -1,0 +1,191 @@
+"""JSON lines beside a run's checkpoints: read whatever lies there, appended whatever the disk does.
+
+These files are optional: no fault of theirs ends a run. Imports nothing heavy: a command reads them first of all.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+
+from lcl_mcore.storage import atomic_write
+
+MAX_LINE = 1 << 20
+"""Bytes of the longest line that is read."""
+MAX_WAITING = 16 << 20
+"""Bytes kept in memory while a file cannot be written."""
+RETRY_SECONDS = 10.0
+LF = b"\n"
+
+Record = dict[str, Any]
+
+
+class Records(NamedTuple):
+    """What a file holds: its records in order, and how many of its lines are damaged."""
+
+    records: list[Record]
+    damaged: int
+
+
+def number(record: Record, name: str) -> bool:
+    """Whether a field is a finite number."""
+    value = record.get(name)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def read_records(path: Path, valid: Callable[[Record], bool]) -> Records:
+    """Read a file; nothing if there is no regular file to read.
+
+    Args:
+        path: file of one JSON object per line.
+        valid: whether an object is what the file should hold.
+    """
+    records, damaged = [], 0
+    for line in _lines(path):
+        record = _parsed(line, valid)
+        if record is not None:
+            records.append(record)
+        elif line.strip():
+            damaged += 1
+    return Records(records, damaged)
+
+
+def _parsed(line: bytes, valid: Callable[[Record], bool]) -> Record | None:
+    if len(line) > MAX_LINE:
+        return None
+    try:
+        record = json.loads(line)
+    except (ValueError, RecursionError):  # also text that is not UTF-8
+        return None
+    return record if isinstance(record, dict) and valid(record) else None
+
+
+def _lines(path: Path) -> Iterator[bytes]:
+    """Lines with their ends; of one that is too long its beginning."""
+    try:
+        file = _open_regular(path, os.O_RDONLY)
+    except OSError:
+        return
+    with file:
+        while line := file.readline(MAX_LINE + 1):
+            rest = line
+            while len(rest) > MAX_LINE and not rest.endswith(LF):
+                rest = file.readline(MAX_LINE + 1)
+            yield line
+
+
+def _open_regular(path: Path, flags: int) -> BinaryIO:
+    """Open a file unbuffered for writing, else buffered; a pipe or device in its place is an error and not a hang."""
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(f"{path} is not a regular file")
+    writing = flags & (os.O_WRONLY | os.O_RDWR)
+    return os.fdopen(descriptor, "r+b" if writing else "rb", buffering=0 if writing else -1)  # type: ignore[return-value]
+
+
+class LineWriter:
+    """Appends records to a file. What cannot be written waits in memory and is tried again; the user is told once."""
+
+    def __init__(self, path: Path, log: Callable[[str], None]) -> None:
+        """Nothing is opened before the first record."""
+        self.path, self.log = path, log
+        self._file: BinaryIO | None = None
+        self._waiting = bytearray()
+        self._inside_line = False  # the end of the file is the beginning of our own waiting line
+        self._retry_at: float | None = None  # monotonic seconds; None while the file can be written
+        self._lost = 0
+
+    def write(self, record: Record, *, durable: bool = False) -> None:
+        """Append one record.
+
+        Args:
+            record: plain JSON values.
+            durable: whether it is on the disk when this returns, if the disk permits.
+        """
+        line = json.dumps(record).encode() + LF
+        if len(self._waiting) + len(line) > MAX_WAITING:
+            self._lost += 1
+        else:
+            self._waiting += line
+        if self._retry_at is None or time.monotonic() >= self._retry_at:
+            self._flush(durable)
+
+    def drop(self, valid: Callable[[Record], bool], unwanted: Callable[[Record], bool]) -> list[Record]:
+        """Remove records from the file; damaged lines stay as they are.
+
+        Returns:
+            The records removed; they are still there, and the user is told, if the file cannot be replaced.
+        """
+        self.close()
+        kept, dropped = [], []
+        for line in _lines(self.path):
+            record = _parsed(line, valid)
+            if record is not None and unwanted(record):
+                dropped.append(record)
+            else:
+                kept.append(line if line.endswith(LF) else line + LF)
+        if dropped:
+            try:
+                atomic_write(self.path, b"".join(kept))
+            except OSError as error:
+                self.log(
+                    f"WARNING {self.path} cannot be replaced ({error.strerror or error}): it keeps lines of lost steps"
+                )
+        return dropped
+
+    def close(self) -> None:
+        """Write what waits, if that is possible now; the writer may be used again."""
+        if self._waiting:
+            self._flush(durable=False)
+        if self._waiting:
+            self.log(f"WARNING {self.path}: its last {self._waiting.count(LF)} lines could not be written")
+        self._close_file()
+
+    def _flush(self, durable: bool) -> None:
+        try:
+            if self._file is None:
+                self._file = self._open()
+            while self._waiting:
+                written = os.write(self._file.fileno(), self._waiting)
+                self._inside_line = not self._waiting[:written].endswith(LF)
+                del self._waiting[:written]
+            if durable:
+                os.fsync(self._file.fileno())
+        except OSError as error:
+            self._failed(error)
+            return
+        if self._retry_at is not None:
+            lost = f"; {self._lost} lines were lost" if self._lost else ""
+            self.log(f"{self.path} can be written again{lost}")
+            self._retry_at, self._lost = None, 0
+
+    def _failed(self, error: OSError) -> None:
+        if self._retry_at is None:
+            reason = error.strerror or str(error)
+            self.log(f"WARNING {self.path} cannot be written ({reason}): training goes on, its lines wait in memory")
+        self._retry_at = time.monotonic() + RETRY_SECONDS
+        self._close_file()
+
+    def _open(self) -> BinaryIO:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        file = _open_regular(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+        if file.seek(0, os.SEEK_END) and not self._inside_line:
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != LF:  # a crash cut the last line: what follows begins a new one
+                self._waiting[:0] = LF
+        return file
+
+    def _close_file(self) -> None:
+        if self._file is not None:
+            file, self._file = self._file, None
+            try:
+                file.close()
+            except OSError as error:  # a network disk may report an earlier write here
+                self.log(f"WARNING {self.path}: {error.strerror or error}")

@@ -1,0 +1,98 @@
+"""What only informs cannot end a run, and Ctrl-C ends it with a checkpoint."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from launch import run_script
+from lcl_mcore.checkpoint.store import complete_checkpoints, read_state
+from lcl_mcore.fault_tolerance.events import read_events
+from training_runs import ROOT, records
+
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+Arguments = Callable[..., list[str]]
+
+
+def newest_step(out: Path) -> int:
+    return read_state(complete_checkpoints(out / "checkpoints")[-1]).step
+
+
+def test_a_run_whose_every_side_file_fails(arguments: Arguments, tmp_path: Path) -> None:
+    """Directories, a pipe and a file in the way: a warning each, and the run is complete."""
+    out = tmp_path / "run"
+    for name in ("metrics.jsonl", "evaluation.jsonl"):
+        (out / name).mkdir(parents=True)
+    os.mkfifo(out / "events.jsonl")
+    (out / "tensorboard").write_text("")
+    done = run_script(*arguments(out, "--steps", "4", "log.tensorboard=true"))
+    assert done.returncode == 0, done.stderr
+    warnings = sorted(line for line in done.stdout.splitlines() if line.startswith("WARNING"))
+    assert [line.split(" cannot be written")[0] for line in warnings] == [
+        f"WARNING {out}/events.jsonl",
+        f"WARNING {out}/metrics.jsonl",
+        f"WARNING {out}/metrics.jsonl: its last 4 lines could not be written",
+        f"WARNING {out}/tensorboard",
+    ]
+    assert newest_step(out) == 4
+
+
+def test_metrics_and_events_that_are_damaged(arguments: Arguments, tmp_path: Path) -> None:
+    """Damaged lines are skipped and stay; the run goes on behind them."""
+    out = tmp_path / "run"
+    assert run_script(*arguments(out, "--steps", "3")).returncode == 0
+    bad = b"{}\n3\nnull\n\xff\n" + b"[" * 100_000 + b'\n{"step": "x"}\n{"event": 1, "time": NaN}\n{"st'
+    for name in ("metrics.jsonl", "events.jsonl"):
+        with open(out / name, "ab") as file:
+            file.write(bad)
+    done = run_script(*arguments(out, "--steps", "5", "--resume"))
+    assert done.returncode == 0, done.stderr
+    assert (out / "metrics.jsonl").read_bytes().count(bad) == 1
+    assert [event["event"] for event in read_events(out)].count("start") == 2
+    assert newest_step(out) == 5
+
+
+def test_a_terminal_on_a_full_disk(arguments: Arguments, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, *arguments(out, "--steps", "3")],
+            cwd=ROOT,
+            stdout=full,
+            stderr=full,
+            timeout=200,
+            check=False,
+        )
+    assert done.returncode == 0
+    assert sorted(records(out)) == [1, 2, 3]
+    assert newest_step(out) == 3
+
+
+@pytest.mark.parametrize("times", [1, 2])
+def test_ctrl_c(arguments: Arguments, tmp_path: Path, times: int) -> None:
+    """Once: the step ends, a checkpoint is written, exit code 0. Twice: at once, and the checkpoints stay whole."""
+    out = tmp_path / "run"
+    command = [sys.executable, *arguments(out, "--steps", "100000", "--checkpoint-every", "2")]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    assert process.stdout is not None
+    while "checkpoint" not in (line := process.stdout.readline()):
+        assert line, "the run ended"
+    for _ in range(times):
+        process.send_signal(signal.SIGINT)
+        told = "interrupted: training stops after this step with a checkpoint; Ctrl-C again quits at once"
+        while times == 2 and (line := process.stdout.readline()) and told not in line:
+            pass
+    rest = process.communicate(timeout=60)[0]
+    if times == 1:
+        assert process.returncode == 0, rest
+        assert told in rest
+        assert f"stopped by request after step {newest_step(out)}; continue with --resume" in rest
+    else:
+        assert process.returncode == 130
+        assert newest_step(out) >= 2
