@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from megatron.core.distributed import DistributedDataParallel
+from torch import Tensor, nn
 
 from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.distributed.context import Context
@@ -41,7 +41,7 @@ class Training:
 
 
 def build_model(config: RunConfig, context: Context, backends: Backends | None = None) -> LclModel:
-    """This rank's share of the model, with its initial weights.
+    """This rank's share of the model, with its initial weights, in fp32; `cast` gives it the precision of the run.
 
     Args:
         backends: which implementation serves each part; None: the fastest that is here.
@@ -53,14 +53,22 @@ def build_model(config: RunConfig, context: Context, backends: Backends | None =
     model = LclModel(config, groups, device, backends or choose_backends(config, device))
     if device.type != "meta":  # whose tensors have no values
         initialize(model, config.model, config.train.seed, groups.tp.rank(), groups.tp.size())
-    model.to(device)
-    dtype = DTYPES[config.train.precision]
-    if dtype != torch.float32:
-        for module in model.modules():
-            if not isinstance(module, Temperature):
-                for parameter in module.parameters(recurse=False):
-                    parameter.data = parameter.data.to(dtype)
-    return model
+    return model.to(device)
+
+
+def cast(model: LclModel, precision: str) -> dict[nn.Parameter, Tensor]:
+    """Round the parameters to what a precision computes with; the temperature stays fp32.
+
+    Returns:
+        The fp32 values of every parameter that was rounded: what the optimizer's master weights start from.
+    """
+    dtype, exact = DTYPES[precision], dict[nn.Parameter, Tensor]()
+    for module in model.modules():
+        for parameter in module.parameters(recurse=False):
+            if parameter.dtype != dtype and not isinstance(module, Temperature):
+                exact[parameter] = parameter.data
+                parameter.data = parameter.data.to(dtype)
+    return exact
 
 
 def build_training(
@@ -86,10 +94,13 @@ def build_training(
     backends = backends or choose_backends(config, device)
     optimizer_choice = choose_adam(config.optim.optimizer_backend, device)
     model = build_model(config, context, backends)
-    if init_from is not None:  # before the optimizer copies its fp32 master weights
+    if init_from is not None:
         context.log(f"initial weights: {start_from(model, init_from, groups.tp.rank(), groups.tp.size())}")
+    exact = cast(model, config.train.precision)
     ddp = wrap_data_parallel(model, config.parallel, groups)
     optimizer = Optimizer(ddp, config.optim, DTYPES[config.train.precision], groups)
+    optimizer.set_masters(exact)
+    del exact
     schedule = SingleStage if model.stage.count == 1 else PipelineStage
     step = schedule(config, context, model, ddp, optimizer, observer)
     return Training(model, ddp, optimizer, step, (*backends.choices, optimizer_choice))

@@ -7,7 +7,7 @@ gradients leave parameters and moments bitwise unchanged.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import torch
@@ -73,6 +73,17 @@ class Optimizer:
         self.vision_copies = self._shards_of(model.vision_parameters()) if model.vision_data else []
         self.skipped = torch.zeros((), device=self.device)  # sticky: 1 once anything was not finite
         self.all_ranks: dist.ProcessGroup = self.shards.get_grad_stats_parallel_group()
+
+    @torch.no_grad()
+    def set_masters(self, exact: Mapping[nn.Parameter, Tensor]) -> None:
+        """Give this rank's fp32 master weights their exact values: megatron makes them from the rounded parameters.
+
+        Args:
+            exact: fp32 values of the parameters that were rounded.
+        """
+        for parameter, start, (master, _, _) in self.owned():
+            if parameter in exact:
+                master.copy_(exact[parameter].view(-1)[start : start + master.numel()])
 
     def zero_grad(self) -> None:
         """Clear gradients and gradient buffers before a step."""

@@ -1,5 +1,5 @@
-"""Checkpoints seen from one process, without a process group: weights alone, for `load_weights` into a model or as a
-consolidated state dict, and what `tools/checkpoint.py` does: list, verify, info, consolidate."""
+"""Checkpoints seen from one process, without a process group: weights alone, as a consolidated state
+dict, and what `tools/checkpoint.py` does: list, verify, info, consolidate."""
 
 from __future__ import annotations
 
@@ -16,10 +16,9 @@ from torch import Tensor
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 
 from lcl_mcore.checkpoint.dcp import SafeReader, read_boxes
-from lcl_mcore.checkpoint.shards import WEIGHTS, TensorBox, weight_shards
+from lcl_mcore.checkpoint.shards import WEIGHTS, TensorBox
 from lcl_mcore.checkpoint.store import (
     CONFIG,
-    TrainState,
     checkpoint_names,
     child,
     open_store,
@@ -32,7 +31,6 @@ from lcl_mcore.checkpoint.store import (
 from lcl_mcore.checkpoint.weights_file import without_vocabulary_padding, write_consolidated
 from lcl_mcore.config.run_folder import read_config, write_config
 from lcl_mcore.errors import CheckpointError, DataError, explain
-from lcl_mcore.models.lcl import LclModel
 from lcl_mcore.storage import open_storage
 
 
@@ -121,24 +119,6 @@ def info(location: str) -> dict[str, Any]:
             "written_by": {"tp": config.parallel.tensor_parallel_size, "pp": config.parallel.pipeline_parallel_size},
             "holds": kinds,
         }
-
-
-def load_weights(path: Path, model: LclModel, tp: tuple[int, int] = (0, 1)) -> TrainState:
-    """Take the weights alone from a local checkpoint of any layout.
-
-    Args:
-        tp: this rank's tensor-parallel (rank, size).
-
-    Raises:
-        CheckpointError: the checkpoint is damaged, or does not fit this model.
-    """
-    require_intact(path)
-    wanted = weight_shards(model, tp)
-    read_boxes(path, [box for _, shard in wanted for box in shard.boxes(shard.flat)])
-    with torch.no_grad():
-        for parameter, shard in wanted:
-            parameter.copy_(shard.flat.view_as(parameter))
-    return read_state(path)
 
 
 def consolidated_weights(path: Path) -> dict[str, Tensor]:

@@ -129,14 +129,6 @@ def training_shards(model: LclModel, optimizer: Optimizer, tp: tuple[int, int]) 
     return result
 
 
-def weight_shards(model: LclModel, tp: tuple[int, int]) -> list[tuple[nn.Parameter, Shard]]:
-    """This rank's parameters with fp32 space for each."""
-    return [
-        (parameter, _shard(WEIGHTS, model.canonical_name(local), parameter, 0, torch.empty(parameter.numel()), tp))
-        for local, parameter in model.named_parameters()
-    ]
-
-
 class Snapshot:
     """Host copies of the shards that this rank writes, in memory that is used again for each save."""
 

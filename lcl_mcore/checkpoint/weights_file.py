@@ -45,8 +45,8 @@ def without_vocabulary_padding(state: Mapping[str, Tensor], vocab_size: int) -> 
 
 
 def consolidated_state(model: LclModel) -> dict[str, Tensor]:
-    """Every parameter of a model in one process, whole, fp32, on the CPU, without vocabulary padding."""
-    state = {name: p.detach().float().cpu() for name, p in model.named_parameters()}
+    """Every parameter of an fp32 model in one process, whole, on the CPU, without vocabulary padding."""
+    state = {name: p.detach().cpu() for name, p in model.named_parameters()}
     return without_vocabulary_padding(state, model.shape.language.vocab_size)
 
 
@@ -61,7 +61,7 @@ def tensor_parallel_share(whole: Tensor, parameter: Tensor, tp_rank: int, tp_siz
 def load_consolidated(model: LclModel, state: Mapping[str, Tensor], tp_rank: int, tp_size: int) -> None:
     """Copy this rank's share of a consolidated state dict into an `LclModel`, whole or one stage of a pipeline.
 
-    Padding rows of the vocabulary become zero. Call it before the optimizer copies its master weights.
+    Padding rows of the vocabulary become zero. Call it before the parameters are rounded, see `build.cast`.
 
     Raises:
         CheckpointError: names or shapes differ; the model is then unchanged.
@@ -107,7 +107,7 @@ def write_consolidated(state: Mapping[str, Tensor], shape: ModelConfig, folder: 
 
 
 def read_consolidated(path: Path) -> dict[str, Tensor]:
-    """Consolidated state dict from `model.safetensors`, or from the folder that holds it.
+    """Consolidated fp32 state dict from `model.safetensors`, or from the folder that holds it.
 
     Raises:
         CheckpointError: missing, damaged, or another kind of file.
@@ -120,7 +120,7 @@ def read_consolidated(path: Path) -> dict[str, Tensor]:
                 rule = f"was not written as `{_FORMAT}`"
                 raise CheckpointError(explain(file, rule, "Use tools/import_released.py to make one."))
             names = stored.keys()
-            return {current_name(name): stored.get_tensor(name) for name in names}
+            return {current_name(name): stored.get_tensor(name).float() for name in names}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(explain(file, f"cannot be read ({error})", "Check the path, or make it again.")) from None
 

@@ -71,7 +71,7 @@ class DataContext:
             dp_size=groups.dp.size(),
             counts_group=groups.host_counts if groups.dp.size() > 1 else None,
             model_group=groups.host_model if groups.host_model.size() > 1 else None,
-            pixel_ranks=tuple(range(config.parallel.tensor_parallel_size)),
+            pixel_ranks=tuple(range(groups.tp.size())),
             device=context.device.device,
         )
 

@@ -135,7 +135,6 @@ def generate(model: LclModel, tokenizer: Tokenizer, images: Tensor, max_tokens: 
 def zero_shot_captions(loaded: LoadedModel, data: CaptionDataset, max_tokens: int) -> dict[str, Any]:
     """BLEU-4 and CIDEr of captions by the pre-trained LM as it is."""
     require_scorers()
-    loaded.model.float()
     tokenizer = loaded.tokenizer()
     device = next(loaded.model.parameters()).device
     begin = all(source.ends == "document" for source in loaded.config.data.sources)
@@ -244,7 +243,7 @@ def caption_transfer(
     require_scorers()
     pretrained = None
     if config.language_model == "pretrained":  # kept: the baselines give the model random weights
-        pretrained = [p.detach().float().clone() for p in loaded.model.language.parameters()]
+        pretrained = [p.detach().clone() for p in loaded.model.language.parameters()]
 
     def run(encoder: ImageEncoder) -> dict[str, Any]:
         decoder = make_decoder(loaded, config, pretrained)

@@ -87,7 +87,6 @@ def classify(loaded: LoadedModel, data: Path, config: ProbeConfig, baselines: bo
     train = open_classification_dataset(data, "train", image_size).subset(config.train_limit, config.seed)
     test = open_classification_dataset(data, "test", image_size).subset(config.test_limit, config.seed)
     transfer = frozen_transfer if config.transfer == "frozen" else full_transfer
-    loaded.model.float()
     result: dict[str, Any] = {
         **loaded.facts(),
         "task": f"classification, {config.transfer} transfer",

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from lcl_mcore.build import build_model
-from lcl_mcore.checkpoint.consolidate import load_weights
-from lcl_mcore.checkpoint.store import TrainState, complete_checkpoints
+from lcl_mcore.checkpoint.consolidate import consolidated_weights
+from lcl_mcore.checkpoint.store import TrainState, complete_checkpoints, read_state, require_intact
 from lcl_mcore.checkpoint.weights_file import FILE as WEIGHTS_FILE
-from lcl_mcore.checkpoint.weights_file import load_consolidated, read_consolidated
+from lcl_mcore.checkpoint.weights_file import load_consolidated, read_consolidated, without_vocabulary_padding
 from lcl_mcore.config.run_folder import FILE as CONFIG_FILE
 from lcl_mcore.config.run_folder import read_config
 from lcl_mcore.config.schema import ParallelConfig, RunConfig
@@ -28,7 +29,8 @@ class LoadedModel:
     """A model with its weights, and where they came from.
 
     Attributes:
-        config: the run's, for one process.
+        config: the run's.
+        model: in this process, fp32: its parameters are the run's master weights.
         folder: holds `config.yaml`.
         weights: the checkpoint or file that was read.
         state: steps, images and data position; zeros for `model.safetensors`.
@@ -62,7 +64,7 @@ class LoadedModel:
 
 
 def open_model(path: Path, context: Context | None = None) -> LoadedModel:
-    """Build the model in this process and load its weights, in the run's precision; in evaluation mode.
+    """Build the model in this process and load its weights, in fp32; in evaluation mode.
 
     Args:
         path: see `locate`.
@@ -73,14 +75,12 @@ def open_model(path: Path, context: Context | None = None) -> LoadedModel:
         ConfigError: the configuration beside it is missing or invalid.
     """
     folder, weights = locate(path)
-    config = evaluation_config(folder)
-    context = context or start(config, folder)
-    model = build_model(config, context)
-    if weights.name == WEIGHTS_FILE:
-        load_consolidated(model, read_consolidated(weights), 0, 1)
-        state = TrainState(0, None, "", "")
-    else:
-        state = load_weights(weights, model)
+    config = read_config(folder / CONFIG_FILE)
+    alone = evaluation_config(config)
+    context = context or start(alone, folder)
+    model = build_model(alone, context)
+    stored, state = stored_weights(weights)
+    load_consolidated(model, without_vocabulary_padding(stored, config.model.language.vocab_size), 0, 1)
     model.eval()
     return LoadedModel(config, model, context, folder, weights, state)
 
@@ -102,11 +102,21 @@ def locate(path: Path) -> tuple[Path, Path]:
     return path, checkpoints[-1]
 
 
-def evaluation_config(folder: Path) -> RunConfig:
-    """The run's configuration for one process; FP8 becomes BF16."""
-    config = read_config(folder / CONFIG_FILE)
-    precision = "bf16" if config.train.precision == "fp8" else config.train.precision
-    train = replace(config.train, precision=precision, global_batch_size=config.train.micro_batch_size)
+def stored_weights(weights: Path) -> tuple[dict[str, Tensor], TrainState]:
+    """Whole fp32 tensors by name, and how long they were trained, of what `locate` found.
+
+    Raises:
+        CheckpointError: damaged.
+    """
+    if weights.name == WEIGHTS_FILE:
+        return read_consolidated(weights), TrainState(0, None, "", "")
+    require_intact(weights)
+    return consolidated_weights(weights), read_state(weights)
+
+
+def evaluation_config(config: RunConfig) -> RunConfig:
+    """A run's configuration for one process that computes in fp32."""
+    train = replace(config.train, precision="fp32", backend="auto", global_batch_size=config.train.micro_batch_size)
     return replace(config, parallel=ParallelConfig(), train=train)
 
 

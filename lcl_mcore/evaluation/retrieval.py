@@ -112,7 +112,6 @@ def text_embeds(loaded: LoadedModel, texts: Sequence[str]) -> Tensor:
 
 def zero_shot_retrieval(loaded: LoadedModel, data: CaptionDataset) -> dict[str, Any]:
     """TR@k and IR@k of the pre-trained vectors, and of random weights (which stay in the model)."""
-    loaded.model.float()
     texts, image_of_text = data.flat_captions()
 
     def scores() -> dict[str, float]:

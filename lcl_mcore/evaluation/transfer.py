@@ -321,7 +321,7 @@ def compare(
     Args:
         run: trains and tests on one encoder; returns the scores.
     """
-    started, model, full = time.perf_counter(), loaded.model.float(), config.transfer == "full"
+    started, model, full = time.perf_counter(), loaded.model, config.transfer == "full"
     model.eval()
 
     def scores(name: str, encoder: ImageEncoder) -> dict[str, Any]:

@@ -52,7 +52,6 @@ def zero_shot(
             )
         )
     prompts = tuple(templates.read_text("utf-8").splitlines()) if templates else TEMPLATES
-    loaded.model.float()
 
     def scores() -> dict[str, float]:
         logits = image_embeds(loaded.model, test) @ class_embeds(loaded, names, prompts).T

@@ -12,20 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lcl_mcore.checkpoint.weights_file import consolidated_state, write_consolidated
+from lcl_mcore.checkpoint.weights_file import (
+    consolidated_state,
+    read_consolidated,
+    without_vocabulary_padding,
+    write_consolidated,
+)
 from lcl_mcore.config.run_folder import write_config
 from lcl_mcore.errors import CheckpointError, ConfigError, explain
-from lcl_mcore.evaluation.load import LoadedModel, open_model
+from lcl_mcore.evaluation.load import LoadedModel, open_model, stored_weights
 from lcl_mcore.export.formats import FORMATS
 from lcl_mcore.export.model_card import write_card
 from lcl_mcore.export.reload import ReloadRequest, reload_features
-from lcl_mcore.interop.released import to_released
+from lcl_mcore.interop.released import from_released, read_released, to_released
 from lcl_mcore.models.lcl import LclModel
 from lcl_mcore.optional_packages import export_packages
 from lcl_mcore.storage import atomic_write
 
 OWN = ("full", "released")
 """Formats of our own: all weights for `--init-from`, and the keys of the released code."""
+RELEASED_FILE = "model.pt"
 TOLERANCE = 1e-5
 """Largest difference of features, relative to our largest (or 1)."""
 
@@ -112,9 +118,29 @@ def _write(name: str, state: Mapping[str, Tensor], loaded: LoadedModel, folder: 
         write_config(loaded.config, folder)
     elif name == "released":
         content = {"name": "lcl_mcore", "epoch": 0, "state_dict": to_released(state, model)}
-        torch.save(content, folder / "model.pt")
+        torch.save(content, folder / RELEASED_FILE)
     else:
         FORMATS[name].write(state, model.vision, folder)
+
+
+def _check_own(loaded: LoadedModel, folders: Mapping[str, Path]) -> None:
+    """Compare the formats of our own, read again, with the weights that were stored, bit by bit.
+
+    Raises:
+        CheckpointError: a tensor differs.
+    """
+    shape = loaded.config.model
+    stored, _ = stored_weights(loaded.weights)
+    stored = without_vocabulary_padding(stored, shape.language.vocab_size)
+    for name in folders.keys() & set(OWN):
+        if name == "full":
+            written = read_consolidated(folders[name])
+        else:
+            written = from_released(read_released(folders[name] / RELEASED_FILE), shape)
+        wrong = sorted(key for key in stored if key not in written or not torch.equal(stored[key], written[key]))
+        if wrong or written.keys() != stored.keys():
+            rule = f"{len(wrong)} tensors differ from those in {loaded.weights}, {wrong[0] if wrong else ''} first"
+            raise CheckpointError(explain(name, rule, "Do not use this export; report it."))
 
 
 def _check(loaded: LoadedModel, folders: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
@@ -144,13 +170,14 @@ def export(source: Path, out: Path, wanted: Sequence[str] = ()) -> dict[str, Any
         ConfigError: see `choose_formats`.
     """
     loaded = open_model(source)
-    loaded.model.float().to("cpu")
+    loaded.model.to("cpu")
     names, skipped = choose_formats(loaded, wanted)
     state = consolidated_state(loaded.model)
     with ExitStack() as stack:
         folders = {name: stack.enter_context(_complete_folder(out / name)) for name in names}
         for name, folder in folders.items():
             _write(name, state, loaded, folder)
+        _check_own(loaded, folders)
         written = _check(loaded, {name: folder for name, folder in folders.items() if name in FORMATS})
     summary = {
         **loaded.facts(),

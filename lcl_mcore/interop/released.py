@@ -180,7 +180,7 @@ def to_released(state: Mapping[str, Tensor], shape: ModelConfig) -> dict[str, Te
 
 
 def read_released(path: Path) -> dict[str, Tensor]:
-    """State dict of a checkpoint file of the released code; nothing but plain data is unpickled.
+    """State dict, in fp32, of a checkpoint file of the released code; nothing but plain data is unpickled.
 
     Raises:
         CheckpointError: unreadable, damaged, or not a state dict.
@@ -202,7 +202,7 @@ def read_released(path: Path) -> dict[str, Tensor]:
     for key, value in state.items():
         for wrapper in ("module.", "_orig_mod."):
             key = str(key).removeprefix(wrapper)
-        cleaned[key] = value
+        cleaned[key] = value.float()
     return cleaned
 
 

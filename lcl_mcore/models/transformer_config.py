@@ -13,7 +13,7 @@ from torch import Tensor
 from lcl_mcore.config.schema import RunConfig
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp8": torch.bfloat16}
-"""Parameter dtype by `train.precision`."""
+"""What parameters are rounded to for computing, by `train.precision`."""
 
 
 def no_init(weight: Tensor) -> Tensor:
@@ -39,7 +39,7 @@ def _common(config: RunConfig, device: torch.device, tensor_parallel_size: int, 
     options: dict[str, Any] = {
         "tensor_model_parallel_size": tensor_parallel_size,
         "sequence_parallel": config.parallel.sequence_parallel and tensor_parallel_size > 1,
-        "params_dtype": dtype,
+        "params_dtype": torch.float32,  # while they are filled; see `build.cast`
         "pipeline_dtype": dtype,
         "bf16": dtype == torch.bfloat16,
         "use_cpu_initialization": device.type == "cpu",

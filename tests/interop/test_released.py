@@ -10,6 +10,7 @@ import json
 import math
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from launch import last_json, run_script, torchrun
 from lcl_mcore.batch import MicroBatch
 from lcl_mcore.checkpoint.weights_file import load_consolidated, read_consolidated, write_consolidated
 from lcl_mcore.config.recipes import load_recipe
-from lcl_mcore.config.run_folder import read_config
+from lcl_mcore.config.run_folder import read_config, write_config
 from lcl_mcore.config.schema import LanguageConfig, ModelConfig, VisionConfig
 from lcl_mcore.errors import CheckpointError, ConfigError
 from lcl_mcore.interop.released import from_released, read_released, shape_of_released, to_released
@@ -361,6 +362,19 @@ def test_the_tool_writes_weights_and_a_configuration(tmp_path: Path) -> None:
     )
     full = read_consolidated(tmp_path / "out")
     assert all(torch.equal(value, state[name]) for name, value in to_released(full, shape).items())
+
+    # And back: nothing passes through the precision that the configuration computes with.
+    config = replace(config, train=replace(config.train, precision="bf16"))
+    write_config(config, tmp_path / "out")
+    exported = tmp_path / "exported"
+    done = run_script(
+        "tools/export_encoder.py", str(tmp_path / "out"), "--out", str(exported), "--formats", "released", "full"
+    )
+    assert done.returncode == 0, done.stderr
+    again = read_released(exported / "released" / "model.pt")
+    assert again.keys() == state.keys()
+    assert [name for name in state if not torch.equal(again[name], state[name])] == []
+    assert read_config(exported / "full" / "config.yaml") == config
 
 
 @pytest.mark.distributed
