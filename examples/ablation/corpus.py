@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Any
 
 from lcl_mcore.data.format import NativeDataset
-from lcl_mcore.data.prepare.engine import Dropped, InputPart, PrepareOptions, RawDocument, prepare
+from lcl_mcore.data.prepare.engine import PrepareOptions, prepare
 from lcl_mcore.data.prepare.html import HtmlReader
 from lcl_mcore.data.prepare.normalise import ImageLimits
+from lcl_mcore.data.prepare.records import Dropped, InputPart, RawDocument
 from lcl_mcore.data.tokenizer import train_bpe
 from lcl_mcore.rng import key64
 
@@ -30,7 +31,7 @@ class NearbyWords(HtmlReader):
     def __init__(self, source: Path, *, heldout: bool) -> None:
         super().__init__(source)
         self._heldout = heldout
-        self._files = [path for path in self._files if self._wanted(str(path.relative_to(self._source)))]
+        self._pages = [path for path in self._pages if self._wanted(str(path.relative_to(self._root)))]
 
     def _wanted(self, page: str) -> bool:
         """Of OpenCV only the tutorials: its other pages show class diagrams. Whole pages are on one side."""

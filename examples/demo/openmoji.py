@@ -23,8 +23,9 @@ from PIL import Image
 
 from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config.schema import TokenizerConfig
-from lcl_mcore.data.prepare.engine import Dropped, InputPart, PrepareOptions, RawDocument, RawImage, prepare
+from lcl_mcore.data.prepare.engine import PrepareOptions, prepare
 from lcl_mcore.data.prepare.normalise import ImageLimits
+from lcl_mcore.data.prepare.records import Dropped, InputFile, InputPart, RawDocument, RawImage
 from lcl_mcore.data.tokenizer import build_tokenizer, train_bpe
 from lcl_mcore.errors import DataError, explain
 from lcl_mcore.rng import key64
@@ -105,13 +106,19 @@ class EmojiReader:
         self._folder = folder
         self._versions = versions
 
-    def parts(self) -> Sequence[InputPart]:
+    @property
+    def image_root(self) -> Path | None:
+        """None: the package's version says which images there are."""
+        return None
+
+    def files(self) -> Sequence[InputFile]:
+        """All emojis are one file of the input."""
+        return [InputFile("emojis", ())]
+
+    def parts(self, file: InputFile) -> Sequence[InputPart]:
         """Equal parts, in an order that mixes the concepts."""
         starts = range(0, len(self._emojis), PER_PART)
-        return [
-            InputPart(f"shard-{n:05d}", start, min(PER_PART, len(self._emojis) - start))
-            for n, start in enumerate(starts)
-        ]
+        return [InputPart(start, min(PER_PART, len(self._emojis) - start)) for start in starts]
 
     def documents(self, part: InputPart) -> Iterator[RawDocument | Dropped]:
         """One pair per image."""

@@ -14,7 +14,7 @@ from lcl_mcore.config import arguments
 from lcl_mcore.config.base import config_dataclass
 
 if TYPE_CHECKING:
-    from lcl_mcore.data.prepare.engine import Reader
+    from lcl_mcore.data.prepare.records import Reader
 
 MIN_SIDES = {"html": 64, "pairs": 32}
 """Pixels of the shorter side below which images are dropped, by format."""

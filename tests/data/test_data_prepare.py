@@ -23,12 +23,13 @@ from PIL import Image
 from corpora import image_bytes
 from launch import Job, run_script
 from lcl_mcore.data.format import Document, ImageEntry, NativeDataset, ShardWriter
-from lcl_mcore.data.prepare.engine import PrepareOptions, RawDocument, Reader, images_of, prepare
+from lcl_mcore.data.prepare.engine import PrepareOptions, images_of, prepare
 from lcl_mcore.data.prepare.html import HtmlReader
 from lcl_mcore.data.prepare.mmc4 import Mmc4Reader
 from lcl_mcore.data.prepare.normalise import ImageLimits
 from lcl_mcore.data.prepare.pairs import PairReader
 from lcl_mcore.data.prepare.parquet import ParquetReader
+from lcl_mcore.data.prepare.records import RawDocument, Reader
 from lcl_mcore.data.prepare.split import split
 from lcl_mcore.errors import DataError
 
@@ -242,7 +243,8 @@ def test_repeated_images_are_found_without_reading_pages_in_full(tmp_path: Path)
         f"<!-- <img src='b.png'> --><p>{words}</p><img src='c d.png'>"
     )
     reader = HtmlReader(tmp_path)
-    (part,) = reader.parts()
+    (file,) = reader.files()
+    (part,) = reader.parts(file)
     (page,) = reader.documents(part)
     assert isinstance(page, RawDocument)
     quick = {image.source for images in images_of(reader, part) for image in images}

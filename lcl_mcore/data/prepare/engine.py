@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import multiprocessing
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +21,7 @@ from concurrent.futures import Future, ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from typing import Any, TypeVar
 
 import numpy as np
 from tqdm import tqdm
@@ -30,7 +31,6 @@ from lcl_mcore.data.format import (
     MAX_IMAGES,
     Document,
     ImageEntry,
-    Kind,
     ShardInfo,
     ShardWriter,
     parse_manifest,
@@ -38,6 +38,7 @@ from lcl_mcore.data.format import (
 )
 from lcl_mcore.data.images import BadImageError
 from lcl_mcore.data.prepare.normalise import ImageLimits, entry_for, normalise
+from lcl_mcore.data.prepare.records import Dropped, FindsImages, InputFile, InputPart, RawDocument, RawImage, Reader
 from lcl_mcore.data.untrusted_json import parse_object
 from lcl_mcore.errors import DataError, explain
 from lcl_mcore.storage import atomic_file, atomic_write
@@ -66,66 +67,11 @@ class PrepareOptions:
 
 
 @dataclass(frozen=True)
-class InputPart:
-    """A part of the input.
-
-    Attributes:
-        name: begins its shards' names.
-        where: says to the reader what it is; picklable.
-        weight: its share of the work, for the progress bar.
-    """
+class PrepareJob:
+    """One part of an input file; its name begins its shards' names."""
 
     name: str
-    where: Any
-    weight: int = 1
-
-
-@dataclass(frozen=True)
-class RawImage:
-    """An image as found. `read` may raise `BadImageError`."""
-
-    read: Callable[[], bytes]
-    text_index: int = 0
-    similarity: float = 1.0
-    source: str = ""
-
-
-@dataclass(frozen=True)
-class RawDocument:
-    """A document as found; `more` is stored with it."""
-
-    kind: Kind
-    texts: tuple[str, ...]
-    images: tuple[RawImage, ...]
-    more: dict[str, Any] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Dropped:
-    """A document that cannot be used, and why."""
-
-    reason: str
-
-
-class Reader(Protocol):
-    """One public format."""
-
-    def parts(self) -> Sequence[InputPart]:
-        """All parts of the input, in a fixed order."""
-
-    def documents(self, part: InputPart) -> Iterator[RawDocument | Dropped]:
-        """The documents of one part, in a fixed order."""
-
-    def describe(self) -> dict[str, Any]:
-        """Names the input and every setting that changes the output."""
-
-
-@runtime_checkable
-class FindsImages(Protocol):
-    """A reader that can list images without reading documents in full."""
-
-    def images(self, part: InputPart) -> Iterator[Sequence[RawImage]]:
-        """The images of each document of one part; more than `documents` has is allowed."""
+    part: InputPart
 
 
 @dataclass
@@ -169,7 +115,9 @@ def prepare(
     Raises:
         DataError: no document is usable, or `output` was made from something else.
     """
-    plan = json.loads(json.dumps({"input": reader.describe(), "options": asdict(options)}))
+    files = reader.files()
+    listing = [[file.name, [path.stat().st_size for path in file.paths]] for file in files]
+    plan = json.loads(json.dumps({"input": {**reader.describe(), "files": listing}, "options": asdict(options)}))
     records = output / PROGRESS
     done = _existing(output, plan)
     if done is not None:
@@ -177,14 +125,14 @@ def prepare(
         return done
     records.mkdir(parents=True, exist_ok=True)
     _claim(records / "plan.json", plan, output)
-    parts = list(reader.parts())
+    jobs = [job for file in files for job in _jobs(reader, file)]
     repeated: frozenset[int] = frozenset()
     if options.max_repeats:
-        repeated = _find_repeated(reader, parts, records, options.max_repeats, workers, quiet)
-    waiting = [part for part in parts if not (records / f"{part.name}.json").exists()]
+        repeated = _find_repeated(reader, jobs, records, options.max_repeats, workers, quiet)
+    waiting = [job for job in jobs if not (records / f"{job.name}.json").exists()]
     work = partial(_prepare_part, reader, output, options, repeated)
     _run(work, waiting, workers, "preparing", _summary, quiet=quiet)
-    results = [PartResult.from_json((records / f"{part.name}.json").read_bytes()) for part in parts]
+    results = [PartResult.from_json((records / f"{job.name}.json").read_bytes()) for job in jobs]
     shards = [shard for result in results for shard in result.shards]
     if not shards:
         reasons = sum((result.documents for result in results), Counter())
@@ -226,8 +174,8 @@ def _other_plan(output: Path) -> str:
 
 
 def _run(
-    work: Callable[[InputPart], T],
-    waiting: Sequence[InputPart],
+    work: Callable[[PrepareJob], T],
+    waiting: Sequence[PrepareJob],
     workers: int,
     what: str,
     summary: Callable[[T], dict[str, int]],
@@ -236,49 +184,60 @@ def _run(
 ) -> None:
     """`work` on every waiting part, on `workers` processes; what `summary` counts is added up in the bar."""
     counts: Counter[str] = Counter()
-    with tqdm(total=sum(part.weight for part in waiting), desc=what, disable=quiet) as bar:
+    with tqdm(total=sum(job.part.weight for job in waiting), desc=what, disable=quiet) as bar:
 
-        def advance(part: InputPart, result: T) -> None:
+        def advance(job: PrepareJob, result: T) -> None:
             counts.update(summary(result))
             bar.set_postfix(counts, refresh=False)
-            bar.update(part.weight)
+            bar.update(job.part.weight)
 
         if workers == 1 or len(waiting) <= 1:
-            for part in waiting:
-                advance(part, work(part))
+            for job in waiting:
+                advance(job, work(job))
             return
         context = multiprocessing.get_context("spawn")  # forking a process with threads can deadlock
         with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            futures: dict[Future[T], InputPart] = {pool.submit(work, part): part for part in waiting}
+            futures: dict[Future[T], PrepareJob] = {pool.submit(work, job): job for job in waiting}
             for future in as_completed(futures):
                 advance(futures[future], future.result())
+
+
+def _jobs(reader: Reader, file: InputFile) -> list[PrepareJob]:
+    """The parts of one file under names of their own, which stay when other files come or go."""
+    try:
+        parts = reader.parts(file)
+    except DataError as error:
+        raise DataError(f"{file.name}: {error}") from error
+    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(file.name).name.partition(".")[0])[:40] or "input"
+    digest = hashlib.sha256(file.name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+    return [PrepareJob(f"{stem}-{digest}-{number:04d}", part) for number, part in enumerate(parts)]
 
 
 # --- one part ---
 
 
 def _prepare_part(
-    reader: Reader, output: Path, options: PrepareOptions, repeated: frozenset[int], part: InputPart
+    reader: Reader, output: Path, options: PrepareOptions, repeated: frozenset[int], job: PrepareJob
 ) -> PartResult:
     """Write the shards of one part, then its record."""
     result = PartResult([], Counter(), Counter())
     writer: ShardWriter | None = None
-    for ordinal, raw in enumerate(reader.documents(part)):
+    for ordinal, raw in enumerate(reader.documents(job.part)):
         if isinstance(raw, Dropped):
             result.documents[raw.reason] += 1
             continue
-        made = _document(f"{part.name}-{ordinal:08d}", raw, options, repeated, result)
+        made = _document(f"{job.name}-{ordinal:08d}", raw, options, repeated, result)
         if made is None:
             continue
         if writer is None:
-            writer = ShardWriter(output / f"{part.name}-{len(result.shards):03d}.tar")
+            writer = ShardWriter(output / f"{job.name}-{len(result.shards):03d}.tar")
         writer.add(*made, **raw.more)
         if writer.documents >= options.shard_documents or writer.size >= options.shard_bytes:
             result.shards.append(writer.close())
             writer = None
     if writer is not None:
         result.shards.append(writer.close())
-    atomic_write(output / PROGRESS / f"{part.name}.json", result.to_json())
+    atomic_write(output / PROGRESS / f"{job.name}.json", result.to_json())
     return result
 
 
@@ -339,13 +298,13 @@ def images_of(reader: Reader, part: InputPart) -> Iterator[Sequence[RawImage]]:
 
 
 def _find_repeated(
-    reader: Reader, parts: Sequence[InputPart], records: Path, limit: int, workers: int, quiet: bool
+    reader: Reader, jobs: Sequence[PrepareJob], records: Path, limit: int, workers: int, quiet: bool
 ) -> frozenset[int]:
     """Keys of the images used in more than `limit` documents."""
-    waiting = [part for part in parts if not (records / f"{part.name}.keys.npy").exists()]
+    waiting = [job for job in jobs if not (records / f"{job.name}.keys.npy").exists()]
     work = partial(_write_keys, reader, records)
     _run(work, waiting, workers, "hashing images", lambda images: {"images": images}, quiet=quiet)
-    files = [np.load(records / f"{part.name}.keys.npy", mmap_mode="r", allow_pickle=False) for part in parts]
+    files = [np.load(records / f"{job.name}.keys.npy", mmap_mode="r", allow_pickle=False) for job in jobs]
     repeated: list[int] = []
     for number in range(KEY_RANGES):
         low = number << 58
@@ -361,10 +320,10 @@ def _range(keys: np.ndarray, bounds: np.ndarray) -> tuple[int, int]:
     return int(np.searchsorted(keys, bounds[0], "left")), int(np.searchsorted(keys, bounds[1], "right"))
 
 
-def _write_keys(reader: Reader, records: Path, part: InputPart) -> int:
+def _write_keys(reader: Reader, records: Path, job: PrepareJob) -> int:
     """Write the sorted keys of one part's images, each once per document; returns their number."""
     keys: list[int] = []
-    for images in images_of(reader, part):
+    for images in images_of(reader, job.part):
         found = set()
         for image in images:
             try:
@@ -372,6 +331,6 @@ def _write_keys(reader: Reader, records: Path, part: InputPart) -> int:
             except BadImageError:
                 continue
         keys.extend(found)
-    with atomic_file(records / f"{part.name}.keys.npy") as unfinished, unfinished.open("wb") as stream:
+    with atomic_file(records / f"{job.name}.keys.npy") as unfinished, unfinished.open("wb") as stream:
         np.save(stream, np.sort(np.array(keys, dtype=np.uint64)), allow_pickle=False)
     return len(keys)

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from lcl_mcore.data.prepare.engine import Dropped, InputPart, RawDocument, RawImage
-from lcl_mcore.data.prepare.input_files import describe_files, inputs, read_image
+from lcl_mcore.data.prepare.input_files import inputs, read_image
+from lcl_mcore.data.prepare.records import Dropped, InputFile, InputPart, RawDocument, RawImage
 from lcl_mcore.data.untrusted_json import clean_text
 
-PAGES_PER_PART = 40
+PAGES_PER_FILE = 40
 MAX_PAGE_BYTES = 16 << 20
 SKIPPED = re.compile("script|style|nav|header|footer|aside|noscript|template|form|svg|title")
 SKIPPED_CLASSES = re.compile(
@@ -35,37 +35,43 @@ class HtmlReader:
     """Sequence documents: paragraphs and images in page order, without navigation."""
 
     def __init__(self, source: Path, *, min_words: int = 20) -> None:
-        self._source = source.resolve()
-        self._files = inputs(self._source, ".html", ".htm", ".xhtml")
+        source = source.resolve()
+        self._root = source if source.is_dir() else source.parent
+        self._pages = inputs(source, ".html", ".htm", ".xhtml")
         self._min_words = min_words
 
-    def parts(self) -> Sequence[InputPart]:
-        """Some pages per part."""
-        starts = range(0, len(self._files), PAGES_PER_PART)
-        return [
-            InputPart(f"pages-{n:05d}", start, min(PAGES_PER_PART, len(self._files) - start))
-            for n, start in enumerate(starts)
-        ]
+    @property
+    def image_root(self) -> Path | None:
+        """The images lie beside the pages."""
+        return self._root
+
+    def describe(self) -> dict[str, Any]:
+        """The format and the shortest page."""
+        return {"format": "html", "min_words": self._min_words}
+
+    def files(self) -> Sequence[InputFile]:
+        """Some pages each, named after the first."""
+        groups = [self._pages[n : n + PAGES_PER_FILE] for n in range(0, len(self._pages), PAGES_PER_FILE)]
+        return [InputFile(group[0].relative_to(self._root).as_posix(), tuple(group)) for group in groups]
+
+    def parts(self, file: InputFile) -> Sequence[InputPart]:
+        """All its pages."""
+        return [InputPart(file.paths, len(file.paths))]
 
     def documents(self, part: InputPart) -> Iterator[RawDocument | Dropped]:
         """The pages of one part that have images."""
-        for path in self._files[part.where : part.where + PAGES_PER_PART]:
+        for path in part.where:
             yield self._page(path)
 
     def images(self, part: InputPart) -> Iterator[Sequence[RawImage]]:
         """All images of each page, in navigation and headers too, without reading the page in full."""
-        for path in self._files[part.where : part.where + PAGES_PER_PART]:
+        for path in part.where:
             if not path.is_symlink() and path.stat().st_size <= MAX_PAGE_BYTES:
                 page = _Page()
                 for tag in IMAGE_TAG.findall(path.read_bytes().decode("utf-8", "replace")):
                     page.feed(tag)
                     page.reset()  # whatever a broken tag left open
                 yield self._images(path, page)
-
-    def describe(self) -> dict[str, Any]:
-        """Names and sizes of the pages."""
-        files = describe_files(self._files, self._source)
-        return {"format": "html", "files": files, "min_words": self._min_words}
 
     def _page(self, path: Path) -> RawDocument | Dropped:
         if path.is_symlink() or path.stat().st_size > MAX_PAGE_BYTES:
@@ -79,7 +85,7 @@ class HtmlReader:
         images = self._images(path, page)
         if not images:
             return Dropped("no image on the page")
-        where = str(path.relative_to(self._source)) if path != self._source else path.name
+        where = path.relative_to(self._root).as_posix()
         return RawDocument("sequence", tuple(page.texts), images, {"page": clean_text(where)})
 
     def _images(self, path: Path, page: _Page) -> tuple[RawImage, ...]:
@@ -92,10 +98,9 @@ class HtmlReader:
                 continue
             if address_parts.scheme or address_parts.netloc:
                 continue
-            root = self._source if self._source.is_dir() else path.parent
             local = (path.parent / unquote(address_parts.path)).resolve() if "\0" not in address_parts.path else path
-            name = str(local.relative_to(root)) if local.is_relative_to(root) else "../outside"
-            images.append(RawImage(partial(read_image, root, name), place, source=address[:500]))
+            name = str(local.relative_to(self._root)) if local.is_relative_to(self._root) else "../outside"
+            images.append(RawImage(partial(read_image, self._root, name), place, source=address[:500]))
         return tuple(images)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import IO
 
 from lcl_mcore.data.images import MAX_BYTES, BadImageError
+from lcl_mcore.data.prepare.records import InputFile
 from lcl_mcore.data.untrusted_json import MAX_BYTES as MAX_LINE
 from lcl_mcore.errors import DataError, explain
 
@@ -84,7 +85,7 @@ def inputs(path: Path, *suffixes: str) -> list[Path]:
     return sorted(found)
 
 
-def describe_files(paths: list[Path], root: Path) -> list[list[object]]:
-    """Names and sizes, to recognise the same input again."""
-    base = root if root.is_dir() else root.parent
-    return [[str(path.relative_to(base)), path.stat().st_size] for path in paths]
+def input_files(source: Path, *suffixes: str) -> list[InputFile]:
+    """Each of the `inputs`, named by its path below `source`."""
+    base = source if source.is_dir() else source.parent
+    return [InputFile(path.relative_to(base).as_posix(), (path,)) for path in inputs(source, *suffixes)]

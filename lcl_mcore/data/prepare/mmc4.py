@@ -11,8 +11,8 @@ from typing import Any
 
 from lcl_mcore.data.format import MAX_TEXTS, finite_number
 from lcl_mcore.data.images import BadImageError
-from lcl_mcore.data.prepare.engine import Dropped, InputPart, RawDocument, RawImage
-from lcl_mcore.data.prepare.input_files import describe_files, inputs, lines, open_lines, read_image
+from lcl_mcore.data.prepare.input_files import input_files, lines, open_lines, read_image
+from lcl_mcore.data.prepare.records import Dropped, InputFile, InputPart, RawDocument, RawImage
 from lcl_mcore.data.untrusted_json import BadJsonError, clean_text, parse_object
 
 LINES_PER_PART = 2_000
@@ -23,20 +23,31 @@ class Mmc4Reader:
     """Matched documents. `images` is the folder with the downloaded images."""
 
     def __init__(self, source: Path, images: Path | None = None) -> None:
-        self._source = source
-        self._files = inputs(source, ".jsonl", ".jsonl.zip")
+        self._files = input_files(source, ".jsonl", ".jsonl.zip")
         self._images = images or (source if source.is_dir() else source.parent) / "images"
 
-    def parts(self) -> Sequence[InputPart]:
-        """Every file in parts of some thousand lines."""
-        result = []
-        for number, path in enumerate(self._files):
-            with open_lines(path) as stream:
-                count = sum(1 for _ in lines(stream))
-            for start in range(0, count, LINES_PER_PART):
-                name = f"docs-{number:05d}-{start // LINES_PER_PART:05d}"
-                result.append(InputPart(name, (str(path), start), min(LINES_PER_PART, count - start)))
-        return result
+    @property
+    def image_root(self) -> Path | None:
+        """The folder with the downloaded images."""
+        return self._images
+
+    def describe(self) -> dict[str, Any]:
+        """The format."""
+        return {"format": "mmc4"}
+
+    def files(self) -> Sequence[InputFile]:
+        """The `.jsonl` and `.jsonl.zip` files."""
+        return self._files
+
+    def parts(self, file: InputFile) -> Sequence[InputPart]:
+        """Some thousand lines each."""
+        (path,) = file.paths
+        with open_lines(path) as stream:
+            count = sum(1 for _ in lines(stream))
+        return [
+            InputPart((str(path), start), min(LINES_PER_PART, count - start))
+            for start in range(0, count, LINES_PER_PART)
+        ]
 
     def documents(self, part: InputPart) -> Iterator[RawDocument | Dropped]:
         """The documents of some lines."""
@@ -47,10 +58,6 @@ class Mmc4Reader:
                     return
                 if number >= start:
                     yield self._document(line)
-
-    def describe(self) -> dict[str, Any]:
-        """Names and sizes of the files."""
-        return {"format": "mmc4", "files": describe_files(self._files, self._source)}
 
     def _document(self, line: bytes | None) -> RawDocument | Dropped:
         if line is None:

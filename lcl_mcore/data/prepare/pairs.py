@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from lcl_mcore.data.images import MAX_BYTES
-from lcl_mcore.data.prepare.engine import Dropped, InputPart, RawDocument, RawImage
-from lcl_mcore.data.prepare.input_files import describe_files, inputs
+from lcl_mcore.data.prepare.input_files import input_files
+from lcl_mcore.data.prepare.records import Dropped, InputFile, InputPart, RawDocument, RawImage
 from lcl_mcore.data.untrusted_json import BadJsonError, clean_text, parse_object
 
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff")
@@ -20,15 +20,25 @@ class PairReader:
     """One pair per key and tar; nothing is ever extracted to disk."""
 
     def __init__(self, source: Path) -> None:
-        self._source = source
-        self._files = inputs(source, ".tar")
+        self._files = input_files(source, ".tar")
 
-    def parts(self) -> Sequence[InputPart]:
-        """One part per tar, weighted by size."""
-        return [
-            InputPart(f"pairs-{number:05d}", str(path), max(1, path.stat().st_size >> 20))
-            for number, path in enumerate(self._files)
-        ]
+    @property
+    def image_root(self) -> Path | None:
+        """None: the images lie in the tars."""
+        return None
+
+    def describe(self) -> dict[str, Any]:
+        """The format."""
+        return {"format": "pairs"}
+
+    def files(self) -> Sequence[InputFile]:
+        """The tars."""
+        return self._files
+
+    def parts(self, file: InputFile) -> Sequence[InputPart]:
+        """The whole tar, weighted by size."""
+        (path,) = file.paths
+        return [InputPart(str(path), max(1, path.stat().st_size >> 20))]
 
     def documents(self, part: InputPart) -> Iterator[RawDocument | Dropped]:
         """The pairs of one tar, in its order."""
@@ -58,10 +68,6 @@ class PairReader:
             yield Dropped("the tar is cut or damaged here")
             return
         yield from self._pair(key, members, seen)
-
-    def describe(self) -> dict[str, Any]:
-        """Names and sizes of the tars."""
-        return {"format": "pairs", "files": describe_files(self._files, self._source)}
 
     def _pair(self, key: str, members: dict[str, bytes], seen: set[str]) -> Iterator[RawDocument | Dropped]:
         if not members:

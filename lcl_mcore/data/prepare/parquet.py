@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lcl_mcore.data.images import BadImageError
-from lcl_mcore.data.prepare.engine import Dropped, InputPart, RawDocument, RawImage
-from lcl_mcore.data.prepare.input_files import describe_files, inputs, read_image
+from lcl_mcore.data.prepare.input_files import input_files, read_image
+from lcl_mcore.data.prepare.records import Dropped, InputFile, InputPart, RawDocument, RawImage
 from lcl_mcore.data.untrusted_json import BadJsonError, clean_text
 from lcl_mcore.errors import DataError, explain
 from lcl_mcore.optional_packages import installed
@@ -32,28 +32,38 @@ class ParquetReader:
     def __init__(self, source: Path, images: Path | None = None, *, max_duplicates: int = 0) -> None:
         if not installed("pyarrow", "pyarrow.parquet", "pyarrow").usable:
             raise DataError(explain("parquet input", "needs pyarrow", "pip install pyarrow."))
-        self._source = source
-        self._files = inputs(source, ".parquet")
+        self._files = input_files(source, ".parquet")
         self._images = images or (source if source.is_dir() else source.parent) / "images"
         self._max_duplicates = max_duplicates
         self._table: dict[str, str] | None = None
 
-    def parts(self) -> Sequence[InputPart]:
-        """One part per row group."""
+    @property
+    def image_root(self) -> Path | None:
+        """The folder with the downloaded images."""
+        return self._images
+
+    def describe(self) -> dict[str, Any]:
+        """The format and the duplicate rule."""
+        return {"format": "parquet", "max_duplicates": self._max_duplicates}
+
+    def files(self) -> Sequence[InputFile]:
+        """The parquet files."""
+        return self._files
+
+    def parts(self, file: InputFile) -> Sequence[InputPart]:
+        """The row groups."""
         import pyarrow
         import pyarrow.parquet as parquet
 
-        result = []
-        for number, path in enumerate(self._files):
-            try:
-                metadata = parquet.read_metadata(path)
-            except (pyarrow.ArrowException, OSError) as error:
-                message = explain(path, f"is not a readable parquet file: {error}", "Download it again.")
-                raise DataError(message) from error
-            for group in range(metadata.num_row_groups):
-                rows = metadata.row_group(group).num_rows
-                result.append(InputPart(f"rows-{number:05d}-{group:05d}", (str(path), group), max(rows, 1)))
-        return result
+        (path,) = file.paths
+        try:
+            metadata = parquet.read_metadata(path)
+        except (pyarrow.ArrowException, OSError) as error:
+            raise DataError(f"is not a readable parquet file: {error} Download it again.") from error
+        return [
+            InputPart((str(path), group), max(metadata.row_group(group).num_rows, 1))
+            for group in range(metadata.num_row_groups)
+        ]
 
     def documents(self, part: InputPart) -> Iterator[RawDocument | Dropped]:
         """The documents of one row group. `END_OF_DOCUMENT...` inside a text begins a new document."""
@@ -65,11 +75,6 @@ class ParquetReader:
             for batch in file.iter_batches(ROWS_PER_BATCH, row_groups=[group], columns=names):
                 for row in batch.to_pylist():
                     yield from self._row(row)
-
-    def describe(self) -> dict[str, Any]:
-        """Names and sizes of the files, and the duplicate rule."""
-        files = describe_files(self._files, self._source)
-        return {"format": "parquet", "files": files, "max_duplicates": self._max_duplicates}
 
     def _row(self, row: dict[str, Any]) -> Iterator[RawDocument | Dropped]:
         urls, texts = row.get("images"), row.get("texts")
