@@ -24,7 +24,7 @@ MIN_SIDES = {"html": 64, "pairs": 32}
 class PrepareDataOptions:
     """Turn a public data format into the native one, or split a prepared data set into train and heldout.
 
-    May be killed at any moment and started again; a second run changes nothing.
+    May be killed at any moment and started again; a second run changes nothing. Input that has changed is noticed.
     """
 
     format: tyro.conf.Positional[Literal["mmc4", "obelics", "omnicorpus", "pairs", "html", "split"]]
@@ -55,6 +55,8 @@ class PrepareDataOptions:
     """split: which documents are held out."""
     shard_megabytes: PositiveInt = 1024
     """Size at which a shard is closed."""
+    update: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Bring a finished data set up to date with its changed input; only what changed is prepared again."""
     workers: PositiveInt = os.cpu_count() or 1
     """Processes."""
     quiet: tyro.conf.FlagCreatePairsOff[bool] = False
@@ -87,7 +89,14 @@ def main() -> int:
         require_image=not options.keep_text_only,
         shard_bytes=options.shard_megabytes << 20,
     )
-    manifest = prepare(build_reader(options), options.output, rules, workers=options.workers, quiet=options.quiet)
+    manifest = prepare(
+        build_reader(options),
+        options.output,
+        rules,
+        workers=options.workers,
+        quiet=options.quiet,
+        update=options.update,
+    )
     shown = ("documents", "images", "bytes", "fingerprint", "dropped_documents", "dropped_images")
     print(json.dumps({name: manifest[name] for name in shown}, indent=1))
     return 0

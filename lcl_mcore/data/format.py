@@ -9,6 +9,7 @@ their content. Files appear under their final names only when complete, so a kil
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import json
@@ -16,7 +17,8 @@ import math
 import os
 import struct
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tarfile import BLOCKSIZE
@@ -146,12 +148,29 @@ def finite_number(value: Any) -> float:
     Raises:
         BadJsonError: it is not a finite number.
     """
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-        raise BadJsonError(f"{value!r} is not a finite number")
-    return float(value)
+    if isinstance(value, int | float) and not isinstance(value, bool):
+        with contextlib.suppress(OverflowError):  # 1 and 400 zeros
+            number = float(value)
+            if math.isfinite(number):
+                return number
+    raise BadJsonError(f"{str(value)[:100]} is not a finite number")
 
 
 # --- writing ---
+
+
+class CannotWriteError(DataError):
+    """A folder that cannot be made, or a file that cannot be written: no permission, no space."""
+
+
+@contextmanager
+def writing_to(folder: Path) -> Iterator[None]:
+    """What the system refuses while a data set is written ends in one sentence."""
+    try:
+        yield
+    except OSError as error:
+        rule = f"cannot be written: {error.strerror or error}"
+        raise CannotWriteError(explain(folder, rule, "Make room, or choose another output folder.")) from error
 
 
 @dataclass(frozen=True)
@@ -179,7 +198,8 @@ class ShardWriter:
 
         self._path = path
         self._part = path.with_name(f".{path.name}.part")
-        self._stream = self._part.open("wb")
+        with writing_to(path.parent):
+            self._stream = self._part.open("wb")
         self._tar = TarWriter(self._stream, encoder=False, user="", group="", mode=0o644, mtime=0)
         self._first_members: list[int] = []
         self._places: list[tuple[int, int]] = []
@@ -204,16 +224,25 @@ class ShardWriter:
             document: its key must be new in this shard.
             images: contents, in the order of `document.images`.
             **more: stored in `KEY.json` beside the document's own fields.
+
+        Raises:
+            BadJsonError: no reader would accept it; nothing was written.
         """
         key = document.key
         if key in self._keys or "." in key or "/" in key or not 0 < len(key) <= 80:
             raise ValueError(f"key {key!r} must be new, without dot or slash, of 1 to 80 characters")
+        stored = document.to_json(**more)
+        try:
+            text = json.dumps(stored, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
+            Document.from_json(key, parse_object(text))
+        except ValueError as error:
+            raise BadJsonError(str(error)) from None
         self._keys.add(key)
         self._first_members.append(len(self._places))
-        text = json.dumps(document.to_json(**more), ensure_ascii=False, allow_nan=False, separators=(",", ":"))
-        self._member(key, "json", text.encode())
-        for image, content in zip(document.images, images, strict=True):
-            self._member(key, image.name, content)
+        with writing_to(self._path.parent):
+            self._member(key, "json", text)
+            for image, content in zip(document.images, images, strict=True):
+                self._member(key, image.name, content)
         self._images += len(images)
 
     def _member(self, key: str, name: str, content: bytes) -> None:
@@ -222,10 +251,6 @@ class ShardWriter:
 
     def close(self) -> ShardInfo:
         """Complete the shard and its index, and say what the manifest must list."""
-        self._tar.close()
-        self._stream.flush()
-        os.fsync(self._stream.fileno())
-        self._stream.close()
         array = np.concatenate(
             [
                 np.array([*self._first_members, len(self._places)], dtype="<i8"),
@@ -236,12 +261,23 @@ class ShardWriter:
         np.lib.format.write_array(content, array, version=(1, 0), allow_pickle=False)
         if content.tell() != INDEX_HEADER + 8 * len(array):
             raise AssertionError("the .npy header has an unexpected size")
-        atomic_write(self._path.with_name(index_name(self._path.name)), content.getvalue())
-        with self._part.open("rb") as stream:
-            digest = hashlib.file_digest(stream, "sha256").hexdigest()
-        size = self._part.stat().st_size
-        self._part.replace(self._path)
+        with writing_to(self._path.parent):
+            self._tar.close()
+            self._stream.flush()
+            os.fsync(self._stream.fileno())
+            self._stream.close()
+            atomic_write(self._path.with_name(index_name(self._path.name)), content.getvalue())
+            with self._part.open("rb") as stream:
+                digest = hashlib.file_digest(stream, "sha256").hexdigest()
+            size = self._part.stat().st_size
+            self._part.replace(self._path)
         return ShardInfo(self._path.name, self.documents, self._images, len(self._places), size, digest)
+
+    def discard(self) -> None:
+        """Give up an unfinished shard and the space it takes."""
+        with contextlib.suppress(OSError):  # what could not be written cannot be flushed either
+            self._stream.close()
+        self._part.unlink(missing_ok=True)
 
 
 def fingerprint(shards: Iterable[ShardInfo]) -> str:
@@ -273,7 +309,8 @@ def write_manifest(
         **more,
         "shards": [asdict(shard) for shard in shards],
     }
-    atomic_write(folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
+    with writing_to(folder):
+        atomic_write(folder / MANIFEST, (json.dumps(manifest, indent=1, ensure_ascii=False) + "\n").encode())
     return manifest
 
 
@@ -286,7 +323,7 @@ def parse_manifest(where: str, content: bytes) -> dict[str, Any]:
     try:
         return parse_object(content, max_bytes=MAX_MANIFEST_BYTES)
     except BadJsonError as error:
-        remedy = "Delete the folder and prepare it again."
+        remedy = "Copy it again; or delete this file and prepare again, which takes up the finished shards."
         raise DataError(explain(where, f"is damaged: {error}", remedy)) from error
 
 

@@ -23,13 +23,14 @@ from PIL import Image
 from corpora import image_bytes
 from launch import Job, run_script
 from lcl_mcore.data.format import Document, ImageEntry, NativeDataset, ShardWriter
-from lcl_mcore.data.prepare.engine import PrepareOptions, images_of, prepare
+from lcl_mcore.data.prepare.engine import PrepareOptions, prepare
 from lcl_mcore.data.prepare.html import HtmlReader
 from lcl_mcore.data.prepare.mmc4 import Mmc4Reader
 from lcl_mcore.data.prepare.normalise import ImageLimits
 from lcl_mcore.data.prepare.pairs import PairReader
 from lcl_mcore.data.prepare.parquet import ParquetReader
 from lcl_mcore.data.prepare.records import RawDocument, Reader
+from lcl_mcore.data.prepare.repeated import images_of
 from lcl_mcore.data.prepare.split import split
 from lcl_mcore.errors import DataError
 
@@ -101,6 +102,7 @@ def test_mmc4_with_hostile_lines_and_images(tmp_path: Path) -> None:
     }
     assert manifest["dropped_images"] == {
         "bad base64": 1,
+        "in a dropped document": 10_000,
         "missing file": 1,
         "not an image": 1,
         "oversized": 1,
@@ -157,7 +159,8 @@ def test_parquet_with_urls(tmp_path: Path) -> None:
     assert manifest["dropped_documents"] == {
         "a place holds not just one of image and text": 1,
         "images and texts differ in length": 1,
-        "no image left": 2,
+        "no image": 1,
+        "no image left": 1,
     }
     first, second = (NativeDataset(str(tmp_path / "out")).document(i)[0] for i in (0, 1))
     assert (first.texts, [image.text_index for image in first.images]) == (("between",), [0, 1])
@@ -342,7 +345,9 @@ def test_a_second_run_changes_nothing_and_other_options_are_refused(tmp_path: Pa
     assert files(tmp_path / "out") == before
     assert {p: p.stat().st_mtime_ns for p in (tmp_path / "out").iterdir()} == stamps
     assert ".progress" not in {p.name for p in (tmp_path / "out").iterdir()}
-    with pytest.raises(DataError, match="with other options"):
+    with pytest.raises(
+        DataError, match=r"was prepared with other settings: limits\.min_side was 32, now 10\. Give the same"
+    ):
         run(Mmc4Reader(source), tmp_path / "out", PrepareOptions(limits=ImageLimits(min_side=10)))
 
 

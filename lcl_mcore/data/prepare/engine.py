@@ -1,51 +1,46 @@
 """Prepares a data set part by part on several processes; may be killed at any moment and continued.
 
-A reader of one public format divides its input into fixed parts. Each part writes shards under names of its own. Its
-record in the `.progress` folder appears after its shards are complete, so a part without a record is simply done
-again. When all are recorded, the manifest is written and the records go.
-
-Images in too many documents (logos, buttons) are found before, in bounded memory: every part writes the sorted keys
-of its images, each once per document, and the keys are counted range by range.
+A reader of one public format divides its input into files and parts. A job prepares one part: it writes shards under
+names of its own, then a record of what it saw, kept and dropped. A job without a valid record is simply done again.
+A file that cannot be read does not keep the others from being prepared. When all jobs are recorded, the manifest is
+written.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import multiprocessing
 import re
 import shutil
+import sys
+import tarfile
+import zipfile
+import zlib
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, as_completed
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import numpy as np
 from tqdm import tqdm
 
-from lcl_mcore.data.format import (
-    MANIFEST,
-    MAX_IMAGES,
-    Document,
-    ImageEntry,
-    ShardInfo,
-    ShardWriter,
-    parse_manifest,
-    write_manifest,
-)
+from lcl_mcore.data.format import MAX_IMAGES, CannotWriteError, Document, ImageEntry, ShardWriter, write_manifest
 from lcl_mcore.data.images import BadImageError
+from lcl_mcore.data.prepare.counts import UnitCounts, explain_drops
+from lcl_mcore.data.prepare.job_records import JobRecords, JobResult
 from lcl_mcore.data.prepare.normalise import ImageLimits, entry_for, normalise
-from lcl_mcore.data.prepare.records import Dropped, FindsImages, InputFile, InputPart, RawDocument, RawImage, Reader
-from lcl_mcore.data.untrusted_json import parse_object
+from lcl_mcore.data.prepare.plan import PreparePlan, make_plan
+from lcl_mcore.data.prepare.records import Dropped, InputFile, InputPart, RawDocument, Reader
+from lcl_mcore.data.prepare.repeated import image_key, repeated_keys, write_keys
+from lcl_mcore.data.prepare.workers import WorkerDied, run_jobs
+from lcl_mcore.data.untrusted_json import BadJsonError, clean_text
 from lcl_mcore.errors import DataError, explain
-from lcl_mcore.storage import atomic_file, atomic_write
 
 T = TypeVar("T")
-PROGRESS = ".progress"
-KEY_RANGES = 64
+BAD_FILE = (DataError, OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile)
+"""What readers raise about a file that they cannot read further."""
+SHOWN_FILES = 3
+DROPPED_WITH = "in a dropped document"
 
 
 @dataclass(frozen=True)
@@ -68,269 +63,357 @@ class PrepareOptions:
 
 @dataclass(frozen=True)
 class PrepareJob:
-    """One part of an input file; its name begins its shards' names."""
+    """One part of one input file.
+
+    Attributes:
+        name: begins its shards' names; it stays when other files come or go.
+        identity: changes whenever something changes from which it is prepared.
+        file: the input file's name.
+        grouped: it stands for several files, which the places within name themselves.
+        repeated: keys of its images that stand in too many documents.
+    """
 
     name: str
+    identity: str
+    file: str
     part: InputPart
+    grouped: bool = False
+    repeated: frozenset[int] = frozenset()
+
+    def place(self, where: str) -> str:
+        """A place in its file, for messages."""
+        return where if self.grouped and where else ", ".join(filter(None, (self.file, where)))
 
 
-@dataclass
-class PartResult:
-    """What one part wrote and dropped."""
+@dataclass(frozen=True)
+class BadFile:
+    """The outcome of a job whose file cannot be read: the message, which names it."""
 
-    shards: list[ShardInfo]
-    documents: Counter[str]
-    images: Counter[str]
-
-    def to_json(self) -> bytes:
-        """The content of the part's record."""
-        return json.dumps(
-            {"shards": [asdict(s) for s in self.shards], "documents": self.documents, "images": self.images}
-        ).encode()
-
-    @staticmethod
-    def from_json(content: bytes) -> PartResult:
-        """The inverse of `to_json`."""
-        data = parse_object(content)
-        shards = [ShardInfo(**item) for item in data["shards"]]
-        return PartResult(shards, Counter(data["documents"]), Counter(data["images"]))
+    message: str
 
 
 def prepare(
-    reader: Reader, output: Path, options: PrepareOptions, *, workers: int = 2, quiet: bool = False, **more: Any
+    reader: Reader,
+    output: Path,
+    options: PrepareOptions,
+    *,
+    workers: int = 2,
+    quiet: bool = False,
+    update: bool = False,
+    **more: Any,
 ) -> dict[str, Any]:
-    """Write the native data set of a reader's documents; does nothing if it is there.
+    """Write the native data set of a reader's documents; does nothing if it is there and its input is the same.
 
     Args:
         reader: the input.
         output: the data set's folder.
         options: what is kept, and how large shards are.
         workers: processes.
-        quiet: no progress bar.
+        quiet: no progress bar, and no list of what was dropped.
+        update: a finished data set whose input has changed is brought up to date.
         **more: stored in the manifest.
 
     Returns:
         The manifest.
 
     Raises:
-        DataError: no document is usable, or `output` was made from something else.
+        DataError: no document is usable, a file cannot be read, `output` cannot be written or was prepared with other
+            settings, or is finished and its input has changed.
     """
-    files = reader.files()
-    listing = [[file.name, [path.stat().st_size for path in file.paths]] for file in files]
-    plan = json.loads(json.dumps({"input": {**reader.describe(), "files": listing}, "options": asdict(options)}))
-    records = output / PROGRESS
-    done = _existing(output, plan)
-    if done is not None:
-        shutil.rmtree(records, ignore_errors=True)
-        return done
-    records.mkdir(parents=True, exist_ok=True)
-    _claim(records / "plan.json", plan, output)
-    jobs = [job for file in files for job in _jobs(reader, file)]
-    repeated: frozenset[int] = frozenset()
-    if options.max_repeats:
-        repeated = _find_repeated(reader, jobs, records, options.max_repeats, workers, quiet)
-    waiting = [job for job in jobs if not (records / f"{job.name}.json").exists()]
-    work = partial(_prepare_part, reader, output, options, repeated)
-    _run(work, waiting, workers, "preparing", _summary, quiet=quiet)
-    results = [PartResult.from_json((records / f"{job.name}.json").read_bytes()) for job in jobs]
-    shards = [shard for result in results for shard in result.shards]
-    if not shards:
-        reasons = sum((result.documents for result in results), Counter())
-        rule = f"no usable document was found; dropped: {dict(reasons) or 'none'}"
-        raise DataError(explain(output, rule, "Check the input folder and the format's name."))
-    manifest = write_manifest(
-        output,
-        shards,
-        dropped_documents=sum((result.documents for result in results), Counter()),
-        dropped_images=sum((result.images for result in results), Counter()),
-        plan=plan,
-        **more,
+    files = _outside(reader.files(), output)
+    plan = make_plan({**reader.describe(), **asdict(options)}, files, reader.image_root, output)
+    records = JobRecords(output, plan)
+    finished = records.finished(update=update)
+    if finished is not None:
+        return finished
+    with records.alone():
+        finished = records.finished(update=update)  # another process may have been faster
+        if finished is not None:
+            return finished
+        changes = records.begin()
+        if changes and not quiet:
+            print(f"since the last attempt {'; '.join(changes)}: prepared again", file=sys.stderr)
+        return _prepare(reader, output, options, files, plan, records, workers=workers, quiet=quiet, more=more)
+
+
+def _prepare(
+    reader: Reader,
+    output: Path,
+    options: PrepareOptions,
+    files: Sequence[InputFile],
+    plan: PreparePlan,
+    records: JobRecords,
+    *,
+    workers: int,
+    quiet: bool,
+    more: dict[str, Any],
+) -> dict[str, Any]:
+    """All jobs that are not finished, then the manifest."""
+    jobs, bad = _jobs(reader, files, plan)
+    if options.max_repeats and not bad:
+        keys = [records.folder / f"{job.name}.{job.identity}.keys.npy" for job in jobs]
+        work = partial(_write_keys, reader, records.folder)
+        waiting = [job for job, path in zip(jobs, keys, strict=True) if not path.exists()]
+        bad = _run(work, waiting, workers, "hashing images", lambda images: {"images": images}, quiet=quiet)
+        if not bad:
+            jobs = [_without(job, own) for job, own in zip(jobs, repeated_keys(keys, options.max_repeats), strict=True)]
+    if bad and options.max_repeats:  # which images are repeated is known when all are read
+        raise DataError(_unreadable(bad, "Nothing is prepared before all can be read"))
+    records.keep_only({records.path(job.name, job.identity) for job in jobs})
+    waiting = [job for job in jobs if records.read(job.name, job.identity) is None]
+    bad += _run(
+        partial(_prepare_job, reader, output, options, records), waiting, workers, "preparing", _summary, quiet=quiet
     )
-    shutil.rmtree(records)
+    if bad:
+        raise DataError(_unreadable(bad, "The others are prepared and stay"))
+    results = [result for job in jobs if (result := records.read(job.name, job.identity)) is not None]
+    documents = UnitCounts.total(result.documents for result in results)
+    images = UnitCounts.total(result.images for result in results)
+    drops = explain_drops(documents, images, reader.image_root)
+    if not documents.kept:
+        records.forget()
+        rule = f"no document of {documents.seen} could be used, so that nothing is kept of this run"
+        remedy = "Check the folders and the format's name."
+        raise DataError("\n".join([*drops, explain(output, rule, remedy)]))
+    shards = [shard for result in results for shard in result.shards]
+    records.finish([records.path(job.name, job.identity) for job in jobs], shards)
+    manifest = write_manifest(output, shards, **_counts(results, documents, images), **more)
+    shutil.rmtree(records.folder)
+    if drops and not quiet:
+        print("\n".join(drops), file=sys.stderr)
     return manifest
 
 
-def _existing(output: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
-    """The manifest of a complete earlier run; refuses one made from something else."""
-    path = output / MANIFEST
-    if not path.exists():
-        return None
-    manifest = parse_manifest(str(path), path.read_bytes())
-    if manifest.get("plan") != plan:
-        raise DataError(_other_plan(output))
-    return manifest
+def _outside(files: Sequence[InputFile], output: Path) -> list[InputFile]:
+    """The input without what lies in the output's folder, which may be one of the input's."""
+    folder = output.resolve()
+    found = [file for file in files if not any(path.resolve().is_relative_to(folder) for path in file.paths)]
+    if files and not found:
+        rule = "holds the input"
+        raise DataError(explain(output, rule, "Choose another output folder."))
+    return found
 
 
-def _claim(path: Path, plan: dict[str, Any], output: Path) -> None:
-    """Record what this folder is being made from, or find that it is just that."""
-    if path.exists() and json.loads(path.read_text()) != plan:
-        raise DataError(_other_plan(output))
-    atomic_write(path, json.dumps(plan).encode())
+def _jobs(reader: Reader, files: Sequence[InputFile], plan: PreparePlan) -> tuple[list[PrepareJob], list[BadFile]]:
+    """The parts of all files; and the files that cannot be read at all."""
+    jobs: list[PrepareJob] = []
+    bad: list[BadFile] = []
+    for file in files:
+        try:
+            parts = reader.parts(file)
+        except BAD_FILE as error:
+            bad.append(_bad_file(file.name, error))
+            continue
+        stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(file.name).name.partition(".")[0])[:40] or "input"
+        digest = hashlib.sha256(file.name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+        for number, part in enumerate(parts):
+            identity = plan.identity(file, number, len(parts))
+            jobs.append(
+                PrepareJob(f"{stem}-{digest}-{number:04d}", identity, file.name, part, grouped=len(file.paths) > 1)
+            )
+    return jobs, bad
 
 
-def _other_plan(output: Path) -> str:
-    rule = "was made from another input or with other options"
-    return explain(output, rule, "Choose another output folder, or delete this one first.")
+def _without(job: PrepareJob, repeated: frozenset[int]) -> PrepareJob:
+    """The job with the images that it drops; prepared again when they are others."""
+    digest = hashlib.sha256(f"{job.identity} {sorted(repeated)}".encode()).hexdigest()[:16]
+    return replace(job, identity=digest, repeated=repeated)
 
 
 def _run(
-    work: Callable[[PrepareJob], T],
+    work: Callable[[PrepareJob], T | BadFile],
     waiting: Sequence[PrepareJob],
     workers: int,
     what: str,
     summary: Callable[[T], dict[str, int]],
     *,
     quiet: bool,
-) -> None:
-    """`work` on every waiting part, on `workers` processes; what `summary` counts is added up in the bar."""
+) -> list[BadFile]:
+    """`work` on every waiting job; what `summary` counts is added up in the bar. Returns what could not be done."""
     counts: Counter[str] = Counter()
+    bad: list[BadFile] = []
     with tqdm(total=sum(job.part.weight for job in waiting), desc=what, disable=quiet) as bar:
-
-        def advance(job: PrepareJob, result: T) -> None:
-            counts.update(summary(result))
-            bar.set_postfix(counts, refresh=False)
+        for job, outcome in run_jobs(work, waiting, workers):
+            if isinstance(outcome, WorkerDied):
+                rule = f"the process that prepared it died twice, {outcome.how}"
+                remedy = "If memory was short, free some; or take the file out of the input."
+                bad.append(BadFile(explain(job.file, rule, remedy)))
+            elif isinstance(outcome, BadFile):
+                bad.append(outcome)
+            else:
+                counts.update(summary(outcome))
+                bar.set_postfix(counts, refresh=False)
             bar.update(job.part.weight)
-
-        if workers == 1 or len(waiting) <= 1:
-            for job in waiting:
-                advance(job, work(job))
-            return
-        context = multiprocessing.get_context("spawn")  # forking a process with threads can deadlock
-        with ProcessPoolExecutor(workers, mp_context=context) as pool:
-            futures: dict[Future[T], PrepareJob] = {pool.submit(work, job): job for job in waiting}
-            for future in as_completed(futures):
-                advance(futures[future], future.result())
+    return bad
 
 
-def _jobs(reader: Reader, file: InputFile) -> list[PrepareJob]:
-    """The parts of one file under names of their own, which stay when other files come or go."""
+def _bad_file(where: str, error: BaseException) -> BadFile:
+    """The message about a file that cannot be read further."""
+    if isinstance(error, DataError):
+        return BadFile(f"{where}: {error}")
+    detail = getattr(error, "strerror", None) or f"{type(error).__name__} {error}".strip()
+    return BadFile(explain(where, f"cannot be read further: {detail}", "Download it again."))
+
+
+def _unreadable(bad: Sequence[BadFile], others: str) -> str:
+    """The message about all files that cannot be read."""
+    messages = sorted({item.message for item in bad})
+    shown = messages[:SHOWN_FILES]
+    count = f"{len(messages)} problems with input files" if len(messages) > 1 else "An input file cannot be read"
+    more = f", {len(shown)} of them shown" if len(shown) < len(messages) else ""
+    return "\n".join([*shown, f"{count}{more}. {others}: run the same command again when they are mended."])
+
+
+def _counts(results: Sequence[JobResult], documents: UnitCounts, images: UnitCounts) -> dict[str, Any]:
+    """What the manifest says about kept and dropped units, in sum and file by file."""
+    files: dict[str, list[JobResult]] = {}
+    for result in results:
+        files.setdefault(result.file, []).append(result)
+    inputs = []
+    for name, parts in files.items():
+        counts = {
+            "documents": UnitCounts.total(part.documents for part in parts).to_json(examples=False),
+            "images": UnitCounts.total(part.images for part in parts).to_json(examples=False),
+        }
+        inputs.append({"file": clean_text(name), **counts})
+    return {
+        "seen_documents": documents.seen,
+        "seen_images": images.seen,
+        "dropped_documents": documents.dropped,
+        "dropped_images": images.dropped,
+        "examples_of_dropped": {"documents": documents.examples, "images": images.examples},
+        "inputs": inputs,
+    }
+
+
+# --- one job ---
+
+
+def _write_keys(reader: Reader, folder: Path, job: PrepareJob) -> int | BadFile:
+    """Write the keys of one job's images."""
     try:
-        parts = reader.parts(file)
-    except DataError as error:
-        raise DataError(f"{file.name}: {error}") from error
-    stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(file.name).name.partition(".")[0])[:40] or "input"
-    digest = hashlib.sha256(file.name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
-    return [PrepareJob(f"{stem}-{digest}-{number:04d}", part) for number, part in enumerate(parts)]
+        return write_keys(reader, job.part, folder / f"{job.name}.{job.identity}.keys.npy")
+    except CannotWriteError:
+        raise
+    except BAD_FILE as error:
+        return _bad_file(job.file, error)
 
 
-# --- one part ---
-
-
-def _prepare_part(
-    reader: Reader, output: Path, options: PrepareOptions, repeated: frozenset[int], job: PrepareJob
-) -> PartResult:
-    """Write the shards of one part, then its record."""
-    result = PartResult([], Counter(), Counter())
-    writer: ShardWriter | None = None
-    for ordinal, raw in enumerate(reader.documents(job.part)):
-        if isinstance(raw, Dropped):
-            result.documents[raw.reason] += 1
-            continue
-        made = _document(f"{job.name}-{ordinal:08d}", raw, options, repeated, result)
-        if made is None:
-            continue
-        if writer is None:
-            writer = ShardWriter(output / f"{job.name}-{len(result.shards):03d}.tar")
-        writer.add(*made, **raw.more)
-        if writer.documents >= options.shard_documents or writer.size >= options.shard_bytes:
-            result.shards.append(writer.close())
-            writer = None
-    if writer is not None:
-        result.shards.append(writer.close())
-    atomic_write(output / PROGRESS / f"{job.name}.json", result.to_json())
+def _prepare_job(
+    reader: Reader, output: Path, options: PrepareOptions, records: JobRecords, job: PrepareJob
+) -> JobResult | BadFile:
+    """Write the shards of one job, then its record."""
+    result = JobResult(job.file)
+    shards = _JobShards(output, job.name, options, result)
+    place = ""
+    try:
+        for ordinal, raw in enumerate(reader.documents(job.part)):
+            place = raw.where
+            result.documents.seen += 1
+            if isinstance(raw, Dropped):
+                result.documents.drop(raw.reason, _joined(job.place(raw.where), raw.detail))
+            else:
+                result.images.seen += len(raw.images)
+                _add(shards, f"{job.name}-{ordinal:08d}", raw, options, job, result)
+        shards.close()
+    except CannotWriteError:
+        shards.discard()
+        raise
+    except BAD_FILE as error:
+        shards.discard()
+        return _bad_file(job.place(f"after {place}" if place else ""), error)
+    except BaseException as error:
+        shards.discard()
+        error.add_note(f"while {job.place(f'after {place}' if place else '')} was prepared")
+        raise
+    result.documents.kept = sum(shard.documents for shard in result.shards)
+    result.images.kept = sum(shard.images for shard in result.shards)
+    result.documents.require_complete(f"documents of {job.name}")
+    result.images.require_complete(f"images of {job.name}")
+    records.write(job.name, job.identity, result)
     return result
 
 
-def _document(
-    key: str, raw: RawDocument, options: PrepareOptions, repeated: frozenset[int], result: PartResult
-) -> tuple[Document, list[bytes]] | None:
-    """The document with the images that are kept; None if it is dropped."""
+def _add(
+    shards: _JobShards, key: str, raw: RawDocument, options: PrepareOptions, job: PrepareJob, result: JobResult
+) -> None:
+    """Store a document with the images that are kept, or count it as dropped."""
+    place = job.place(raw.where)
     if len(raw.images) > MAX_IMAGES:
-        result.documents["too many images"] += 1
-        return None
+        result.documents.drop("too many images", f"{place}: {len(raw.images)}")
+        result.images.drop(DROPPED_WITH, place, len(raw.images))
+        return
     entries: list[ImageEntry] = []
     contents: list[bytes] = []
+    dropped: list[dict[str, str]] = []
     for image in raw.images:
         try:
             content = image.read()
-            if repeated and image_key(content) in repeated:
+            if job.repeated and image_key(content) in job.repeated:
                 raise BadImageError("over-repeated")
             stored = normalise(content, options.limits)
         except BadImageError as error:
-            result.images[error.reason] += 1
-            raw.more.setdefault("dropped_images", []).append(
-                {"source": image.source[:500], "verdict": str(error)[:200]}
-            )
+            source, verdict = clean_text(image.source[:500]), clean_text(str(error)[:200])
+            dropped.append({"source": source, "verdict": verdict})
+            detail = verdict.removeprefix(error.reason).removeprefix(": ")
+            result.images.drop(error.reason, _joined(place, source, detail if detail != source else ""))
             continue
         entries.append(entry_for(len(entries), stored, image.text_index, image.similarity))
         contents.append(stored[0])
     if not entries and (options.require_image or not any(raw.texts)):
-        result.documents["no image left"] += 1
-        return None
-    return Document(key=key, kind=raw.kind, texts=raw.texts, images=tuple(entries)), contents
-
-
-def _summary(result: PartResult) -> dict[str, int]:
-    return {
-        "documents": sum(shard.documents for shard in result.shards),
-        "images": sum(shard.images for shard in result.shards),
-        "dropped documents": result.documents.total(),
-        "dropped images": result.images.total(),
-    }
-
-
-# --- repeated images ---
-
-
-def image_key(content: bytes) -> int:
-    """64 bits that identify an image's bytes."""
-    return int.from_bytes(hashlib.sha256(content).digest()[:8], "little")
-
-
-def images_of(reader: Reader, part: InputPart) -> Iterator[Sequence[RawImage]]:
-    """The images of each document of one part, found as cheaply as the format allows."""
-    if isinstance(reader, FindsImages):
-        yield from reader.images(part)
+        result.documents.drop("no image left" if raw.images else "no image", place)
         return
-    for raw in reader.documents(part):
-        if not isinstance(raw, Dropped):
-            yield raw.images
+    more = {**raw.more, "dropped_images": dropped} if dropped else raw.more
+    try:
+        shards.add(Document(key=key, kind=raw.kind, texts=raw.texts, images=tuple(entries)), contents, more)
+    except BadJsonError as error:
+        result.documents.drop("cannot be stored", f"{place}: {error}")
+        result.images.drop(DROPPED_WITH, place, len(entries))
 
 
-def _find_repeated(
-    reader: Reader, jobs: Sequence[PrepareJob], records: Path, limit: int, workers: int, quiet: bool
-) -> frozenset[int]:
-    """Keys of the images used in more than `limit` documents."""
-    waiting = [job for job in jobs if not (records / f"{job.name}.keys.npy").exists()]
-    work = partial(_write_keys, reader, records)
-    _run(work, waiting, workers, "hashing images", lambda images: {"images": images}, quiet=quiet)
-    files = [np.load(records / f"{job.name}.keys.npy", mmap_mode="r", allow_pickle=False) for job in jobs]
-    repeated: list[int] = []
-    for number in range(KEY_RANGES):
-        low = number << 58
-        bounds = np.array([low, low + ((1 << 58) - 1)], dtype=np.uint64)
-        slices = [keys[slice(*_range(keys, bounds))] for keys in files]
-        keys, counts = np.unique(np.concatenate(slices), return_counts=True)
-        repeated += keys[counts > limit].tolist()
-    return frozenset(repeated)
+def _joined(*parts: str) -> str:
+    """The parts that are there, from outside inwards."""
+    return ": ".join(filter(None, parts))
 
 
-def _range(keys: np.ndarray, bounds: np.ndarray) -> tuple[int, int]:
-    """Where the sorted keys between two bounds lie."""
-    return int(np.searchsorted(keys, bounds[0], "left")), int(np.searchsorted(keys, bounds[1], "right"))
+class _JobShards:
+    """The shards of one job, one after the other."""
+
+    def __init__(self, output: Path, name: str, options: PrepareOptions, result: JobResult) -> None:
+        self._output = output
+        self._name = name
+        self._options = options
+        self._result = result
+        self._writer: ShardWriter | None = None
+
+    def add(self, document: Document, contents: Sequence[bytes], more: dict[str, Any]) -> None:
+        """Store a document."""
+        if self._writer is None:
+            self._writer = ShardWriter(self._output / f"{self._name}-{len(self._result.shards):03d}.tar")
+        self._writer.add(document, contents, **more)
+        if self._writer.documents >= self._options.shard_documents or self._writer.size >= self._options.shard_bytes:
+            self.close()
+
+    def close(self) -> None:
+        """Complete the open shard."""
+        if self._writer is not None:
+            if self._writer.documents:
+                self._result.shards.append(self._writer.close())
+            else:
+                self._writer.discard()
+            self._writer = None
+
+    def discard(self) -> None:
+        """Give up the open shard."""
+        if self._writer is not None:
+            self._writer.discard()
+            self._writer = None
 
 
-def _write_keys(reader: Reader, records: Path, job: PrepareJob) -> int:
-    """Write the sorted keys of one part's images, each once per document; returns their number."""
-    keys: list[int] = []
-    for images in images_of(reader, job.part):
-        found = set()
-        for image in images:
-            try:
-                found.add(image_key(image.read()))
-            except BadImageError:
-                continue
-        keys.extend(found)
-    with atomic_file(records / f"{job.name}.keys.npy") as unfinished, unfinished.open("wb") as stream:
-        np.save(stream, np.sort(np.array(keys, dtype=np.uint64)), allow_pickle=False)
-    return len(keys)
+def _summary(result: JobResult) -> dict[str, int]:
+    return {
+        "documents": result.documents.kept,
+        "images": result.images.kept,
+        "dropped documents": result.documents.dropped.total(),
+        "dropped images": result.images.dropped.total(),
+    }

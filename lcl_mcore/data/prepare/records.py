@@ -9,7 +9,7 @@ go on raises `DataError`, the file is named, and the others are still prepared.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, runtime_checkable
 
@@ -64,12 +64,18 @@ def bad_image(reason: str, detail: str = "", source: str = "") -> RawImage:
 
 @dataclass(frozen=True)
 class RawDocument:
-    """A document as found; `more` is stored with it."""
+    """A document as found.
+
+    Attributes:
+        more: stored with it.
+        where: its place in the file, as in `Dropped`; `documents_of` fills it.
+    """
 
     kind: Kind
     texts: tuple[str, ...]
     images: tuple[RawImage, ...]
     more: dict[str, Any] = field(default_factory=dict)
+    where: str = ""
 
 
 @dataclass(frozen=True)
@@ -106,7 +112,7 @@ def documents_of(where: str, read: Callable[[], Iterable[RawDocument | Dropped]]
             `RecursionError`. Every other exception is a bug, or concerns the file.
     """
     try:
-        return list(read()) or [Dropped("empty record", where)]
+        return [replace(found, where=found.where or where) for found in read()] or [Dropped("empty record", where)]
     except BadRecordError as error:
         return [Dropped(error.reason, where, error.detail)]
     except (ValueError, ArithmeticError, RecursionError) as error:

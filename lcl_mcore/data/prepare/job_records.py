@@ -1,0 +1,218 @@
+"""What is finished of a data set in the making, and what a finished one was made from.
+
+While it is made, the folder `.progress` holds the plan and a record of every finished job, whose name holds the
+identity of what the job was prepared from: a record is found only while that has not changed, and the others are
+removed before anything is written. A finished data set keeps plan and records in `prepare.jsonl`, so that it can be
+brought up to date: only what changed is prepared again.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from lcl_mcore.data.format import MANIFEST, ShardInfo, index_name, parse_manifest, writing_to
+from lcl_mcore.data.prepare.counts import UnitCounts
+from lcl_mcore.data.prepare.plan import PreparePlan
+from lcl_mcore.data.untrusted_json import BadJsonError, parse_object
+from lcl_mcore.errors import DataError, explain
+from lcl_mcore.storage import atomic_file, atomic_write
+
+PROGRESS = ".progress"
+HISTORY = "prepare.jsonl"
+OURS = re.compile(r"\.?[\w-]+-[0-9a-f]{8}-\d{4,}-\d{3,}(\.tar|\.tar\.part|\.index\.npy)")
+"""Names of the files that jobs write beside `.progress`."""
+RECORDS = "*.*.json"
+RECORD = re.compile(r"[\w-]+\.[0-9a-f]+\.json")
+LOCK = "lock"
+NEW_FOLDER = "Choose another output folder."
+
+
+@dataclass
+class JobResult:
+    """What one job saw, wrote and dropped."""
+
+    file: str
+    shards: list[ShardInfo] = field(default_factory=list)
+    documents: UnitCounts = field(default_factory=UnitCounts)
+    images: UnitCounts = field(default_factory=UnitCounts)
+
+    def to_json(self) -> bytes:
+        """The content of the job's record."""
+        shards = [asdict(shard) for shard in self.shards]
+        counts = {"documents": self.documents.to_json(), "images": self.images.to_json()}
+        return json.dumps({"file": self.file, "shards": shards, **counts}).encode()
+
+    @staticmethod
+    def from_json(content: bytes) -> JobResult:
+        """The inverse of `to_json`."""
+        data = parse_object(content)
+        shards = [ShardInfo(**item) for item in data["shards"]]
+        documents, images = (UnitCounts.from_json(data[name]) for name in ("documents", "images"))
+        return JobResult(data["file"], shards, documents, images)
+
+
+class JobRecords:
+    """The records of one output folder.
+
+    Args:
+        output: the data set's folder.
+        plan: what it is to be prepared from now.
+    """
+
+    def __init__(self, output: Path, plan: PreparePlan) -> None:
+        self.folder = output / PROGRESS
+        self._output = output
+        self._plan = plan
+
+    def finished(self, *, update: bool) -> dict[str, Any] | None:
+        """The manifest of the finished data set; None if there is none, or it is to be brought up to date.
+
+        Raises:
+            DataError: it was prepared with other settings, or from other input and there is no `update`.
+        """
+        path = self._output / MANIFEST
+        if not path.exists():
+            return None
+        history = self._history()
+        if history is None:
+            rule = "holds a data set that another tool or an earlier version made"
+            raise DataError(explain(self._output, rule, NEW_FOLDER))
+        earlier = _plan(history[0])
+        self._require_settings(earlier)
+        changes = self._plan.other_input(earlier)
+        if not changes:
+            return parse_manifest(str(path), path.read_bytes())
+        if not update:
+            rule = f"was prepared before its input changed: {'; '.join(changes)}"
+            remedy = "--update prepares again what changed and no more; or choose another output folder."
+            raise DataError(explain(self._output, rule, remedy))
+        return None
+
+    @contextlib.contextmanager
+    def alone(self) -> Iterator[None]:
+        """Hold the folder against other processes.
+
+        Raises:
+            DataError: another one prepares it, or it cannot be written.
+        """
+        with writing_to(self._output):
+            lock = self._lock()
+            while not _is_at(lock, self.folder / LOCK):  # who held it has finished and removed it
+                lock.close()
+                lock = self._lock()
+        with lock:
+            yield
+
+    def begin(self) -> list[str]:
+        """Take up what is finished already; says what changed since.
+
+        Raises:
+            DataError: it was begun with other settings, or cannot be written.
+        """
+        path = self.folder / "plan.json"
+        with writing_to(self._output):
+            history = self._history()
+            if not path.exists() and history is not None:
+                for line in history[1:]:
+                    data = parse_object(line, max_bytes=len(line))
+                    if RECORD.fullmatch(data["name"]):
+                        atomic_write(self.folder / data["name"], json.dumps(data["record"]))
+                atomic_write(path, history[0])
+            earlier = _plan(path.read_bytes()) if path.exists() else self._plan
+            if any(self.folder.glob(RECORDS)):
+                self._require_settings(earlier)
+            atomic_write(path, json.dumps(self._plan.to_json()))
+            for name in (HISTORY, MANIFEST):
+                (self._output / name).unlink(missing_ok=True)
+        return self._plan.other_input(earlier)
+
+    def path(self, job: str, identity: str) -> Path:
+        """Where the record of a finished job lies."""
+        return self.folder / f"{job}.{identity}.json"
+
+    def write(self, job: str, identity: str, result: JobResult) -> None:
+        """Record a finished job."""
+        with writing_to(self._output):
+            atomic_write(self.path(job, identity), result.to_json())
+
+    def read(self, job: str, identity: str) -> JobResult | None:
+        """The result of a job that is finished, with all its shards."""
+        try:
+            result = JobResult.from_json(self.path(job, identity).read_bytes())
+            if all(
+                (self._output / shard.file).stat().st_size == shard.bytes
+                and (self._output / index_name(shard.file)).exists()
+                for shard in result.shards
+            ):
+                return result
+        except (OSError, BadJsonError, KeyError, TypeError):
+            pass  # none, or torn: it is done again
+        return None
+
+    def keep_only(self, valid: set[Path]) -> None:
+        """Remove the records of what is not prepared any more, before its shards are replaced."""
+        with writing_to(self._output):
+            for path in self.folder.glob(RECORDS):
+                if path not in valid:
+                    path.unlink()
+
+    def forget(self) -> None:
+        """Nothing was begun here."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        with contextlib.suppress(OSError):  # it holds something else
+            self._output.rmdir()
+
+    def finish(self, paths: Sequence[Path], shards: Sequence[ShardInfo]) -> None:
+        """Keep plan and records beside the data set, and remove what jobs wrote that do not belong to it."""
+        listed = {name for shard in shards for name in (shard.file, index_name(shard.file))}
+        with writing_to(self._output):
+            with atomic_file(self._output / HISTORY) as unfinished, unfinished.open("w") as stream:
+                stream.write(json.dumps(self._plan.to_json()) + "\n")
+                for path in paths:
+                    stream.write(f'{{"name": {json.dumps(path.name)}, "record": {path.read_text()}}}\n')
+            for path in self._output.iterdir():
+                if OURS.fullmatch(path.name) and path.name not in listed:
+                    path.unlink()
+
+    def _history(self) -> list[bytes] | None:
+        """The lines of `prepare.jsonl`."""
+        try:
+            return (self._output / HISTORY).read_bytes().splitlines() or None
+        except FileNotFoundError:
+            return None
+
+    def _lock(self) -> IO[bytes]:
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = (self.folder / LOCK).open("wb")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            rule = "is being prepared by another process"
+            raise DataError(explain(self._output, rule, "Wait for it, or choose another output folder.")) from None
+        return lock
+
+    def _require_settings(self, earlier: PreparePlan) -> None:
+        changes = self._plan.other_settings(earlier)
+        if changes:
+            rule = f"was prepared with other settings: {'; '.join(changes)}"
+            raise DataError(explain(self._output, rule, "Give the same ones, or choose another output folder."))
+
+
+def _plan(content: bytes) -> PreparePlan:
+    return PreparePlan.from_json(parse_object(content, max_bytes=len(content)))
+
+
+def _is_at(lock: IO[bytes], path: Path) -> bool:
+    try:
+        return os.path.samestat(os.fstat(lock.fileno()), path.stat())
+    except FileNotFoundError:
+        return False
