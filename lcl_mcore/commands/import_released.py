@@ -10,10 +10,10 @@ from pydantic import PositiveInt
 
 from lcl_mcore.config import arguments
 from lcl_mcore.config.base import config_dataclass, from_dict, to_dict
-from lcl_mcore.config.recipes import RECIPES, load_recipe
+from lcl_mcore.config.recipes import released_for
 from lcl_mcore.config.run_folder import FILE as CONFIG_FILE
 from lcl_mcore.config.run_folder import write_config
-from lcl_mcore.config.schema import DataConfig, LossConfig, ModelConfig, RunConfig, TokenizerConfig
+from lcl_mcore.config.schema import RunConfig
 
 
 @config_dataclass
@@ -41,7 +41,7 @@ def main() -> int:
 
     released = read_released(options.checkpoint)
     shape = shape_of_released(released)
-    tree = to_dict(config_for(shape))
+    tree = to_dict(released_for(shape))
     tree["parallel"]["tensor_parallel_size"] = options.tensor_parallel_size
     config = from_dict(RunConfig, tree)
     state = from_released(released, shape)
@@ -51,20 +51,3 @@ def main() -> int:
     print(f"{len(state)} tensors, {total:,} parameters, recipe {config.recipe}")
     print(f"{path}\n{options.out / CONFIG_FILE}")
     return 0
-
-
-def config_for(shape: ModelConfig) -> RunConfig:
-    """The released recipe of this shape; for any other shape, released data and loss rules around it."""
-    for name in RECIPES:
-        recipe = load_recipe(name)
-        if recipe.model == shape:
-            return recipe
-    tokenizer = TokenizerConfig(kind="clip", path="openai/clip-vit-base-patch16")
-    return RunConfig(
-        recipe="imported",
-        model=shape,
-        data=DataConfig(
-            tokenizer=tokenizer, sequence_length=shape.language.max_positions, packing="off", context_rule="index0"
-        ),
-        loss=LossConfig(averaging="rank"),
-    )

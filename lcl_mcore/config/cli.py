@@ -13,7 +13,7 @@ import yaml
 
 from lcl_mcore.config import arguments
 from lcl_mcore.config.base import config_dataclass, from_dict, require
-from lcl_mcore.config.recipes import RECIPES, load_recipe, source_options
+from lcl_mcore.config.recipes import RECIPES, load_recipe, with_source_options
 from lcl_mcore.config.renamed import with_current_names
 from lcl_mcore.config.run_folder import read_config
 from lcl_mcore.config.schema import RunConfig
@@ -76,10 +76,10 @@ def parse_run(cls: type[Options], words: Sequence[str] | None = None) -> Options
         # A recipe's choice that only makes sense with more than one tensor-parallel rank.
         run["parallel"]["sequence_parallel"] &= str(run["parallel"]["tensor_parallel_size"]) != "1"
     if tree.get("data"):
-        run["data"]["sources"] = [_source(text, base.recipe) for text in tree["data"]]
+        run["data"]["sources"] = [_source(text) for text in tree["data"]]
     for assignment in tree["set"]:
         _assign(run, assignment)
-    tree["run"] = from_dict(RunConfig, with_current_names(run))
+    tree["run"] = from_dict(RunConfig, with_source_options(with_current_names(run)))
     return arguments.checked(cls, tree)
 
 
@@ -116,9 +116,9 @@ def _assign(tree: dict[str, Any], assignment: str) -> None:
     tree[name] = value
 
 
-def _source(text: str, recipe: str) -> dict[str, Any]:
+def _source(text: str) -> dict[str, Any]:
     """A data source from PATH or PATH:WEIGHT."""
     path, separator, weight = text.rpartition(":")
     if separator and weight.replace(".", "", 1).isdigit():
-        return {**source_options(recipe), "path": path, "weight": float(weight)}
-    return {**source_options(recipe), "path": text}
+        return {"path": path, "weight": float(weight)}
+    return {"path": text}

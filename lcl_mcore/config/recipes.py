@@ -58,7 +58,9 @@ def _paper(name: str, model: ModelConfig, steps: int, batch: int, lr: float) -> 
     return RunConfig(
         recipe=name,
         model=model,
-        data=DataConfig(tokenizer=TokenizerConfig(kind="opt", path="facebook/opt-125m"), sequence_length=2048),
+        data=DataConfig(
+            tokenizer=TokenizerConfig(kind="opt", path="facebook/opt-125m"), sequence_length=2048, packing="by_kind"
+        ),
         optim=OptimConfig(lr=lr),
         train=TrainConfig(steps=steps, micro_batch_size=4, global_batch_size=batch, precision="bf16"),
     )
@@ -108,7 +110,7 @@ def _released(
         recipe=name,
         model=model,
         data=DataConfig(
-            tokenizer=TokenizerConfig(kind="clip", path="openai/clip-vit-base-patch16"),
+            tokenizer=TokenizerConfig(kind="clip", path="openai/clip-vit-base-patch16", cleaning="released"),
             sequence_length=length,
             packing="off",
             context_rule="index0",
@@ -171,17 +173,43 @@ RECIPES: dict[str, Callable[[], RunConfig]] = {
 }
 
 
-# How documents are used where the recipe differs from the paper's way (see `SourceConfig`).
-_SOURCE_OPTIONS: dict[str, dict[str, Any]] = {
-    "released-b16-laion": {"ends": "released", "max_text_tokens": 80},
-    "released-b32-laion": {"ends": "released", "max_text_tokens": 75},
-    "released-b32-mmc4": {"image_choice": "first", "one_image_per_text": True, "cut_rule": "tokens", "min_images": 1},
+def released_for(model: ModelConfig) -> RunConfig:
+    """The released code's rules for a model of its architecture: the recipe of this shape if there is one.
+
+    Another shape gets the recipe for documents where its positions hold six images, else the one for pairs.
+    """
+    recipes = (released_b16_laion(), released_b32_laion(), released_b32_mmc4())
+    same = next((recipe for recipe in recipes if recipe.model == model), None)
+    if same is not None:
+        return same
+    positions = model.language.max_positions
+    nearest = recipes[2 if positions > 6 * model.vision.patches else 0]
+    return replace(nearest, recipe="imported", model=model, data=replace(nearest.data, sequence_length=positions))
+
+
+# How the documents of every source are used where that differs from the defaults of `SourceConfig`.
+_RELEASED_SOURCES = {
+    "min_images": 1,
+    "image_choice": "first",
+    "one_image_per_text": True,
+    "cut_rule": "tokens",
+    "ends": "released",
 }
+_PAPER_SOURCES = {"min_images": 1}
 
 
-def source_options(recipe: str) -> dict[str, Any]:
-    """Options of every `--data` source under a recipe."""
-    return dict(_SOURCE_OPTIONS.get(recipe, {}))
+def with_source_options(tree: dict[str, Any]) -> dict[str, Any]:
+    """A configuration's nested dict in which each source has the options of its recipe where it has none of its own."""
+    recipe, data = str(tree.get("recipe", "")), tree.get("data")
+    options: dict[str, Any] = {}
+    if recipe.startswith("released-") or recipe == "imported":
+        options = _RELEASED_SOURCES
+    elif recipe.startswith(("paper-", "large-")):
+        options = _PAPER_SOURCES
+    if not isinstance(data, dict) or not isinstance(data.get("sources"), list | tuple):
+        return tree
+    sources = [options | source if isinstance(source, dict) else source for source in data["sources"]]
+    return tree | {"data": data | {"sources": sources}}
 
 
 def load_recipe(name: str) -> RunConfig:

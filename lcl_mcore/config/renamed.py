@@ -51,7 +51,17 @@ def with_current_names(tree: dict[str, Any]) -> dict[str, Any]:
     data = result.get("data")
     if isinstance(data, dict) and isinstance(data.get("sources"), list):
         data["sources"] = [_source_with_current_values(source) for source in data["sources"]]
-    return result
+    return _with_former_embedding_dropout(result)
+
+
+def _with_former_embedding_dropout(tree: dict[str, Any]) -> dict[str, Any]:
+    """Before 0.2.0 `dropout` was on embeddings too. A file from then holds every other setting of the LM."""
+    model = tree.get("model")
+    if not isinstance(model, dict) or not isinstance(language := model.get("language"), dict):
+        return tree
+    if not {"dropout", "norm_eps", "init"} <= language.keys():
+        return tree
+    return tree | {"model": model | {"language": {"embedding_dropout": language["dropout"]} | language}}
 
 
 def _source_with_current_values(source: Any) -> Any:

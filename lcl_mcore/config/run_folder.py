@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from lcl_mcore.config.base import fields_of, from_dict, to_dict
-from lcl_mcore.config.recipes import RECIPES, load_recipe
+from lcl_mcore.config.recipes import RECIPES, load_recipe, with_source_options
 from lcl_mcore.config.renamed import with_current_names
 from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.errors import ConfigError, explain
@@ -46,7 +46,7 @@ def read_config(path: Path) -> RunConfig:
     if not isinstance(data, dict) or not all(isinstance(name, str) for name in data):
         raise ConfigError(explain(path, "does not hold a configuration", "Start from a run's config.yaml."))
     try:
-        data = _completed(with_current_names(data))
+        data = with_source_options(_completed(with_current_names(data)))
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     return from_dict(RunConfig, data, str(path))

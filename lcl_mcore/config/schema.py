@@ -14,6 +14,8 @@ from pydantic import AfterValidator, Field, NonNegativeFloat, NonNegativeInt, Po
 
 from lcl_mcore.config.base import config_dataclass, require
 
+Cleaning = Literal["none", "html", "released"]
+Packing = Literal["best_fit", "whole", "windows", "off"]
 Share = Annotated[float, Field(ge=0, le=1)]
 ShareBelowOne = Annotated[float, Field(ge=0, lt=1)]
 
@@ -119,9 +121,13 @@ class LanguageConfig:
     separate_norms: bool = False
     """A final LayerNorm for each loss (released code) instead of one for both (OPT)."""
     dropout: Annotated[ShareBelowOne, tyro.conf.arg(aliases=("--dropout",))] = 0.0
-    """On the embeddings and both residual branches (OPT: 0.1); never on attention weights."""
+    """On both residual branches, as in OPT's training (0.1). Not on attention weights, where OPT had 0.1 too: the
+    attention kernels draw masks that no other layout and no resumed run could repeat."""
+    embedding_dropout: ShareBelowOne = 0.0
+    """On what enters the first layer, image latents included (OPT: none; before 0.2.0 it was `dropout`)."""
     init: Literal["opt", "clip_text"] = "opt"
-    """Whose initial weights."""
+    """Initial weights. opt: N(0, 0.02), biases 0, as in transformers' OPTConfig (OPT's own training began with 0.006);
+    clip_text: the released code's, which is CLIP's."""
     norm_eps: PositiveFloat = 1e-5
     """Epsilon of the LayerNorms."""
 
@@ -171,6 +177,17 @@ class TokenizerConfig:
     path: Annotated[str, tyro.conf.arg(aliases=("--tokenizer",))] = ""
     """The tokenizer.json, or a folder that holds it (or vocab.json and merges.txt, or CLIP's
     bpe_simple_vocab_16e6.txt.gz); for opt and clip also a name in the local Hugging Face cache."""
+    cleaning: Literal["auto", "none", "html", "released"] = "auto"
+    """What happens to a text before it becomes ids, for all data of the run. none: nothing; html: entities and white
+    space (clip in earlier versions); released: what the released code does, ftfy, entities, white space, lower case;
+    auto: released for clip, else none."""
+
+    @property
+    def resolved_cleaning(self) -> Cleaning:
+        """What "auto" stands for."""
+        if self.cleaning == "auto":
+            return "released" if self.kind == "clip" else "none"
+        return self.cleaning
 
 
 @config_dataclass
@@ -186,7 +203,7 @@ class SourceConfig:
     min_similarity: Annotated[float, Field(ge=-1, le=1)] = 0.24
     """Matched documents: images with a lower cosine similarity to their text are skipped (paper: 0.24)."""
     min_images: NonNegativeInt = 0
-    """Documents with fewer images are skipped."""
+    """Documents with fewer images are skipped: those that are left after similarity, choice and cutting count."""
     max_images: NonNegativeInt = 6
     """Of more images, this many are kept, as image_choice says."""
     image_choice: Literal["random", "first"] = "random"
@@ -197,9 +214,12 @@ class SourceConfig:
     """Pairs and matched documents: chance that an image stands before its text (paper: 0.5)."""
     max_text_tokens: NonNegativeInt = 0
     """Pairs: longer captions are cut; 0: as long as a packed sequence allows."""
+    packing: Packing | None = None
+    """How this source's documents share sequences (see `data.packing`); none: as data.packing says. Sources of equal
+    packing share sequences."""
     long_documents: Literal["auto", "cut", "split"] = "auto"
     """cut: what exceeds a packed sequence is dropped, in whole segments; split: it goes on in another one; auto: split
-    for documents that are sequences, cut otherwise."""
+    for documents that are sequences, unless packing is whole, cut otherwise."""
     cut_rule: Literal["segments", "tokens"] = "segments"
     """Where a long document is cut: segments, between whole texts and images (the paper); tokens, anywhere in a text,
     with the end token forced at the last place (released code)."""
@@ -236,16 +256,17 @@ class DataConfig:
     tokenizer: TokenizerConfig = TokenizerConfig()
     sequence_length: Annotated[int, Field(ge=8)] = 2048
     """Tokens per packed sequence."""
-    packing: Literal["best_fit", "windows", "off"] = "best_fit"
+    packing: Packing | Literal["by_kind"] = "best_fit"
     """best_fit: whole documents are chosen so that sequences are full, and one is split between segments when min_fill
-    needs it; windows: documents end to end, cut every sequence_length tokens, images moved whole (OBELICS in the
-    paper); off: one document per sequence."""
+    needs it; whole: the same, but none is ever split, and an image stays with its sentence; windows: documents end to
+    end, cut every sequence_length tokens, images moved whole (OBELICS in the paper); off: one document per sequence;
+    by_kind: windows for documents that are sequences (OBELICS), whole for others (MMC4, pairs)."""
     packing_buffer: Annotated[int, Field(ge=2)] = 8
-    """best_fit: how many sequences' worth of documents a sample stream chooses from."""
+    """best_fit, whole: how many sequences' worth of documents a sample stream chooses from."""
     min_fill: Share = 0.98
     """best_fit: share of a sequence below which a document is split; 0: never."""
     balance_images: bool = False
-    """best_fit: prefer the choice whose number of images is nearest the average."""
+    """best_fit, whole: prefer the choice whose number of images is nearest the average."""
     context_rule: Literal["text", "index0"] = "text"
     """Which images enter the contrastive loss. text: some text or image of the same document comes before; index0
     (released code): <BoI> is not the document's first token."""
@@ -294,8 +315,15 @@ class DataConfig:
             "The paper uses 0.75 1.3333.",
         )
         for source in self.sources:
+            packing = source.packing or self.packing
             require(
-                not (source.ends == "released" and self.packing == "windows"),
+                not (packing == "whole" and source.long_documents == "split"),
+                f"data.sources: {source.label} has long_documents = split with data.packing = whole",
+                "a document is whole, or it goes on in another sequence",
+                "Use packing = best_fit, or long_documents = cut.",
+            )
+            require(
+                not (source.ends == "released" and packing == "windows"),
                 f"data.sources: {source.label} has ends = released with data.packing = windows",
                 "windows need begin and end tokens to tell documents apart",
                 "Use packing = off as the released code does.",

@@ -38,7 +38,7 @@ def eval_documents(
 ) -> Iterator[MicroBatch]:
     """Documents dp_rank, dp_rank + dp_size, ... of one source, once, with centred square windows.
 
-    Sequences are filled with whole documents in order (`data.packing = off`: one each); the last
+    Sequences are filled with whole documents in order (with packing off, one each); the last
     micro-batch may have fewer sequences. Nothing depends on the training position.
 
     Args:
@@ -97,7 +97,7 @@ def _sequences(
             if divided is None:
                 continue
             span = divided[0]
-        if sequence and (span.length > room or config.packing == "off"):
+        if sequence and (span.length > room or "off" in mixture.documents_of(0).packings):
             yield tuple(sequence)
             sequence, room = [], config.sequence_length
         sequence.append(span)

@@ -13,7 +13,7 @@ from lcl_mcore.config.schema import DataConfig, SourceConfig
 from lcl_mcore.data.format import Document, Members
 from lcl_mcore.data.mixture import Mixture
 from lcl_mcore.data.order import SampleIndex
-from lcl_mcore.data.packing import SampleStream, StreamState, span_from
+from lcl_mcore.data.packing import SampleStream, span_from
 from lcl_mcore.data.tokenized import MARKERS_PER_IMAGE, TokenizedDocument
 from lcl_mcore.data.tokenizer import Tokenizer
 from lcl_mcore.rng import KeyedRandom
@@ -89,7 +89,7 @@ class Inspector:
             "images_used_per_document": _spread(images),
             "shorter_side": _spread(sides),
             "longer_than_a_sequence": sum(size > self._config.sequence_length for size in tokens),
-            "packing": self._config.packing,
+            "packing": self._mixture.documents_of(0).packings[0],
             "sequences_packed": len(per_sequence),
             "fill": round(fill, 4),
             "images_per_sequence": _spread(per_sequence),
@@ -97,7 +97,7 @@ class Inspector:
 
     def _packed(self) -> tuple[float, list[int]]:
         """Share of used tokens over the first sequences of one stream, and the images in each of them."""
-        stream = SampleStream(self._config, self._mixture.documents_of(0), self._tokens_per_image, StreamState())
+        stream = SampleStream(self._config, self._mixture.documents_of(0), self._tokens_per_image)
         packed = [stream.next_sequence() for _ in range(SEQUENCES)]
         used = sum(span.length for sequence in packed for span in sequence)
         images = [sum(span.images for span in sequence) for sequence in packed]

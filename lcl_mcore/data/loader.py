@@ -27,7 +27,7 @@ from lcl_mcore.data.broadcast import RankReport, gather_reports, receive_step, s
 from lcl_mcore.data.collate import Collator, micro_batch
 from lcl_mcore.data.decode import ImageReader
 from lcl_mcore.data.mixture import Mixture
-from lcl_mcore.data.packing import SampleStream, StreamState
+from lcl_mcore.data.packing import SampleStream
 from lcl_mcore.data.tokenizer import Tokenizer
 from lcl_mcore.errors import DataError, explain
 from lcl_mcore.rng import key63
@@ -190,10 +190,7 @@ class StepReader:
         self._first_stream = context.dp_rank * own
         self._streams = [
             SampleStream(
-                data,
-                self._mixture.documents_of(stream),
-                latents,
-                state=start.states[stream] if start.states else StreamState(),
+                data, self._mixture.documents_of(stream), latents, state=start.states[stream] if start.states else ()
             )
             for stream in range(self._first_stream, self._first_stream + own)
         ]
@@ -256,7 +253,7 @@ class StepReader:
             failures,
             *(len(batch.context_positions) for batch in batches),
         )
-        states = tuple(tuple(stream.state.to_list()) for stream in self._streams)
+        states = tuple(tuple(stream.state) for stream in self._streams)
         return tuple(batches), RankReport(sums, tuple(sequence.digest for sequence in sequences), states)
 
     def _complete(self, batches: tuple[MicroBatch, ...], reports: list[RankReport]) -> StepBatch:
@@ -320,6 +317,7 @@ SOURCE_RULES = (
     "one_image_per_text",
     "image_first_probability",
     "max_text_tokens",
+    "packing",
     "long_documents",
     "cut_rule",
     "ends",
@@ -349,7 +347,7 @@ class StartPosition:
 
     step: int
     order_hash: str
-    states: list[StreamState]
+    states: list[list[int]]
 
 
 def describe_run(config: RunConfig, mixture: Mixture, tokenizer: Tokenizer) -> dict[str, Any]:
@@ -359,6 +357,8 @@ def describe_run(config: RunConfig, mixture: Mixture, tokenizer: Tokenizer) -> d
             "fingerprint": mixture.datasets[source.label].fingerprint,
             "documents": len(mixture.datasets[source.label]),
             **{name: _saved_value(name, getattr(source, name)) for name in SOURCE_RULES},
+            # Before commit b1fdb7f they were counted before the document was cut.
+            "images_counted": "after cutting" if source.min_images else None,
         }
         for source in config.data.sources
     }
@@ -368,6 +368,7 @@ def describe_run(config: RunConfig, mixture: Mixture, tokenizer: Tokenizer) -> d
         "global_batch_size": config.train.global_batch_size,
         "tokens_per_image": config.model.vision.patches,
         "tokenizer": tokenizer.fingerprint,
+        "ftfy": tokenizer.ftfy_version,
         "sources": sources,
         "source_order": list(sources),
         **{SAVED_NAMES.get(name, name): getattr(config.data, name) for name in DATA_RULES},
@@ -402,7 +403,7 @@ def read_position(position: dict[str, Any] | None, run: dict[str, Any]) -> Start
             )
         )
     try:
-        states = [StreamState.from_list([int(value) for value in state]) for state in position["states"]]
+        states = [[int(value) for value in state] for state in position["states"]]
         start = StartPosition(int(position["step"]), str(position["order_hash"]), states)
     except (KeyError, TypeError, ValueError) as error:
         message = explain("saved data position", f"is damaged: {error}", "Use an older checkpoint.")

@@ -88,12 +88,18 @@ class DocumentOrder:
         self._before = np.pad(np.cumsum(scheduled, axis=1, dtype=np.int32), ((0, 0), (1, 0)))
         self._permutation = lru_cache(maxsize=4 * len(sizes))(self._new_permutation)
 
+    def source(self, stream: int, n: int) -> int:
+        """Number of the source of the n-th document of a stream."""
+        return int(self._schedule[(n + self._phase(stream)) % len(self._schedule)])
+
+    def _phase(self, stream: int) -> int:
+        """Streams start at different places of the schedule."""
+        return stream * len(self._schedule) // self.streams
+
     def sample(self, stream: int, n: int) -> SampleIndex:
         """The n-th document of a stream."""
-        period = len(self._schedule)
-        phase = stream * period // self.streams  # streams start at different places of the schedule
+        phase, source = self._phase(stream), self.source(stream, n)
         place = n + phase
-        source = int(self._schedule[place % period])
         earlier = self._total(source, place) - self._total(source, phase)
         element = stream + earlier * self.streams
         epoch, i = divmod(element, self.sizes[source])

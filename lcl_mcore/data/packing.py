@@ -3,16 +3,21 @@
 A sample stream is the endless succession of packed sequences at one place of the global batch. `best_fit` packs block
 by block. The oldest waiting document always comes first, so none waits for ever; among all subsets of the others the
 one that fills the sequence best is found by dynamic programming on the bits of one integer. A sequence that is still
-not full enough takes the leading segments of one more document, whose rest waits for a later sequence. `windows`
-puts documents end to end and cuts them every sequence; `off` gives every document a sequence of its own.
+not full enough takes the leading segments of one more document, whose rest waits for a later sequence; `whole` never
+does that. `windows` puts documents end to end and cuts them every sequence; `off` gives every document a sequence of
+its own. Where sources differ in packing, each packing reads its own documents of the stream, and the one that has read
+least far gives the next sequence, so that documents come as often as the mixture says.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
+from typing import Protocol
 
-from lcl_mcore.config.schema import DataConfig
+from lcl_mcore.config.schema import DataConfig, Packing
 from lcl_mcore.data.tokenized import MARKERS_PER_IMAGE, Segment, TokenizedDocument
 from lcl_mcore.errors import DataError, explain
 
@@ -245,28 +250,91 @@ class StreamState:
         return StreamState(values[0], values[1], carry)
 
 
+class StreamDocuments(Protocol):
+    """The documents of one sample stream, by their number in it."""
+
+    @property
+    def packings(self) -> Sequence[Packing]:
+        """What its sources ask for, each once."""
+
+    def packing(self, n: int) -> Packing:
+        """That of document `n`."""
+
+    def document(self, n: int) -> TokenizedDocument | None:
+        """Tokenized; None if nothing of it is used."""
+
+
 class SampleStream:
-    """Reads documents and packs them, block by block. A block is a pure function of the state before it.
+    """Packed sequences from the documents of one stream.
 
     Args:
-        config: `packing` and what belongs to it.
-        documents: number in the stream -> tokenized document, None if nothing of it is used.
+        config: what belongs to packing.
+        documents: of this stream.
         tokens_per_image: LM positions of an image without its markers.
-        state: where to begin.
+        state: where to begin, as `state` was before; none: at the beginning.
+    """
+
+    def __init__(
+        self, config: DataConfig, documents: StreamDocuments, tokens_per_image: int, state: Sequence[int] = ()
+    ) -> None:
+        packings = documents.packings
+        states = _states(state, len(packings)) if state else [StreamState()] * len(packings)
+        self._streams = [
+            PackingStream(config, packing, documents, tokens_per_image, state)
+            for packing, state in zip(packings, states, strict=True)
+        ]
+
+    @property
+    def state(self) -> list[int]:
+        """After the last sequence that was taken; a new stream from it goes on with the next one."""
+        states = [stream.state.to_list() for stream in self._streams]
+        return states[0] if len(states) == 1 else [value for state in states for value in (len(state), *state)]
+
+    def next_sequence(self) -> PackedSequence:
+        """The spans of the next sequence."""
+        return min(self._streams, key=lambda stream: stream.progress).next_sequence()
+
+
+def _states(values: Sequence[int], count: int) -> list[StreamState]:
+    """One state for each of `count` packings."""
+    if count == 1:
+        return [StreamState.from_list(values)]
+    states, rest = [], list(values)
+    for _ in range(count):
+        length = rest[0] if rest else 0
+        states.append(StreamState.from_list(rest[1 : length + 1]))
+        rest = rest[length + 1 :]
+    if rest:
+        raise DataError(explain(f"sample stream state {list(values)}", "is damaged", "Use an older checkpoint."))
+    return states
+
+
+class PackingStream:
+    """Reads the documents of one packing and packs them, block by block.
+
+    A block is a pure function of the state before it.
     """
 
     def __init__(
         self,
         config: DataConfig,
-        documents: Callable[[int], TokenizedDocument | None],
+        packing: Packing,
+        documents: StreamDocuments,
         tokens_per_image: int,
         state: StreamState,
     ) -> None:
+        self._packing = packing
         self._documents = documents
-        self._packer = BestFitPacker(
-            config.sequence_length, tokens_per_image + MARKERS_PER_IMAGE, config.min_fill, config.balance_images
-        )
-        self._next_block = {"best_fit": self._best_fit, "windows": self._window, "off": self._single}[config.packing]
+        min_fill = 0.0 if packing == "whole" else config.min_fill
+        image_length = tokens_per_image + MARKERS_PER_IMAGE
+        self._packer = BestFitPacker(config.sequence_length, image_length, min_fill, config.balance_images)
+        blocks: dict[Packing, Callable[[StreamState], tuple[list[PackedSequence], StreamState]]] = {
+            "best_fit": self._best_fit,
+            "whole": self._best_fit,
+            "windows": self._window,
+            "off": self._single,
+        }
+        self._next_block = blocks[packing]
         self._block_tokens = config.packing_buffer * config.sequence_length
         self._start = state
         self._block: list[PackedSequence] | None = None
@@ -278,15 +346,28 @@ class SampleStream:
         """After the last sequence that was taken; a new stream from it goes on with the next one."""
         return StreamState(self._start.next_sample, self._taken, self._start.carry)
 
+    @property
+    def progress(self) -> Fraction:
+        """How many documents of the sample stream it has gone through; those of a block in equal parts."""
+        if not self._taken:
+            return Fraction(self._start.next_sample)
+        sequences = len(self._read_block())
+        read = self._after.next_sample - self._start.next_sample
+        return self._start.next_sample + Fraction(self._taken * read, sequences)
+
     def next_sequence(self) -> PackedSequence:
         """The spans of the next sequence."""
-        if self._block is None:
-            self._block, self._after = self._next_block(self._start)
-        sequence = self._block[self._taken]
+        block = self._read_block()
+        sequence = block[self._taken]
         self._taken += 1
-        if self._taken == len(self._block):
+        if self._taken == len(block):
             self._start, self._taken, self._block = self._after, 0, None
         return sequence
+
+    def _read_block(self) -> list[PackedSequence]:
+        if self._block is None:
+            self._block, self._after = self._next_block(self._start)
+        return self._block
 
     def _best_fit(self, state: StreamState) -> tuple[list[PackedSequence], StreamState]:
         """Sequences from the carried documents and as many new ones as make a block."""
@@ -330,7 +411,7 @@ class SampleStream:
         return [tuple(sequence)], StreamState(next_sample, 0, carry)
 
     def _carried(self, n: int, first_segment: int, offset: int) -> Span:
-        document = self._documents(n)
+        document = self._documents.document(n)
         if document is None or first_segment >= len(document.segments):
             raise DataError(
                 explain(f"saved document {n}", "has other content now", "Use the data set of the saved run.")
@@ -338,9 +419,10 @@ class SampleStream:
         return span_from(n, document, self._packer.image_length, first_segment, offset)
 
     def _read(self, next_sample: int) -> tuple[Span, int]:
-        """The next document that is used, and the number after it."""
-        for n in range(next_sample, next_sample + MAX_UNUSED_SAMPLES):
-            document = self._documents(n)
+        """The next document of this packing that is used, and the number after it."""
+        own = (n for n in itertools.count(next_sample) if self._documents.packing(n) == self._packing)
+        for n in itertools.islice(own, MAX_UNUSED_SAMPLES):
+            document = self._documents.document(n)
             if document is not None:
                 return span_from(n, document, self._packer.image_length), n + 1
         rule = "not one of them is used under the settings of its source"

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 
 from lcl_mcore.batch import GlobalCounts, MicroBatch, StepBatch
-from lcl_mcore.config.recipes import source_options
 from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.data.collate import Collator, SequencePlan, micro_batch
 from lcl_mcore.data.format import Document, ImageEntry, Kind, Members
@@ -30,7 +29,6 @@ class SyntheticSequences:
 
     def __init__(self, config: RunConfig, seed: int = 0) -> None:
         self.config = config
-        self.options = source_options(config.recipe)
         vocab = config.model.language.vocab_size
         self.ids = SpecialIds(
             bos=vocab - 6, eos=vocab - 5, pad=vocab - 4, boi=vocab - 3, eoi=vocab - 2, image=vocab - 1, vocab_size=vocab
@@ -53,7 +51,7 @@ class SyntheticSequences:
     def _spans(self, n: int) -> list[Span]:
         """What stands in sequence `n`: an interleaved document and two pairs, or one document."""
         if self.config.data.packing == "off":
-            return [self._pair(n) if "max_text_tokens" in self.options else self._interleaved(self._fit(6))]
+            return [self._pair(n) if self._fit(2) == 1 else self._interleaved(self._fit(6))]
         images = self._fit(IMAGES_OF_SEQUENCES[n % len(IMAGES_OF_SEQUENCES)])
         pairs = min(images, 2)
         spans = [self._pair(turn, CAPTION) for turn in range(pairs)]
@@ -67,10 +65,9 @@ class SyntheticSequences:
     def _pair(self, turn: int, text: int = 0) -> Span:
         """One image and its caption; on even turns the image comes first."""
         longest = self.config.data.sequence_length - self.image_length - 2
-        words = text or min(self.options["max_text_tokens"], longest)
-        order = [Segment(image=0), self._text(words)]
+        order = [Segment(image=0), self._text(text or longest)]
         image_first = turn % 2 == 0
-        released = self.options.get("ends") == "released"
+        released = self.config.data.packing == "off"
         return self._span(
             "pair",
             order if image_first else order[::-1],

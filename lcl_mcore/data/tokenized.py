@@ -6,6 +6,7 @@ choice is keyed by seed, epoch, source, document and image, so it does not depen
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -61,6 +62,11 @@ class TokenizedDocument:
         return key63("document", self.source, self.sample.index)
 
 
+PlacedSegment = tuple[int, Segment]
+"""A segment with the text that it is of, or that its image belongs to; or NO_TEXT."""
+NO_TEXT = -1
+
+
 class DocumentTokenizer:
     """Tokenizes the documents of one source by its rules."""
 
@@ -90,13 +96,20 @@ class DocumentTokenizer:
         document = TokenizedDocument(sample, self.source.label, stored, members, ())
         if stored.kind == "pair":
             return self._pair(document, images, random)
-        document = replace(document, segments=self._interleave(stored, images, random))
+        placed = self._interleave(stored, images, random)
+        cut_rule = None if self._goes_on(stored) else self.source.cut_rule
+        if cut_rule == "segments":
+            placed = self._cut_segments(placed)
+        document = replace(document, segments=tuple(segment for _, segment in placed))
+        if cut_rule == "tokens":
+            document = self._cut_tokens(document)
+        left = sum(segment.image >= 0 for segment in document.segments)
+        return document if document.segments and left >= self.source.min_images else None
+
+    def _goes_on(self, stored: Document) -> bool:
+        """Whether what exceeds a sequence is kept for another one."""
         long = self.source.long_documents
-        goes_on = long == "split" or (long == "auto" and stored.kind == "sequence")
-        if not goes_on:
-            by_tokens = self.source.cut_rule == "tokens"
-            document = self._cut_tokens(document) if by_tokens else self._cut_segments(document)
-        return document if document.segments else None
+        return long == "split" or (long == "auto" and stored.kind == "sequence" and self.source.packing != "whole")
 
     def _choose_images(self, stored: Document, random: KeyedRandom) -> list[int]:
         """Numbers of the images that are used, in document order."""
@@ -113,7 +126,7 @@ class DocumentTokenizer:
             images = [images[i] for i in random.sample(len(images), limit)]
         return [number for _, number in images[:limit]]
 
-    def _interleave(self, stored: Document, images: Sequence[int], random: KeyedRandom) -> tuple[Segment, ...]:
+    def _interleave(self, stored: Document, images: Sequence[int], random: KeyedRandom) -> list[PlacedSegment]:
         """Texts and images of a document of kind `matched` or `sequence`, in reading order."""
         before: dict[int, list[int]] = {}  # text index -> images that stand before this text
         for number in images:
@@ -121,14 +134,35 @@ class DocumentTokenizer:
             if stored.kind == "matched" and random.uniform() >= self.source.image_first_probability:
                 place += 1
             before.setdefault(place, []).append(number)
-        texts = [text.strip() for text in stored.texts]
-        encoded = self._tokenizer.encode_batch(_with_leading_space(texts))
-        segments: list[Segment] = []
-        for place in range(len(texts) + 1):
-            segments += [Segment(image=number) for number in before.get(place, ())]
-            if place < len(texts) and encoded[place]:
-                segments += self._text_segments(encoded[place])
-        return tuple(segments)
+        if stored.kind == "matched" and self.source.cut_rule == "tokens" and self._tokenizer.cleaning == "released":
+            return self._interleave_as_released(stored, before)
+        encoded = self._tokenizer.encode_batch(_with_leading_space([self._stripped(text) for text in stored.texts]))
+        segments: list[PlacedSegment] = []
+        for place in range(len(encoded) + 1):
+            for number in before.get(place, ()):
+                text = stored.images[number].text_index if stored.kind == "matched" else NO_TEXT
+                segments.append((text, Segment(image=number)))
+            if place < len(encoded) and encoded[place]:
+                segments += [(place, segment) for segment in self._text_segments(encoded[place])]
+        return segments
+
+    def _interleave_as_released(self, stored: Document, before: dict[int, list[int]]) -> list[PlacedSegment]:
+        """The document as one text with images in it, which is cleaned as a whole; cut anywhere, it needs no others."""
+        sentences = list(stored.texts)
+        for place, numbers in before.items():
+            for number in numbers:
+                own = stored.images[number].text_index
+                sentences[own] = f" \0 {sentences[own]}" if place == own else f"{sentences[own]} \0 "
+        texts = self._tokenizer.encode_parts(" ".join(sentences).split("\0"))
+        images = [number for place in sorted(before) for number in before[place]]
+        segments = [Segment(ids=tuple(texts[0]))]
+        for number, text in zip(images, texts[1:], strict=True):
+            segments += [Segment(image=number), Segment(ids=tuple(text))]
+        return [(NO_TEXT, segment) for segment in segments if segment.image >= 0 or segment.ids]
+
+    def _stripped(self, text: str) -> str:
+        """Without outer white space; the released cleaning does that itself, after ftfy has seen it."""
+        return text if self._tokenizer.cleaning == "released" else text.strip()
 
     def _text_segments(self, ids: list[int]) -> list[Segment]:
         """One segment, or several where a single text is longer than a sequence."""
@@ -145,7 +179,7 @@ class DocumentTokenizer:
         text = texts[random.below(len(texts))] if texts else ""
         room = self._sequence_length - BEGIN_AND_END - (self._image_length if images else 0)
         limit = min(room, self.source.max_text_tokens or room)
-        ids = self._tokenizer.encode(text.strip())[:limit]
+        ids = self._tokenizer.encode(self._stripped(text))[:limit]
         words = [Segment(ids=tuple(ids))] if ids else []
         image = [Segment(image=images[0])] if images else []
         image_first = random.uniform() < self.source.image_first_probability
@@ -156,16 +190,20 @@ class DocumentTokenizer:
             return replace(document, segments=segments, begin=not image_first, end=image_first)
         return replace(document, segments=segments)
 
-    def _cut_segments(self, document: TokenizedDocument) -> TokenizedDocument:
-        """Keep the leading whole segments that fit in a sequence with begin and end."""
-        room = self._sequence_length - BEGIN_AND_END
-        kept: list[Segment] = []
-        for segment in document.segments:
-            room -= segment.length(self._image_length)
-            if room < 0:
-                break
-            kept.append(segment)
-        return replace(document, segments=tuple(kept))
+    def _cut_segments(self, placed: list[PlacedSegment]) -> list[PlacedSegment]:
+        """The leading whole segments that fit in a sequence with begin and end.
+
+        Where documents stay whole, an image in front of its text goes with it.
+        """
+        ends = itertools.accumulate(segment.length(self._image_length) for _, segment in placed)
+        count = sum(end <= self._sequence_length - BEGIN_AND_END for end in ends)
+        kept, cut = placed[:count], placed[count:]
+        if self.source.packing == "whole":
+            lost = {text for text, segment in cut if segment.image < 0}
+            lost -= {text for text, segment in kept if segment.image < 0}
+            while kept and kept[-1][1].image >= 0 and kept[-1][0] in lost:
+                kept.pop()
+        return kept
 
     def _cut_tokens(self, document: TokenizedDocument) -> TokenizedDocument:
         """The released cut: text anywhere; an image only whole; an end token in the last place.

@@ -12,12 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import ftfy
 import tokenizers
 from tokenizers import Regex, models, normalizers, pre_tokenizers, processors, trainers
 from tokenizers import decoders as hf_decoders
 
 from lcl_mcore.config.base import require
-from lcl_mcore.config.schema import RunConfig, TokenizerConfig
+from lcl_mcore.config.schema import Cleaning, RunConfig, TokenizerConfig
 from lcl_mcore.errors import DataError, explain
 from lcl_mcore.storage import atomic_write
 
@@ -42,11 +43,11 @@ class SpecialIds:
 class Tokenizer:
     """Encodes ordinary text only. Markers inside a document's text stay ordinary characters."""
 
-    def __init__(self, backend: tokenizers.Tokenizer, ids: SpecialIds, *, clip_cleaning: bool = False) -> None:
+    def __init__(self, backend: tokenizers.Tokenizer, ids: SpecialIds, *, cleaning: Cleaning = "none") -> None:
         self._definition = backend.to_str()
         self._backend = _without_special_matching(self._definition)
         self._ids = ids
-        self._clip_cleaning = clip_cleaning
+        self.cleaning = cleaning
         self._reserved = {ids.bos, ids.eos, ids.boi, ids.eoi, ids.image}
         if ids.pad >= self.text_size:
             self._reserved.add(ids.pad)
@@ -66,19 +67,36 @@ class Tokenizer:
 
     @property
     def fingerprint(self) -> str:
-        """Changes with the vocabulary, its rules and the special ids."""
-        content = json.dumps([json.loads(self._definition), self._ids.__dict__, self._clip_cleaning])
+        """Changes with the vocabulary, its rules, the special ids and the cleaning of texts."""
+        cleaning = self.ftfy_version or self.cleaning == "html"  # html or not is all that earlier versions knew
+        content = json.dumps([json.loads(self._definition), self._ids.__dict__, cleaning])
         return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+    @property
+    def ftfy_version(self) -> str | None:
+        """Of the package that cleans texts, whose versions differ in what they do; None without it."""
+        return str(ftfy.__version__) if self.cleaning == "released" else None
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
         """Ids of each text, without begin or end."""
-        cleaned = [self._clean(text) for text in texts]
-        encoded = self._backend.encode_batch_fast(cleaned, add_special_tokens=False)
-        return [[i for i in item.ids if i not in self._reserved] for item in encoded]
+        return self._encode_cleaned([self._clean(text) for text in texts])
 
     def encode(self, text: str) -> list[int]:
         """Ids of one text, without begin or end."""
         return self.encode_batch([text])[0]
+
+    def encode_parts(self, parts: Sequence[str]) -> list[list[int]]:
+        """Ids of the texts between the images of one document, which is cleaned as a whole.
+
+        The released MMC4 loader does so: it writes images as words in angle brackets, cleans everything at once, and
+        ftfy judges a line by all its characters. Here the document's hash stands for an image, which no text can hold.
+        """
+        digest = hashlib.blake2b("\0".join(parts).encode("utf-8", "replace"), digest_size=16).hexdigest()
+        return self._encode_cleaned(self._clean(f"<{digest}>".join(parts)).split(f"<{digest}>"))
+
+    def _encode_cleaned(self, texts: Sequence[str]) -> list[list[int]]:
+        encoded = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        return [[i for i in item.ids if i not in self._reserved] for item in encoded]
 
     def decode(self, ids: Iterable[int], *, markers: bool = False) -> str:
         """Text of ids; with `markers`, special ids appear as readable marks instead of vanishing."""
@@ -102,9 +120,11 @@ class Tokenizer:
 
     def _clean(self, text: str) -> str:
         text = text.encode("utf-8", "replace").decode()  # lone surrogates become question marks
-        if self._clip_cleaning:
+        if self.cleaning == "released":
+            text = ftfy.fix_text(text)
+        if self.cleaning != "none":
             text = " ".join(html.unescape(html.unescape(text)).split())
-        return text
+        return text.lower() if self.cleaning == "released" else text
 
 
 def tokenizer_for(config: RunConfig) -> Tokenizer:
@@ -132,7 +152,7 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
     if config.kind == "opt":
         ids = SpecialIds(bos=2, eos=2, pad=1, boi=50265, eoi=50266, image=50267, vocab_size=50272)
         return _named(config, ids, expected=50265, ends=("</s>", "</s>"))
-    return _after_last_id(_read(config.path))
+    return _after_last_id(_read(config.path), config.resolved_cleaning)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -149,11 +169,11 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     return _after_last_id(backend)
 
 
-def _after_last_id(backend: tokenizers.Tokenizer) -> Tokenizer:
+def _after_last_id(backend: tokenizers.Tokenizer, cleaning: Cleaning = "none") -> Tokenizer:
     """Any vocabulary: six new ids follow its last one."""
     n = max(backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
     ids = SpecialIds(bos=n, eos=n + 1, pad=n + 2, boi=n + 3, eoi=n + 4, image=n + 5, vocab_size=n + 6)
-    return Tokenizer(backend, ids)
+    return Tokenizer(backend, ids, cleaning=cleaning)
 
 
 def _named(config: TokenizerConfig, ids: SpecialIds, *, expected: int, ends: tuple[str, str]) -> Tokenizer:
@@ -169,7 +189,10 @@ def _named(config: TokenizerConfig, ids: SpecialIds, *, expected: int, ends: tup
                 "Point data.tokenizer.path at the right vocabulary, or use kind = file.",
             )
         )
-    return Tokenizer(backend, ids, clip_cleaning=config.kind == "clip")
+    if config.kind == "clip" and config.resolved_cleaning == "released":
+        backend.normalizer = normalizers.Sequence([])  # texts come cleaned: the file's own rules differ in rare letters
+        backend.pre_tokenizer = _clip_words(f"(?i){CLIP_WORDS}")
+    return Tokenizer(backend, ids, cleaning=config.resolved_cleaning)
 
 
 def _read(path: str, *, kind: str = "file") -> tokenizers.Tokenizer:
@@ -265,14 +288,15 @@ def _clip_from_merges(path: Path) -> tokenizers.Tokenizer:
     backend.normalizer = normalizers.Sequence(
         [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
     )
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(CLIP_WORDS), behavior="removed", invert=True),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
+    backend.pre_tokenizer = _clip_words()
     backend.decoder = hf_decoders.Sequence([hf_decoders.ByteLevel(), hf_decoders.Replace("</w>", " ")])
     return backend
+
+
+def _clip_words(pattern: str = CLIP_WORDS) -> pre_tokenizers.PreTokenizer:
+    """Words, single digits and runs of other characters, as bytes."""
+    split = pre_tokenizers.Split(Regex(pattern), behavior="removed", invert=True)
+    return pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)])
 
 
 def _bytes_in_clip_order() -> list[str]:

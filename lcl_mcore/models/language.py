@@ -142,11 +142,11 @@ class LanguageModel(MegatronModule):
         stream = stream[:, None]
         if self.config.sequence_parallel:
             stream = scatter_to_sequence_parallel_region(stream, group=self.tp_group)
-        if self.training and self.shape.dropout > 0.0:
+        if self.training and self.shape.embedding_dropout > 0.0:
             local = stream.shape[0]
             start = self.tp_group.rank() * local if self.config.sequence_parallel else 0
             seed = key63(segments.seed, "embedding")
-            stream = sequence_dropout(stream, segments, seed, self.shape.dropout, (start, start + local))
+            stream = sequence_dropout(stream, segments, seed, self.shape.embedding_dropout, (start, start + local))
         return stream
 
     def contexts(self, hidden: Tensor, positions: Tensor) -> Tensor:

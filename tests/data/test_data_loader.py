@@ -87,7 +87,7 @@ def check_contract(batch: MicroBatch) -> None:
     assert len(batch.group_ids) == len(contexts)
 
 
-@pytest.mark.parametrize("packing", ["best_fit", "windows", "off"])
+@pytest.mark.parametrize("packing", ["best_fit", "whole", "windows", "off", "by_kind"])
 def test_batches_keep_the_contract(folders: list[Path], packing: str) -> None:
     for step in steps(config(*folders, packing=packing), 6):
         for batch in step.micro_batches:
@@ -112,7 +112,7 @@ def test_order_does_not_depend_on_the_layout(folders: list[Path]) -> None:
     assert [sequences_of(s) for s in steps(data, 5, seed=6)] != wanted
 
 
-@pytest.mark.parametrize("packing", ["best_fit", "windows", "off"])
+@pytest.mark.parametrize("packing", ["best_fit", "whole", "windows", "off", "by_kind"])
 def test_resume_continues_exactly(folders: list[Path], packing: str) -> None:
     data = config(*folders, packing=packing)
     whole = steps(data, 12)
@@ -158,7 +158,7 @@ def test_positions_keep_the_names_of_earlier_versions(folders: list[Path]) -> No
     position = steps(config(*folders), 1)[-1].position
     settings = {"packing", "packing_rows", "min_fill", "balance_images", "sequence_length", "context_rule"}
     settings |= {"shuffle", "shuffle_block", "crop_scale", "crop_ratio", "seed", "global_batch_size"}
-    settings |= {"tokens_per_image", "tokenizer", "sources", "source_order", "format"}
+    settings |= {"tokens_per_image", "tokenizer", "ftfy", "sources", "source_order", "format"}
     assert set(position) == settings | {"decoder", "step", "order_hash", "states"}
     assert position["packing_rows"] == 8
     assert position["sources"]["pair"]["cut_rule"] == "pieces"

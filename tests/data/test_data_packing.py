@@ -6,14 +6,15 @@ import hashlib
 import itertools
 import json
 import random
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import pytest
 
-from lcl_mcore.config.schema import DataConfig
+from lcl_mcore.config.schema import DataConfig, Packing
 from lcl_mcore.data.format import Document, ImageEntry, Members
 from lcl_mcore.data.order import SampleIndex
-from lcl_mcore.data.packing import SampleStream, StreamState, best_subset, span_from
+from lcl_mcore.data.packing import SampleStream, best_subset, span_from
 from lcl_mcore.data.tokenized import MARKERS_PER_IMAGE, Segment, TokenizedDocument
 
 IMAGE = 198
@@ -30,9 +31,19 @@ def document(n: int, contents: list[int | str], *, kind: str = "matched") -> Tok
     return TokenizedDocument(SampleIndex(0, 0, n), "s", stored, Members("x.tar", ()), tuple(made))
 
 
-def stream(documents, packing: str = "best_fit", state: StreamState | None = None, **options) -> SampleStream:
+class OnePacking:
+    """The documents of a stream whose sources agree."""
+
+    def __init__(self, documents: Callable[[int], TokenizedDocument | None], packing: Packing) -> None:
+        self.packings, self.document = (packing,), documents
+
+    def packing(self, n: int) -> Packing:
+        return self.packings[0]
+
+
+def stream(documents, packing: Packing = "best_fit", state: Sequence[int] = (), **options) -> SampleStream:
     config = DataConfig(packing=packing, **options)
-    return SampleStream(config, documents, IMAGE - MARKERS_PER_IMAGE, state or StreamState())
+    return SampleStream(config, OnePacking(documents, packing), IMAGE - MARKERS_PER_IMAGE, state)
 
 
 def test_best_subset_is_exact() -> None:
@@ -71,7 +82,7 @@ def test_fill_is_above_97_percent_and_nothing_is_lost(balance: bool) -> None:
     oldest_waiting = min(set(range(3000)) - {n for n, _ in segments})
     complete = {(n, i) for n in range(oldest_waiting) for i in range(len(documents[n].segments))}
     assert len(complete - set(segments)) < 200  # rests of the documents that wait to go on
-    assert len(one.state.to_list()) < 40
+    assert len(one.state) < 40
 
 
 def test_balancing_evens_the_images_out() -> None:
@@ -100,7 +111,7 @@ def test_a_stream_goes_on_from_its_state(packing: str) -> None:
 
     one = stream(source, packing)
     for _ in range(37):
-        state = StreamState.from_list(json.loads(json.dumps(one.state.to_list())))
+        state = json.loads(json.dumps(one.state))
         wanted = one.next_sequence()
         assert stream(source, packing, state).next_sequence() == wanted
 
@@ -159,5 +170,5 @@ def test_packing_is_that_of_earlier_versions(packing: str, balance: bool, digest
     packed = [
         [(s.n, s.first_segment, s.offset, s.begin, s.end, s.length) for s in one.next_sequence()] for _ in range(60)
     ]
-    found = hashlib.sha256(repr((packed, one.state.to_list())).encode()).hexdigest()
+    found = hashlib.sha256(repr((packed, one.state)).encode()).hexdigest()
     assert found[:16] == digest

@@ -114,5 +114,5 @@ def with_rates(shape: ModelConfig, drop_path: float, dropout: float) -> ModelCon
     return dataclasses.replace(
         shape,
         vision=dataclasses.replace(shape.vision, drop_path=drop_path),
-        language=dataclasses.replace(shape.language, dropout=dropout),
+        language=dataclasses.replace(shape.language, dropout=dropout, embedding_dropout=dropout),
     )
