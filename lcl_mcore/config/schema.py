@@ -7,6 +7,7 @@ writes them as `config.yaml`. Types bound single values, so `__post_init__` hold
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Annotated, Literal
 
 import tyro
@@ -247,6 +248,20 @@ class SourceConfig:
         return self.name or self.path.rstrip("/").rsplit("/", 1)[-1]
 
 
+def _named_apart(sources: tuple[SourceConfig, ...]) -> tuple[SourceConfig, ...]:
+    """Folders of one name (`A/train B/train`) are named by as much of their paths as tells them apart."""
+    result = []
+    for source in sources:
+        rivals = [f"/{other.path.rstrip('/')}" for other in sources if other.label == source.label]
+        parts = source.path.rstrip("/").split("/")
+        depth = 1
+        while depth < len(parts) and sum(rival.endswith("/" + "/".join(parts[-depth:])) for rival in rivals) > 1:
+            depth += 1
+        named = source.name or len(rivals) == 1
+        result.append(source if named else replace(source, name="/".join(parts[-max(depth, 2) :])))
+    return tuple(result)
+
+
 @config_dataclass
 class DataConfig:
     """What the loader reads and how it packs and decodes."""
@@ -295,12 +310,13 @@ class DataConfig:
     """Megabytes of memory for bytes fetched from an object store and not yet used."""
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "sources", _named_apart(self.sources))
         labels = [source.label for source in self.sources]
         require(
             len(set(labels)) == len(labels),
             f"data.sources named {', '.join(labels)}",
-            "every source needs a name of its own",
-            "Set `name` on those that share one.",
+            "a source stands twice",
+            "Give every data set and every `name` once; how often one is read is its weight.",
         )
         require(
             self.crop_scale[0] <= self.crop_scale[1] <= 1,

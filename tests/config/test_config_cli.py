@@ -16,7 +16,7 @@ from command_options import command_options
 from lcl_mcore.commands.pretrain import PretrainOptions, parse_options
 from lcl_mcore.config import arguments
 from lcl_mcore.config.arguments import flags_of
-from lcl_mcore.config.base import fields_of, help_of, section_in, to_dict
+from lcl_mcore.config.base import fields_of, from_dict, help_of, section_in, to_dict
 from lcl_mcore.config.cli import RunOptions, parse_run
 from lcl_mcore.config.recipes import RECIPES, load_recipe
 from lcl_mcore.config.run_folder import read_config, write_config
@@ -127,6 +127,9 @@ def test_set_is_applied_last_and_appends() -> None:
 def test_values_of_a_repeated_flag_append() -> None:
     config = run_of("--recipe demo --data a --steps 3 --data b:2 c --data=d")
     assert [s.label for s in config.data.sources] == ["a", "b", "c", "d"]
+    config = run_of("--recipe demo --data p/A/train p/B/train:2 --data q/B/train/ s3://C/train --data r/val")
+    assert [s.label for s in config.data.sources] == ["A/train", "p/B/train", "q/B/train", "C/train", "val"]
+    assert from_dict(RunConfig, to_dict(config)).data.sources == config.data.sources
     config = run_of("--recipe demo --pp 3 --stage-layers 0 --stage-layers 1 1")
     assert config.parallel.stage_layers == (0, 1, 1)
     assert run_of("--recipe demo --stage-layers none").parallel.stage_layers is None

@@ -146,8 +146,9 @@ OF_DEMO = {
         "data.sequence_length = 16: must hold an image of 16 tokens with its markers, begin and end: at least 21. "
         "Lengthen the sequence, or use a larger patch or smaller image."
     ),
-    "--data x/a y/a": (
-        "data.sources named a, a: every source needs a name of its own. Set `name` on those that share one."
+    "--data x/a b x/a": (
+        "data.sources named x/a, b, x/a: a source stands twice. "
+        "Give every data set and every `name` once; how often one is read is its weight."
     ),
     "--data.crop-scale 0.5 0.4": "data.crop_scale = 0.5 0.4: low <= high <= 1. The paper uses 0.9 1.",
     "--data.crop-ratio 2 1": "data.crop_ratio = 2.0 1.0: low <= high. The paper uses 0.75 1.3333.",
