@@ -8,13 +8,13 @@ from __future__ import annotations
 import json
 import math
 import os
-import stat
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from lcl_mcore.storage import atomic_write
+from lcl_mcore.untrusted import open_regular
 
 MAX_LINE = 1 << 20
 """Bytes of the longest line that is read."""
@@ -69,7 +69,7 @@ def _parsed(line: bytes, valid: Callable[[Record], bool]) -> Record | None:
 def _lines(path: Path) -> Iterator[bytes]:
     """Lines with their ends; of one that is too long its beginning."""
     try:
-        file = _open_regular(path, os.O_RDONLY)
+        file = open_regular(path, os.O_RDONLY)
     except OSError:
         return
     with file:
@@ -78,16 +78,6 @@ def _lines(path: Path) -> Iterator[bytes]:
             while len(rest) > MAX_LINE and not rest.endswith(LF):
                 rest = file.readline(MAX_LINE + 1)
             yield line
-
-
-def _open_regular(path: Path, flags: int) -> BinaryIO:
-    """Open a file unbuffered for writing, else buffered; a pipe or device in its place is an error and not a hang."""
-    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise OSError(f"{path} is not a regular file")
-    writing = flags & (os.O_WRONLY | os.O_RDWR)
-    return os.fdopen(descriptor, "r+b" if writing else "rb", buffering=0 if writing else -1)  # type: ignore[return-value]
 
 
 class LineWriter:
@@ -175,7 +165,7 @@ class LineWriter:
 
     def _open(self) -> BinaryIO:
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        file = _open_regular(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
+        file = open_regular(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT)
         if file.seek(0, os.SEEK_END) and not self._inside_line:
             file.seek(-1, os.SEEK_END)
             if file.read(1) != LF:  # a crash cut the last line: what follows begins a new one

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import tyro
-import yaml
 
 from lcl_mcore.config import arguments
 from lcl_mcore.config.base import config_dataclass, from_dict, require
@@ -18,6 +17,7 @@ from lcl_mcore.config.renamed import with_current_names
 from lcl_mcore.config.run_folder import read_config
 from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.errors import ConfigError, explain
+from lcl_mcore.untrusted import BadYamlError, parse_yaml
 
 
 @config_dataclass
@@ -105,9 +105,9 @@ def _assign(tree: dict[str, Any], assignment: str) -> None:
     value: Any = text
     if text in ("null", "~") or text[:1] in ("[", "{"):
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError:
-            raise ConfigError(explain(f"--set {assignment}", "the value is not YAML", "Correct it.")) from None
+            value = parse_yaml(text)
+        except BadYamlError as error:
+            raise ConfigError(explain(f"--set {assignment[:200]}", f"the value {error}", "Correct it.")) from None
     *sections, name = path.split(".")
     for section in sections:
         if not isinstance(tree.get(section), dict):

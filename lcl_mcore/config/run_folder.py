@@ -15,6 +15,7 @@ from lcl_mcore.config.renamed import with_current_names
 from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.errors import ConfigError, explain
 from lcl_mcore.storage import atomic_write
+from lcl_mcore.untrusted import MAX_YAML_BYTES, BadYamlError, parse_yaml, read_regular
 
 FILE = "config.yaml"
 
@@ -34,15 +35,14 @@ def read_config(path: Path) -> RunConfig:
         ConfigError: unreadable, not YAML, or not a valid configuration.
     """
     try:
-        data = yaml.safe_load(path.read_text(encoding="utf-8"))
+        data = parse_yaml(read_regular(path, MAX_YAML_BYTES))
     except OSError as error:
         raise ConfigError(
             explain(path, f"cannot be read ({error.strerror})", "Give the path of a config.yaml.")
         ) from None
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
-        mark = getattr(error, "problem_mark", None)
-        where = f"{path}, line {mark.line + 1}" if mark else path
-        raise ConfigError(explain(where, "is not YAML", "Correct the file.")) from None
+    except BadYamlError as error:
+        where = f"{path}, line {error.line}" if error.line else path
+        raise ConfigError(explain(where, str(error), "Correct the file.")) from None
     if not isinstance(data, dict) or not all(isinstance(name, str) for name in data):
         raise ConfigError(explain(path, "does not hold a configuration", "Start from a run's config.yaml."))
     try:
