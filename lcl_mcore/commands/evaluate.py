@@ -5,8 +5,11 @@ Results are printed and written as JSON beside the run. See docs/evaluation.md.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import itertools
 import json
+import shlex
 import sys
 from collections.abc import Sequence
 from datetime import UTC, datetime
@@ -17,15 +20,14 @@ import tyro
 from pydantic import NonNegativeInt, PositiveInt
 
 from lcl_mcore.config import arguments
-from lcl_mcore.config.base import config_dataclass
+from lcl_mcore.config.base import config_dataclass, to_dict
 from lcl_mcore.config.evaluation import CaptionConfig, PairsConfig, ProbeConfig, RetrievalConfig
 from lcl_mcore.errors import ConfigError, explain
 
 if TYPE_CHECKING:
-    from lcl_mcore.evaluation.datasets import CaptionDataset
+    from lcl_mcore.evaluation.caption_data import CaptionDataset
     from lcl_mcore.evaluation.load import LoadedModel
 
-RESULTS = "results"
 Pairs = TypeVar("Pairs", bound=PairsConfig)
 
 
@@ -65,9 +67,9 @@ class ZeroshotOptions:
     out: Path | None = None
     """JSON file; by default RUN/results/NAME.json."""
     classnames: Path | None = None
-    """A name per line, in the order of the classes; by default the data set's own."""
+    """CLASS<tab>NAME lines in any order, or a name per line in the order of the classes; by default their own."""
     templates: Path | None = None
-    """Prompts, one per line, {} for the name; by default those of CLIP's code."""
+    """Prompts, one per line, {} or {c} for the name; by default four plain ones, which are no paper's."""
     test_limit: NonNegativeInt = 0
     """Images used; 0: all."""
 
@@ -84,8 +86,8 @@ class PairsOptions:
     """JSON file; by default RUN/results/NAME.json."""
     images: Path | None = None
     """Folder of the images that the JSON names."""
-    split: str = "test"
-    """Split of a Karpathy file."""
+    split: str | None = None
+    """Split of a Karpathy file; by default test."""
     limit: NonNegativeInt = 0
     """Images used, from the first on; 0: all."""
     transfer: Literal["zeroshot", "frozen", "full"] | None = None
@@ -94,8 +96,8 @@ class PairsOptions:
     """Pairs that a head is trained on, like --data."""
     train_images: Path | None = None
     """Folder of their images; by default --images."""
-    train_split: str = "train"
-    """Split of a Karpathy file, such as train,restval."""
+    train_split: str | None = None
+    """Split of a Karpathy file, such as train,restval; by default train."""
     no_baselines: tyro.conf.FlagCreatePairsOff[bool] = False
     """Skip untrained encoders and pixels."""
 
@@ -153,14 +155,41 @@ def main() -> int:
         result = _retrieval(options, loaded)
     else:
         result = _caption(options, loaded)
-    name = result["task"].replace(", ", "-").replace(" ", "-")
-    out = options.out or loaded.folder / RESULTS / f"{name}.json"
+    result |= {
+        "options": settings(options),
+        "command": shlex.join(sys.argv),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+    out = options.out or free_name(loaded.results, result)
     out.parent.mkdir(parents=True, exist_ok=True)
-    result |= {"command": " ".join(sys.argv), "date": datetime.now(UTC).date().isoformat()}
     atomic_write(out, json.dumps(result, indent=1) + "\n")
-    _print(result)
+    _print({name: value for name, value in result.items() if name not in ("options", "names", "warnings")})
+    for line in result.get("warnings", ()):
+        print(f"warning: {line}")
     print(out)
     return 0
+
+
+def settings(options: Options) -> dict[str, Any]:
+    """What was asked, as it stands in the result; where the result goes is no part of it."""
+    return {name: value for name, value in to_dict(options).items() if name not in ("model", "out")}
+
+
+def free_name(folder: Path, result: dict[str, Any]) -> Path:
+    """TASK.json, or TASK-2.json and so on where a file holds the answer to another question.
+
+    The same question is the same weights and the same options: its older answer is replaced.
+    """
+    task = result["task"].replace(", ", "-").replace(" ", "-")
+    for number in itertools.count(1):
+        path = folder / (f"{task}.json" if number == 1 else f"{task}-{number}.json")
+        if not path.exists():
+            return path
+        with contextlib.suppress(ValueError, AttributeError):  # not JSON, or no object: not ours
+            before = json.loads(path.read_text(encoding="utf-8"))
+            if all(before.get(name) == result[name] for name in ("weights", "options")):
+                return path
+    raise AssertionError("the numbers do not end")
 
 
 def _print(result: dict[str, Any], indent: str = "") -> None:
@@ -246,7 +275,7 @@ def transfer_settings(options: PairsOptions, training: Pairs) -> Pairs | None:
 
 def measured_pairs(options: PairsOptions, loaded: LoadedModel) -> CaptionDataset:
     """The pairs that are measured on."""
-    from lcl_mcore.evaluation.datasets import open_caption_dataset
+    from lcl_mcore.evaluation.caption_data import open_caption_dataset
 
     side = loaded.config.model.vision.image_size
     return open_caption_dataset(options.data, options.images, options.split, options.limit, side)
@@ -254,12 +283,12 @@ def measured_pairs(options: PairsOptions, loaded: LoadedModel) -> CaptionDataset
 
 def both_pairs(options: PairsOptions, loaded: LoadedModel, limit: int) -> tuple[CaptionDataset, CaptionDataset]:
     """The pairs that are trained on, at most `limit` of them, and those that are measured on."""
-    from lcl_mcore.evaluation.datasets import open_caption_dataset
+    from lcl_mcore.evaluation.caption_data import open_caption_dataset
     from lcl_mcore.evaluation.transfer import require_disjoint
 
     assert options.train is not None
     side, images = loaded.config.model.vision.image_size, options.train_images or options.images
-    train = open_caption_dataset(options.train, images, options.train_split, limit, side)
+    train = open_caption_dataset(options.train, images, options.train_split, limit, side, default_split="train")
     test = measured_pairs(options, loaded)
-    require_disjoint(train, test, Path(options.train).resolve() == Path(options.data).resolve())
+    require_disjoint(train, test)
     return train, test

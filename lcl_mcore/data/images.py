@@ -8,12 +8,14 @@ import warnings
 import zlib
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, JpegImagePlugin, UnidentifiedImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "AVIF")
 MAX_PIXELS = 40_000_000
 MAX_SIDE = 16_384
 MAX_BYTES = 40 << 20
+PILLOW_PIXELS = 2 * 89_478_485
+"""Where Pillow itself refuses an image; also the limit in bytes of what is evaluated on."""
 ORIENTATION = 0x0112
 
 
@@ -25,12 +27,12 @@ class BadImageError(ValueError):
         self.reason = reason
 
 
-def open_image(content: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def open_image(content: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> Image.Image:
     """Read the header only, and refuse what is too large before anything is decoded."""
     if not content:
         raise BadImageError("empty")
-    if len(content) > MAX_BYTES:
-        raise BadImageError("too many bytes", f"{len(content)} > {MAX_BYTES}")
+    if len(content) > max_bytes:
+        raise BadImageError("too many bytes", f"{len(content)} > {max_bytes}")
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
     except Image.DecompressionBombError as error:
@@ -45,6 +47,26 @@ def open_image(content: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
     if width * height > max_pixels or max(width, height) > MAX_SIDE:
         raise BadImageError("oversized", f"{width} x {height}")
     return image
+
+
+def open_photograph(content: bytes, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """Like `open_image`, for images that somebody chose to evaluate on: large ones are used.
+
+    A JPEG of more than `max_pixels` is decoded at 1/2, 1/4 or 1/8 of its size; other formats, which cannot be, may
+    have as many pixels and bytes as Pillow lets pass.
+    """
+    if content[:2] != b"\xff\xd8":
+        return open_image(content, max_pixels=PILLOW_PIXELS, max_bytes=PILLOW_PIXELS)
+    try:
+        image = JpegImagePlugin.JpegImageFile(io.BytesIO(content))  # `Image.open` refuses by the size before reduction
+    except (OSError, SyntaxError, ValueError, struct.error, OverflowError, IndexError) as error:
+        raise BadImageError("undecodable", str(error)) from None
+    width, height = image.size
+    for factor in (1, 2, 4, 8):
+        if width * height <= max_pixels * factor**2 and max(width, height) <= MAX_SIDE * factor:
+            image.draft(None, (width // factor, height // factor))
+            return image
+    raise BadImageError("oversized", f"{width} x {height}")
 
 
 def upright_rgb(image: Image.Image) -> Image.Image:

@@ -22,11 +22,12 @@ from lcl_mcore.batch import MicroBatch
 from lcl_mcore.config.evaluation import CaptionConfig
 from lcl_mcore.data.tokenizer import Tokenizer
 from lcl_mcore.errors import ConfigError, explain
+from lcl_mcore.evaluation.caption_data import CaptionDataset
 from lcl_mcore.evaluation.caption_decoders import CaptionDecoder, HuggingFaceDecoder, LclDecoder, greedy
-from lcl_mcore.evaluation.datasets import CaptionDataset
 from lcl_mcore.evaluation.load import LoadedModel
 from lcl_mcore.evaluation.transfer import (
     FORWARD_BATCH,
+    Fit,
     ImageEncoder,
     compare,
     drop_path,
@@ -191,12 +192,8 @@ def train_decoder(
     train: CaptionDataset,
     config: CaptionConfig,
     log: Callable[[str], None] = lambda line: None,
-) -> float:
-    """Train connector, LM and image encoder, as far as they learn.
-
-    Returns:
-        Mean loss of the last tenth of the steps, nats a token.
-    """
+) -> Fit:
+    """Train connector, LM and image encoder, as far as they learn; the loss is in nats a token."""
     tokens = patch_tokens(encoder, train, config.cache_mb)
 
     def backward(indices: Tensor, step: int) -> Tensor:
@@ -250,8 +247,8 @@ def caption_transfer(
         connector = make_connector(encoder.width, decoder.width, config.seed).to(encoder.device)
         full = encoder.module is not None
         with drop_path(loaded.model.vision, config.drop_path) if full else nullcontext():
-            loss = train_decoder(decoder, connector, encoder, train, config, loaded.context.log)
-        return {**score_decoder(decoder, connector, encoder, test, max_tokens), "train_loss": loss}
+            fit = train_decoder(decoder, connector, encoder, train, config, loaded.context.log)
+        return {**score_decoder(decoder, connector, encoder, test, max_tokens), **fit.facts()}
 
     result = compare(loaded, train, test, config, "caption", run, baselines)
     return {**result, "scorer": SCORER}

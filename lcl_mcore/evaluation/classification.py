@@ -21,11 +21,15 @@ from torch import Tensor, nn
 
 from lcl_mcore.config.base import to_dict
 from lcl_mcore.config.evaluation import ProbeConfig
-from lcl_mcore.evaluation.datasets import ClassificationDataset, open_classification_dataset
+from lcl_mcore.evaluation.classification_data import ClassificationDataset, open_splits, quoted
+from lcl_mcore.evaluation.embedding_metrics import require_finite
 from lcl_mcore.evaluation.load import LoadedModel, reset_weights
 from lcl_mcore.evaluation.transfer import (
+    CRITERION,
+    Fit,
     ImageEncoder,
     cached,
+    convergence_warnings,
     encode,
     fit_head,
     raw_patches,
@@ -84,8 +88,10 @@ def classify(loaded: LoadedModel, data: Path, config: ProbeConfig, baselines: bo
     The baselines leave `loaded.model` with random weights.
     """
     image_size, started = loaded.config.model.vision.image_size, time.perf_counter()
-    train = open_classification_dataset(data, "train", image_size).subset(config.train_limit, config.seed)
-    test = open_classification_dataset(data, "test", image_size).subset(config.test_limit, config.seed)
+    train, test = open_splits(data, image_size)
+    train, test = train.subset(config.train_limit, config.seed), test.subset(config.test_limit, config.seed)
+    for line in describe(train, test):
+        loaded.context.log(line)
     transfer = frozen_transfer if config.transfer == "frozen" else full_transfer
     result: dict[str, Any] = {
         **loaded.facts(),
@@ -94,20 +100,37 @@ def classify(loaded: LoadedModel, data: Path, config: ProbeConfig, baselines: bo
         "classes": len(train.classes),
         "train_images": len(train),
         "test_images": len(test),
+        "left_out": {"train": dict(train.left_out), "test": dict(test.left_out)},
+        "classes_without_test_image": test.missing_classes(),
         "probe": to_dict(config),
+        "converged_means": CRITERION,
         "trained": transfer(loaded.model, train, test, config),
     }
     if baselines:
         reset_weights(loaded)
         result["random_init"] = transfer(loaded.model, train, test, config)
         result["pixels"] = pixel_baselines(loaded.model, train, test, config)
+    result["warnings"] = convergence_warnings(result)
     result["seconds"] = round(time.perf_counter() - started, 1)
     return result
 
 
+def describe(train: ClassificationDataset, test: ClassificationDataset) -> list[str]:
+    """What a reader should know of a data set before the numbers: what is not used, what cannot be measured."""
+    lines = [
+        f"{name} images: {len(split)} used; left out: "
+        + (", ".join(f"{count} {reason}" for reason, count in split.left_out.items()) or "none")
+        for name, split in (("training", train), ("test", test))
+    ]
+    missing = test.missing_classes()
+    if missing:
+        lines.append(f"{len(missing)} of {len(test.classes)} classes have no test image: {quoted(missing)}")
+    return lines
+
+
 def frozen_transfer(
     model: LclModel, train: ClassificationDataset, test: ClassificationDataset, config: ProbeConfig
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Attention probe on the patch tokens of the encoder as it is."""
     model.eval()
     vision, encoder = model.shape.vision, vit(model)
@@ -117,7 +140,7 @@ def frozen_transfer(
 
 def pixel_baselines(
     model: LclModel, train: ClassificationDataset, test: ClassificationDataset, config: ProbeConfig
-) -> dict[str, dict[str, float]]:
+) -> dict[str, dict[str, Any]]:
     """The attention probe on raw patches, and a linear layer on all pixels."""
     patches, classes, encoder = model.shape.vision.patches, len(train.classes), raw_patches(model)
     same = AttentionProbe(encoder.width, 1, classes, config.seed).to(encoder.device)
@@ -130,7 +153,7 @@ def pixel_baselines(
 
 def full_transfer(
     model: LclModel, train: ClassificationDataset, test: ClassificationDataset, config: ProbeConfig
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Fine-tune the encoder together with the probe, the learning rate decaying from block to block.
 
     The encoder has its weights back afterwards.
@@ -164,9 +187,10 @@ def full_transfer(
 
     with restored_weights(vision):
         with training_mode(encoder):
-            loss = fit_classifier(forward, groups, batches(train, augmented=True), len(train), config)
+            fit = fit_classifier(forward, groups, batches(train, augmented=True), len(train), config)
+        train_scores = accuracy(forward, batches(train, augmented=False), len(train), batch_size=CHUNK)
         scores = accuracy(forward, batches(test, augmented=False), len(test), batch_size=CHUNK)
-    return {**scores, "train_loss": loss}
+    return {**scores, "train_top1": train_scores["top1"], **fit.facts()}
 
 
 def train_probe(
@@ -176,7 +200,7 @@ def train_probe(
     train: ClassificationDataset,
     test: ClassificationDataset,
     config: ProbeConfig,
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Train a probe on a frozen encoder's features of `train`; accuracies on `test`."""
 
     def batches(data: ClassificationDataset) -> Callable[[Tensor], LabelledBatch]:
@@ -188,8 +212,10 @@ def train_probe(
         inputs = cached(features, len(data), patches * encoder.width, config.cache_mb, CHUNK)
         return lambda indices: (inputs(indices), data.labels[indices].to(encoder.device))
 
-    loss = fit_classifier(probe, [(list(probe.parameters()), 1.0)], batches(train), len(train), config)
-    return {**accuracy(probe, batches(test), len(test)), "train_loss": loss}
+    seen, unseen = batches(train), batches(test)  # all images are read before anything is trained
+    fit = fit_classifier(probe, [(list(probe.parameters()), 1.0)], seen, len(train), config)
+    scores, train_scores = accuracy(probe, unseen, len(test)), accuracy(probe, seen, len(train))
+    return {**scores, "train_top1": train_scores["top1"], **fit.facts()}
 
 
 def fit_classifier(
@@ -198,7 +224,7 @@ def fit_classifier(
     batch: Callable[[Tensor], LabelledBatch],
     count: int,
     config: ProbeConfig,
-) -> float:
+) -> Fit:
     """Train with cross-entropy.
 
     Args:
@@ -206,9 +232,6 @@ def fit_classifier(
         groups: parameters, and the factor on their learning rate.
         batch: indices int64 [n] -> input and labels.
         count: images in the training set.
-
-    Returns:
-        Mean loss of the last tenth of the steps, nats.
     """
 
     def backward(indices: Tensor, step: int) -> Tensor:
@@ -233,7 +256,7 @@ def accuracy(
     hits = dict.fromkeys(ks, 0)
     for indices in torch.arange(count).split(batch_size):
         inputs, labels = batch(indices)
-        logits = forward(inputs)
+        logits = require_finite(forward(inputs), "a classifier's outputs")
         top = logits.topk(min(max(ks), logits.shape[1]), dim=1).indices
         for k in ks:
             hits[k] += int((top[:, :k] == labels[:, None]).any(1).sum())

@@ -6,11 +6,27 @@ Shape legend
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from lcl_mcore.errors import NonFiniteError, explain
+
+
+def require_finite(values: Tensor, what: str) -> Tensor:
+    """The same values.
+
+    Raises:
+        NonFiniteError: NaN or infinity among them, which comparisons would take for the best or the worst of all.
+    """
+    bad = int((~torch.isfinite(values)).flatten(1).any(1).sum()) if values.numel() else 0
+    if bad:
+        remedy = "Evaluate an earlier checkpoint, or look where training went wrong."
+        raise NonFiniteError(explain(what, f"{bad} of {len(values)} are not finite", remedy))
+    return values
 
 
 @dataclass(frozen=True)
@@ -33,19 +49,21 @@ class Recall:
 
 
 def recall_at(image: Tensor, text: Tensor, ks: Sequence[int] = (1, 5), image_of_text: Tensor | None = None) -> Recall:
-    """Recall at each k of `ks`; ties count against the query. NaN without images.
+    """Recall at each k of `ks`; ties count against the query. NaN without images, or if a vector is not finite.
 
     Args:
         image: unit vectors [n, D] on the CPU.
         text: unit vectors [k, D] on the CPU.
         image_of_text: int64 [k], the image of each caption; None: caption i belongs to image i.
     """
-    if not len(image):
-        return Recall(dict.fromkeys(ks, float("nan")), dict.fromkeys(ks, float("nan")), 0)
+    if not len(image) or not bool(torch.isfinite(image).all() and torch.isfinite(text).all()):
+        return Recall(dict.fromkeys(ks, float("nan")), dict.fromkeys(ks, float("nan")), len(image))
     if image_of_text is None:
         image_of_text = torch.arange(len(text))
     similarity = image.double() @ text.double().T
     own = image_of_text[None] == torch.arange(len(image))[:, None]  # [n, k]
+    if not bool(own.any(1).all() and own.any(0).all()):
+        raise ValueError("every image needs a caption, and every caption an image")
     # Rank 0: no candidate of another image is as near as the nearest partner.
     nearest_caption = similarity.masked_fill(~own, -torch.inf).amax(1, keepdim=True)
     caption_rank = ((similarity >= nearest_caption) & ~own).sum(1)
@@ -57,9 +75,11 @@ def recall_at(image: Tensor, text: Tensor, ks: Sequence[int] = (1, 5), image_of_
     return Recall(share(caption_rank), share(image_rank), len(image))
 
 
-def chance(candidates: int, k: int) -> float:
-    """Recall at k of a random order of candidates, one of which is right."""
-    return min(k / max(candidates, 1), 1.0)
+def chance(candidates: int, k: int, right: int = 1) -> float:
+    """Recall at k of a random order of candidates, `right` of which are right."""
+    if k >= candidates:
+        return 1.0
+    return 1 - math.comb(candidates - right, k) / math.comb(candidates, k)
 
 
 def nearest(image: Tensor, text: Tensor, k: int) -> Tensor:
@@ -72,7 +92,7 @@ def effective_rank(vectors: Tensor) -> float:
 
     1 for vectors on a line, D for a round cloud; 0 if all vectors are equal.
     """
-    x = vectors.double()
+    x = require_finite(vectors, "vectors").double()
     values = torch.linalg.svdvals(x - x.mean(0))
     total = values.sum()
     if float(total) <= 1e-9 * float(x.abs().max().clamp(min=1e-300)) * len(x):

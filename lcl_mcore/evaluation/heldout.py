@@ -22,7 +22,8 @@ from lcl_mcore.data.evaluation_data import eval_documents, with_blank_images, wi
 from lcl_mcore.data.loader import DataContext
 from lcl_mcore.data.tokenizer import Tokenizer, build_tokenizer
 from lcl_mcore.distributed.context import Context
-from lcl_mcore.evaluation.embedding_metrics import chance, recall_at
+from lcl_mcore.errors import DataError, explain
+from lcl_mcore.evaluation.embedding_metrics import chance, recall_at, require_finite
 from lcl_mcore.evaluation.load import LoadedModel, reset_weights
 from lcl_mcore.losses.generation import generation_loss_sum
 from lcl_mcore.metrics import RunLog, StepLines
@@ -127,8 +128,8 @@ def generation_sums(
 
 
 def mean_loss(sums: Tensor) -> float:
-    """`generation_sums` -> nats per target token; 0 without targets."""
-    return float(sums[0] / sums[1].clamp(min=1))
+    """`generation_sums` -> nats per target token; NaN without targets."""
+    return float(sums[0] / sums[1])
 
 
 def generation_losses(
@@ -164,6 +165,9 @@ def evaluate_heldout(loaded: LoadedModel, heldout: str) -> HeldoutResult:
     config, model, tokenizer = loaded.config, loaded.model, loaded.tokenizer()
     source = SourceConfig(path=heldout)
     embeds = pair_embeds(model, heldout_batches(config, loaded.context, source, tokenizer, "text_first"))
+    if not len(embeds.image):
+        remedy = "Give documents with text before an image."
+        raise DataError(explain(heldout, "no document has an image with a context", remedy))
     generation = generation_losses(loaded, source, tokenizer, IMAGE_CHANGES)
     reset_weights(loaded)
     untrained = pair_embeds(model, heldout_batches(config, loaded.context, source, tokenizer, "text_first"))
@@ -187,7 +191,7 @@ def evaluate_heldout(loaded: LoadedModel, heldout: str) -> HeldoutResult:
 
 
 def _retrieval(embeds: PairEmbeds) -> dict[str, Any]:
-    recall = recall_at(embeds.image, embeds.text, KS)
+    recall = recall_at(require_finite(embeds.image, "image vectors"), require_finite(embeds.text, "text vectors"), KS)
     return {
         "candidates": recall.images,
         **{f"R@{k}": recall.mean(k) for k in KS},

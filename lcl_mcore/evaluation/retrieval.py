@@ -21,11 +21,13 @@ from lcl_mcore.config.evaluation import RetrievalConfig
 from lcl_mcore.config.schema import ModelConfig
 from lcl_mcore.data.tokenizer import Tokenizer
 from lcl_mcore.distributed.context import Context
-from lcl_mcore.evaluation.datasets import CaptionDataset, ClassificationDataset
-from lcl_mcore.evaluation.embedding_metrics import chance, recall_at
+from lcl_mcore.evaluation.caption_data import CaptionDataset
+from lcl_mcore.evaluation.classification_data import ClassificationDataset
+from lcl_mcore.evaluation.embedding_metrics import chance, recall_at, require_finite
 from lcl_mcore.evaluation.load import LoadedModel, reset_weights
 from lcl_mcore.evaluation.transfer import (
     FORWARD_BATCH,
+    Fit,
     ImageEncoder,
     TransferHead,
     compare,
@@ -53,13 +55,27 @@ def retrieval_scores(image: Tensor, text: Tensor, image_of_text: Tensor, ks: Seq
         text: unit vectors [k, D] on the CPU.
         image_of_text: int64 [k], the image of each caption.
     """
+    image, text = require_finite(image, "image vectors"), require_finite(text, "text vectors")
     recall = recall_at(image, text, ks, image_of_text)
     return {f"TR@{k}": recall.image_to_text[k] for k in ks} | {f"IR@{k}": recall.text_to_image[k] for k in ks}
 
 
 def chance_scores(data: CaptionDataset) -> dict[str, float]:
-    """IR@k of a random order of the images."""
-    return {f"IR@{k}": chance(len(data), k) for k in KS}
+    """TR@k and IR@k of random orders; 1 where k is all there is."""
+    own = [len(captions) for captions in data.captions]
+    text = {f"TR@{k}": sum(chance(sum(own), k, count) for count in own) / len(own) for k in KS}
+    return text | {f"IR@{k}": chance(len(data), k) for k in KS}
+
+
+def describe(data: CaptionDataset) -> dict[str, Any]:
+    """What a result says about the pairs that are measured on."""
+    texts, _ = data.flat_captions()
+    return {
+        "images": len(data),
+        "left_out": dict(data.left_out),
+        "captions": len(texts),
+        "duplicate_captions": len(texts) - len(set(texts)),
+    }
 
 
 # --- zero-shot
@@ -122,8 +138,7 @@ def zero_shot_retrieval(loaded: LoadedModel, data: CaptionDataset) -> dict[str, 
         "task": "retrieval",
         "transfer": "zeroshot",
         "data": data.name,
-        "images": len(data),
-        "captions": len(texts),
+        **describe(data),
         "trained": scores(),
         "chance": chance_scores(data),
     }
@@ -191,12 +206,8 @@ def train_dual_encoder(
     train: CaptionDataset,
     config: RetrievalConfig,
     log: Callable[[str], None] = lambda line: None,
-) -> float:
-    """Train the dual encoder and, in full transfer, the image encoder.
-
-    Returns:
-        Mean loss of the last tenth of the steps, nats.
-    """
+) -> Fit:
+    """Train the dual encoder and, in full transfer, the image encoder."""
     tokens = patch_tokens(encoder, train, config.cache_mb)
 
     def backward(indices: Tensor, step: int) -> Tensor:
@@ -238,8 +249,8 @@ def retrieval_transfer(
 
     def run(encoder: ImageEncoder) -> dict[str, Any]:
         dual_encoder = DualEncoder(loaded.config.model, encoder.width, loaded.context, tokenizer, config)
-        loss = train_dual_encoder(dual_encoder, encoder, train, config, loaded.context.log)
-        return {**score_dual_encoder(dual_encoder, encoder, test), "train_loss": loss}
+        fit = train_dual_encoder(dual_encoder, encoder, train, config, loaded.context.log)
+        return {**score_dual_encoder(dual_encoder, encoder, test), **fit.facts()}
 
     result = compare(loaded, train, test, config, "retrieval", run, baselines)
-    return {**result, "captions": len(test.flat_captions()[0]), "chance": chance_scores(test)}
+    return {**result, **describe(test), "chance": chance_scores(test)}

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -22,7 +22,7 @@ from lcl_mcore.config.schema import ModelConfig, single_process
 from lcl_mcore.data.tokenizer import Tokenizer
 from lcl_mcore.distributed.context import Context
 from lcl_mcore.errors import ConfigError, NonFiniteError, explain
-from lcl_mcore.evaluation.datasets import CaptionDataset
+from lcl_mcore.evaluation.caption_data import CaptionDataset
 from lcl_mcore.evaluation.load import LoadedModel, reset_weights
 from lcl_mcore.lr_schedule import cosine_with_warmup
 from lcl_mcore.models.attention import make_segments
@@ -150,6 +150,48 @@ def restored_weights(module: nn.Module) -> Iterator[None]:
 # --- the training loop
 
 
+@dataclass(frozen=True)
+class Fit:
+    """How the training of a head ended.
+
+    Attributes:
+        loss: mean of the last tenth of the steps, nats.
+        falling: share by which the mean loss of the third quarter of the steps is below that of the second. The rate
+            is high in both; in the last quarter a loss falls because the rate does, converged or not.
+    """
+
+    loss: float
+    falling: float
+
+    @property
+    def converged(self) -> bool:
+        """Whether more steps would hardly lower the loss: see `CRITERION`."""
+        return self.falling < CONVERGED or self.loss < LEARNED
+
+    def facts(self) -> dict[str, Any]:
+        """What a result says about it."""
+        return {"train_loss": self.loss, "converged": self.converged, "loss_fell_by": self.falling}
+
+
+def convergence_warnings(result: Mapping[str, Any], name: str = "") -> list[str]:
+    """A line for each training in a result whose loss more steps would still lower."""
+    found = []
+    if result.get("converged") is False:
+        fell = f"fell by {result['loss_fell_by']:.0%} between the second and third quarter of its steps"
+        found.append(f"{name} has not converged: its training loss still {fell}. More steps would lower it further.")
+    for key, value in result.items():
+        if isinstance(value, Mapping):
+            found += convergence_warnings(value, f"{name} {key}".strip())
+    return found
+
+
+CONVERGED, LEARNED = 0.02, 0.01
+CRITERION = (
+    f"the training loss fell by less than {CONVERGED:.0%} from the second to the third quarter of the steps, "
+    f"or ended below {LEARNED} nats"
+)
+
+
 def fit_head(
     backward: Callable[[Tensor, int], Tensor],
     groups: Sequence[tuple[Sequence[nn.Parameter], float]],
@@ -157,7 +199,7 @@ def fit_head(
     steps: int,
     config: FitConfig,
     log: Callable[[str], None] = lambda line: None,
-) -> float:
+) -> Fit:
     """AdamW over random batches; every sample is used once before any is used again.
 
     Args:
@@ -165,9 +207,6 @@ def fit_head(
         groups: parameters, and the factor on their learning rate.
         count: samples in the training set.
         log: given the loss ten times.
-
-    Returns:
-        Mean loss of the last tenth of the steps, nats.
 
     Raises:
         NonFiniteError: the loss diverged.
@@ -181,7 +220,7 @@ def fit_head(
     )
     warmup_steps = round(config.warmup * steps)
     generator = torch.Generator().manual_seed(key63(config.seed, "order"))
-    order, late = torch.empty(0, dtype=torch.int64), []
+    order, losses = torch.empty(0, dtype=torch.int64), []
     for step in range(steps):
         if len(order) < size:
             order = torch.randperm(count, generator=generator)
@@ -192,14 +231,15 @@ def fit_head(
         optimizer.zero_grad(set_to_none=True)
         loss = backward(indices, step)
         optimizer.step()
-        if step >= min(0.9 * steps, steps - 1):
-            late.append(loss)
+        losses.append(loss)
         if (step + 1) % max(steps // 10, 1) == 0:
             log(f"step {step + 1} of {steps}: loss {float(loss):.4f}")
-    mean = float(torch.stack(late).mean())
-    if not math.isfinite(mean):
-        raise NonFiniteError(explain(f"mean loss {mean}", "training has diverged", "Lower --lr, or raise --warmup."))
-    return mean
+    history = torch.stack(losses).double().cpu()
+    final = float(history[-max(steps // 10, 1) :].mean())
+    if not math.isfinite(final):
+        raise NonFiniteError(explain(f"mean loss {final}", "training has diverged", "Lower --lr, or raise --warmup."))
+    second, third = (float(history[i * steps // 4 : max((i + 1) * steps // 4, 1)].mean()) for i in (1, 2))
+    return Fit(final, 1 - third / second if steps >= 4 else 1.0)
 
 
 # --- training on images with captions
@@ -338,6 +378,7 @@ def compare(
         "data": test.name,
         "images": len(test),
         "training": to_dict(config),
+        "converged_means": CRITERION,
         "trained": scores("trained", vit(model, full)),
     }
     if baselines:
@@ -345,21 +386,23 @@ def compare(
         result["random_init"] = scores("random_init", vit(model, full))
         if not full:
             result["pixels"] = scores("pixels", raw_patches(model))
+    result["warnings"] = convergence_warnings(result)
     result["seconds"] = round(time.perf_counter() - started, 1)
     return result
 
 
-def require_disjoint(train: CaptionDataset, test: CaptionDataset, same_file: bool) -> None:
+def require_disjoint(train: CaptionDataset, test: CaptionDataset) -> None:
     """Refuse to test on what was trained on.
 
     Raises:
-        ConfigError: both are the same split of the same file.
+        ConfigError: both name the same images, or are the same prepared data set.
     """
-    if same_file and train.captions[0] == test.captions[0]:
+    common = set(train.sources) & set(test.sources)
+    if common:
         raise ConfigError(
             explain(
                 f"--train {train.name}",
-                "training pairs must not be the test pairs",
+                f"training pairs must not be the test pairs, and {len(common)} are ({min(common)}, say)",
                 "Give another data set, or another --train-split of the same file.",
             )
         )

@@ -13,12 +13,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lcl_mcore.errors import ConfigError, explain
-from lcl_mcore.evaluation.datasets import open_classification_dataset
+from lcl_mcore.evaluation.classification_data import open_test_split
+from lcl_mcore.evaluation.embedding_metrics import require_finite
 from lcl_mcore.evaluation.load import LoadedModel, reset_weights
+from lcl_mcore.evaluation.prompts import TEMPLATES, prompt_names, read_templates
 from lcl_mcore.evaluation.retrieval import image_embeds, text_embeds
-
-TEMPLATES = ("{}", "a photo of a {}.", "a picture of a {}.", "an image of the {}.")
 
 
 def class_embeds(loaded: LoadedModel, names: tuple[str, ...], templates: tuple[str, ...]) -> Tensor:
@@ -34,28 +33,20 @@ def zero_shot(
     """Accuracy on the test split, and with random weights (which stay in the model).
 
     Args:
-        classnames: a name per line, in the order of the classes; None: those of the data set.
-        templates: a prompt per line with `{}` for the name; None: `TEMPLATES`.
+        classnames: see `prompt_names`; None: the classes' own names.
+        templates: a prompt per line, see `read_templates`; None: `TEMPLATES`.
         limit: test images used; 0: all.
 
     Raises:
-        ConfigError: the file of class names does not fit the data set.
+        ConfigError: a file of names or prompts does not fit the data set or cannot be understood.
     """
-    test = open_classification_dataset(data, "test", loaded.config.model.vision.image_size).subset(limit, 0)
-    names = tuple(classnames.read_text("utf-8").splitlines()) if classnames else test.classes
-    if len(names) != len(test.classes):
-        raise ConfigError(
-            explain(
-                f"{classnames}: {len(names)} names",
-                f"the data set has {len(test.classes)} classes",
-                "Give one name per line, in the order of the classes.",
-            )
-        )
-    prompts = tuple(templates.read_text("utf-8").splitlines()) if templates else TEMPLATES
+    prompts = read_templates(templates) if templates else TEMPLATES
+    test = open_test_split(data, loaded.config.model.vision.image_size).subset(limit, 0)
+    names = prompt_names(classnames, test)
 
     def scores() -> dict[str, float]:
         logits = image_embeds(loaded.model, test) @ class_embeds(loaded, names, prompts).T
-        top = logits.topk(min(5, len(names)), dim=1).indices
+        top = require_finite(logits, "similarities").topk(min(5, len(names)), dim=1).indices
         hits = top == test.labels[:, None]
         return {"top1": float(hits[:, 0].double().mean()), "top5": float(hits.any(1).double().mean())}
 
@@ -64,10 +55,13 @@ def zero_shot(
         "task": "zeroshot",
         "data": str(data),
         "classes": len(names),
+        "names": list(names),
         "templates": list(prompts),
         "test_images": len(test),
+        "left_out": dict(test.left_out),
+        "classes_without_test_image": test.missing_classes(),
         "trained": scores(),
-        "chance": {"top1": 1 / len(names)},
+        "chance": {"top1": 1 / len(names), "top5": min(5 / len(names), 1.0)},
     }
     reset_weights(loaded)
     majority = int(torch.bincount(test.labels).max()) / len(test)

@@ -204,6 +204,9 @@ def test_evaluation_passes_once_in_order(tmp_path: Path) -> None:
     halves = [batches_of(DataContext(dp_rank=rank, dp_size=2)) for rank in (0, 1)]
     assert [n for b in halves[1] for n in b.documents] == documents[1::2]
     assert sum(len(b.image_starts) for half in halves for b in half) == 30
+    for ranks in (3, 7, 40):  # ragged, and more ranks than documents
+        parts = [batches_of(DataContext(dp_rank=rank, dp_size=ranks)) for rank in range(ranks)]
+        assert sorted(name for part in parts for batch in part for name in batch.documents) == sorted(documents)
     first = batches_of(order="image_first", limit=5)
     assert sum(len(batch.context_positions) for batch in first) == 0
     batch = batches[0]

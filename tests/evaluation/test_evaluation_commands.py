@@ -78,7 +78,8 @@ def test_the_other_commands(run: Path, pairs: Path, labelled: Path, tool: Tool, 
     found = json.loads((run / "results" / "classification-full-transfer.json").read_text())
     assert 0 <= found["trained"]["top1"] <= 1
     assert "random_init" not in found
-    tool("tools/evaluate.py", "zeroshot", str(run), "--data", str(labelled))
+    (tmp_path / "names.txt").write_text("left\nright\nmiddle\n")
+    tool("tools/evaluate.py", "zeroshot", str(run), "--data", str(labelled), "--classnames", f"{tmp_path}/names.txt")
     found = json.loads((run / "results" / "zeroshot.json").read_text())
     assert found["largest_class"]["top1"] >= 1 / 3
     assert found["trained"]["top5"] == 1.0

@@ -6,6 +6,7 @@ import io
 import json
 import math
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -18,9 +19,10 @@ from lcl_mcore.config.base import from_dict
 from lcl_mcore.config.evaluation import ProbeConfig
 from lcl_mcore.config.schema import EvaluationConfig
 from lcl_mcore.errors import ConfigError, DataError
+from lcl_mcore.evaluation.caption_data import open_caption_dataset
 from lcl_mcore.evaluation.captioning import scores, words
 from lcl_mcore.evaluation.classification import AttentionProbe, accuracy, fit_classifier
-from lcl_mcore.evaluation.datasets import open_caption_dataset, open_classification_dataset
+from lcl_mcore.evaluation.classification_data import open_splits
 from lcl_mcore.evaluation.embedding_metrics import effective_rank, mean_cosine, recall_at
 from lcl_mcore.evaluation.heldout import HeldoutResult, PairEmbeds
 from lcl_mcore.evaluation.heldout_report import write_report
@@ -100,20 +102,20 @@ def test_labelled_readers_agree(tmp_path: Path) -> None:
                         label.size = 1
                         web.addfile(label, io.BytesIO(str(number).encode()))
     for kind in ("folder", "tars", "web"):
-        for split in ("train", "test"):
-            data = open_classification_dataset(tmp_path / kind, split, 16)
+        for data in open_splits(tmp_path / kind, 16):
             assert data.labels.tolist() == [0, 0, 1], kind
             assert data.classes == (("0", "1") if kind == "web" else ("cat", "dog"))
             pixels = data.fetch([2, 0, 1])
             assert pixels.shape == (3, 3, 16, 16)
             assert pixels.float().mean((1, 2, 3)).tolist() == [200, 10, 60]
-    part = open_classification_dataset(tmp_path / "folder", "train", 16).subset(2, seed=1)
+            assert data.numbered == (kind == "web")
+    part = open_splits(tmp_path / "folder", 16)[0].subset(2, seed=1)
     assert part.fetch([0, 1]).shape == (2, 3, 16, 16)
     (tmp_path / "folder" / "train" / "dog" / "200.png").write_bytes(b"no image")
     with pytest.raises(DataError, match=r"200\.png: cannot be decoded"):
-        open_classification_dataset(tmp_path / "folder", "train", 16).fetch([2])
+        open_splits(tmp_path / "folder", 16)[0].fetch([2])
     with pytest.raises(DataError, match="has no train split"):
-        open_classification_dataset(tmp_path / "nothing", "train", 16)
+        open_splits(tmp_path / "nothing", 16)
 
 
 def test_caption_files(tmp_path: Path) -> None:
@@ -134,11 +136,11 @@ def test_caption_files(tmp_path: Path) -> None:
         "annotations": [{"image_id": i, "caption": text} for i, text in ((7, "x"), (8, "y"), (7, "z"))],
     }
     (tmp_path / "n.json").write_text(json.dumps(nocaps))
-    assert open_caption_dataset(str(tmp_path / "n.json"), tmp_path, "test", 0, 16).captions == (("x", "z"), ("y",))
-    assert len(open_caption_dataset(str(tmp_path / "n.json"), tmp_path, "test", 1, 16)) == 1
+    assert open_caption_dataset(str(tmp_path / "n.json"), tmp_path, None, 0, 16).captions == (("x", "z"), ("y",))
+    assert len(open_caption_dataset(str(tmp_path / "n.json"), tmp_path, None, 1, 16)) == 1
     (tmp_path / "a.png").unlink()
     with pytest.raises(DataError, match=r"a\.png: is not there"):
-        open_caption_dataset(str(tmp_path / "n.json"), tmp_path, "test", 0, 16)
+        open_caption_dataset(str(tmp_path / "n.json"), tmp_path, None, 0, 16)
     with pytest.raises(DataError, match="neither a prepared data set nor a caption file"):
         open_caption_dataset(str(tmp_path / "b.png"), None, "test", 0, 16)
 
@@ -152,9 +154,19 @@ def test_probe_learns_where_to_look() -> None:
     tokens[:, 2, 8] = 6
     config = ProbeConfig(epochs=40, batch_size=100, lr=1e-2)
     probe = AttentionProbe(16, 2, 4, seed=0)
-    loss = fit_classifier(probe, [(list(probe.parameters()), 1.0)], lambda i: (tokens[i], labels[i]), 300, config)
+    fit = fit_classifier(probe, [(list(probe.parameters()), 1.0)], lambda i: (tokens[i], labels[i]), 300, config)
     held = accuracy(probe, lambda i: (tokens[300 + i], labels[300 + i]), 100)
-    assert loss < 0.2
+    assert fit.loss < 0.2
+    short = AttentionProbe(16, 2, 4, seed=0)
+    brief = fit_classifier(
+        short,
+        [(list(short.parameters()), 1.0)],
+        lambda i: (tokens[i], labels[i]),
+        300,
+        replace(config, epochs=8, lr=1e-3),
+    )
+    assert not brief.converged
+    assert brief.falling > 0.02
     assert held["top1"] > 0.95
     assert held["top5"] == 1.0
     factors = [cosine_with_warmup(step, 100, 10, peak=1.0) for step in range(100)]
