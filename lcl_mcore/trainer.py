@@ -10,7 +10,8 @@ from lcl_mcore.batch import StepBatch
 from lcl_mcore.build import build_training
 from lcl_mcore.checkpoint.manager import TrainingTensors, open_checkpoints
 from lcl_mcore.checkpoint.store import TrainState, checkpoint_name
-from lcl_mcore.config.run_folder import config_digest
+from lcl_mcore.config.run_folder import FILE as CONFIG
+from lcl_mcore.config.run_folder import config_digest, listed, write_config
 from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.data.loader import DataContext, build_loader
 from lcl_mcore.data.tokenizer import tokenizer_for
@@ -58,7 +59,12 @@ class Trainer:
         self.data_context, self.tokenizer = DataContext.of(config, context), tokenizer_for(config)
         self.loader = build_loader(config, self.data_context, self.tokenizer, self.state.position)
         self.evaluation = periodic_evaluation(config, context)
+        self.finished = self.state.step >= config.train.steps
 
+        # Whatever may refuse has not refused: from here on the folder is written to.
+        self.checkpoints.begin()
+        if context.rank == 0 and not self.finished:
+            self.write_config()
         self.flops = MfuMeter(config, context.device, DTYPES[config.train.precision], context.world_size)
         self.log = RunLog(config, context, self.state.step)
         self.events = EventLog(context.run_folder, enabled=context.rank == 0)
@@ -69,6 +75,13 @@ class Trainer:
         self.watch = Stopwatch()
         self.stopping = self.saving = False
         """Some rank asked to end the run, or for a checkpoint, with the last step that was accounted for."""
+
+    def write_config(self) -> None:
+        """Save the configuration in the run's folder; each checkpoint has its own copy, so a full disk ends nothing."""
+        try:
+            write_config(self.config, self.context.run_folder)
+        except OSError as error:
+            self.context.log(f"WARNING {self.context.run_folder / CONFIG}: cannot be written ({error.strerror})")
 
     @explained
     def train(self) -> int:
@@ -91,6 +104,8 @@ class Trainer:
                     self.evaluate()
                 if self.state.step % STEPS_BETWEEN_GARBAGE_COLLECTIONS == 1:
                     gc.collect()
+            if self.finished:
+                self.log_finished()
             if self.stopping:
                 self.log.info(f"stopped by request after step {self.state.step}; continue with --resume")
             self.goodput.end()
@@ -168,6 +183,13 @@ class Trainer:
         metrics = step_metrics(self.config, done, self.speed, mfu)
         slowest = self.watchdog.stragglers.metrics(self.log.info, self.events)
         self.log.step({**metrics, "ettr": self.goodput.total().ettr, **slowest})
+
+    def log_finished(self) -> None:
+        """Say that a run was resumed which has nothing to do, and what that means for its new settings."""
+        done, asked = self.state.step, self.config.train.steps
+        self.log.info(f"nothing to train: {done} steps are done, --steps is {asked}; with more --steps the run goes on")
+        if self.checkpoints.changes:
+            self.log.info(f"these settings are new and were not used: {listed(self.checkpoints.changes)}")
 
     def evaluate(self) -> None:
         """Measure on held-out documents; a stop request that arrives meanwhile ends training after one more step."""

@@ -18,7 +18,6 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from lcl_mcore.checkpoint.dcp import SafeReader, read_boxes
 from lcl_mcore.checkpoint.shards import WEIGHTS, TensorBox
 from lcl_mcore.checkpoint.store import (
-    CONFIG,
     checkpoint_names,
     child,
     open_store,
@@ -27,9 +26,10 @@ from lcl_mcore.checkpoint.store import (
     require_intact,
     step_of,
     verify,
+    written_config,
 )
 from lcl_mcore.checkpoint.weights_file import without_vocabulary_padding, write_consolidated
-from lcl_mcore.config.run_folder import read_config, write_config
+from lcl_mcore.config.run_folder import write_config
 from lcl_mcore.errors import CheckpointError, DataError, explain
 from lcl_mcore.storage import open_storage
 
@@ -111,7 +111,7 @@ def info(location: str) -> dict[str, Any]:
             total["tensors"] += 1
             total["elements"] += math.prod(entry.size)
             total["boxes"] += len(entry.chunks)
-        config = read_config(folder / CONFIG)
+        config = written_config(folder, lambda line: None)
         return {
             "path": resolve(location)[-1],
             **asdict(read_state(folder)),
@@ -141,7 +141,7 @@ def consolidate(location: str, out: Path) -> Path:
         CheckpointError: damaged, or the file cannot be written.
     """
     with intact(location) as folder:
-        config = read_config(folder / CONFIG)
+        config = written_config(folder, print)
         state = consolidated_weights(folder)
         state = without_vocabulary_padding(state, config.model.language.vocab_size)
         path = write_consolidated(state, config.model, out)

@@ -3,6 +3,7 @@
 What the training loop uses is one `CheckpointManager` from `open_checkpoints(config, context, tensors, resume)`:
 
     state = checkpoints.resume()             newest intact checkpoint, loaded and logged; None at step 0
+    checkpoints.begin()                      nothing refuses any more: the folder may be changed
     checkpoints.due(step)                    by the number of steps done, alike on every rank
     checkpoints.time_to_save()               by the first rank's clock; it asks the others
     checkpoints.out_of_time()                likewise: the job ends soon
@@ -25,13 +26,12 @@ import shutil
 import threading
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import torch
 import torch.distributed as dist
-import yaml
 from torch.distributed.checkpoint import CheckpointException
 
 from lcl_mcore.checkpoint.dcp import SafeReader, read_boxes, write_boxes
@@ -50,8 +50,9 @@ from lcl_mcore.checkpoint.store import (
     verify,
     verify_written,
     write_state,
+    written_config,
 )
-from lcl_mcore.config.base import to_dict
+from lcl_mcore.config.run_folder import change_of_model_or_objective, config_text, differences, listed
 from lcl_mcore.config.schema import CheckpointConfig, RunConfig
 from lcl_mcore.distributed.context import Context
 from lcl_mcore.distributed.groups import gather_objects
@@ -98,15 +99,17 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Unusable:
-    """A checkpoint that a restore skipped: `fault` is "damaged" or "cannot be loaded", `after` what became of it."""
+    """A checkpoint that a restore skipped: `fault` is one of the constants below."""
 
     path: str
     fault: str
     reason: str
-    after: str = ""
 
     def __str__(self) -> str:
-        return f"{self.path}: {self.fault}, skipped: {self.reason}" + (self.after and f" ({self.after})")
+        return f"{self.path}: {self.fault}, skipped: {self.reason}"
+
+
+DAMAGED, UNLOADABLE, OTHER_MODEL = "damaged", "cannot be loaded", "of another model or objective"
 
 
 class Checkpointer:
@@ -122,6 +125,7 @@ class Checkpointer:
         keep: int,
         keep_every: int = 0,
         config: str = "",
+        changes: Callable[[Path], dict[str, str]] = lambda folder: {},
         node: tuple[int, int] = (0, 1),
     ) -> None:
         """
@@ -129,10 +133,12 @@ class Checkpointer:
             control, background: all ranks over gloo; `background` serves the writing thread alone.
             keep, keep_every: retention, see `CheckpointConfig`.
             config: text of `config.yaml`, stored in every checkpoint.
+            changes: `differences` between the configuration of a verified checkpoint and this run's.
             node: (index, number) of this process among those of its machine.
         """
         self.store, self.tensors, self.control, self.background = store, tensors, control, background
         self.keep, self.keep_every, self.config, self.node = keep, keep_every, config, node
+        self.compare, self.changes = changes, dict[str, str]()
         self.rank = control.rank()
         self.good: set[str] = set()
         """Names of checkpoints that this process wrote or verified; complete on the first rank."""
@@ -141,8 +147,6 @@ class Checkpointer:
         self.snapshot: Snapshot | None = None
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
-        if self.rank == 0:
-            self._attempt(store.clean)
         # torch warns that a folder exists, and about each failed rank; we say it once, in a line.
         logging.getLogger("torch.distributed.checkpoint").setLevel(logging.ERROR)
 
@@ -279,7 +283,7 @@ class Checkpointer:
     ) -> tuple[TrainState | None, list[Unusable]]:
         """Load the newest checkpoint that is intact, accepted and fits this model, of any layout.
 
-        Newer ones that cannot be used are set aside when an older one could be loaded.
+        Nothing is written. `changes` are then the settings that were others when it was written.
 
         Returns:
             The state, None if no checkpoint could be used; and the newer ones that could not, newest first.
@@ -289,28 +293,38 @@ class Checkpointer:
             where = child(self.store.location, name)
             path, problem = self._verify(name)
             if problem:
-                skipped.append(Unusable(where, "damaged", problem))
+                skipped.append(Unusable(where, DAMAGED, problem))
                 continue
             state = read_state(path)
             if not accept(state):
                 continue
-            problem = self._load(path, state)
+            problem = self._agree(self._attempt(lambda path=path: self._compare(path)))  # type: ignore[misc]
+            if not problem and (other := change_of_model_or_objective(self.changes)):
+                skipped.append(Unusable(where, OTHER_MODEL, other))
+                continue
+            problem = problem or self._load(path, state)
             if problem:
-                skipped.append(Unusable(where, "cannot be loaded", problem))
+                skipped.append(Unusable(where, UNLOADABLE, problem))
                 continue
             self.good.add(name)
             self.origin = name
-            if self.rank == 0:
-                skipped = [replace(item, after=self._set_aside(item.path)) for item in skipped]
             return state, skipped
         return None, skipped
 
-    def _set_aside(self, path: str) -> str:
+    def _compare(self, path: Path) -> None:
+        self.changes = self.compare(path)
+
+    def clean(self) -> None:
+        """Remove what killed saves left behind."""
+        if self.rank == 0:
+            self._attempt(self.store.clean)
+
+    def set_aside(self, unusable: Unusable) -> str:
         """Rename a checkpoint that cannot be used, so that nothing takes it for one; what became of it."""
         try:
-            return f"now {self.store.set_aside(path.rsplit('/', 1)[-1])}"
+            return f"is now {self.store.set_aside(unusable.path.rsplit('/', 1)[-1])}"
         except (OSError, LclError) as error:
-            return f"it could not be renamed: {_reason(error)}"
+            return f"could not be renamed: {_reason(error)}"
 
     def _verify(self, name: str) -> tuple[Path, str]:
         """Local folder of a checkpoint, and what is wrong with it. The ranks share the work, and agree."""
@@ -432,6 +446,7 @@ class CheckpointManager:
         self.failed = 0
         """Saves in a row that failed."""
         self._logged: Outcome | None = None
+        self._unusable: list[Unusable] = []
         ends = [] if seconds_left is None else [self.begun + seconds_left]
         if config.max_hours:
             ends.append(self.begun + 3600 * config.max_hours)
@@ -519,21 +534,42 @@ class CheckpointManager:
     def resume(self) -> TrainState | None:
         """Load the newest checkpoint that can be used, and log why newer ones cannot; None if there are none at all.
 
+        Nothing is written, so that what follows may still refuse to go on.
+
         Raises:
             CheckpointError: there are checkpoints, and none can be used.
         """
         location = self.checkpointer.store.location
-        state, skipped = self._restore(lambda state: True)
+        state, self._unusable = self._restore(lambda state: True)
         if state is not None:
             self.log(f"resume: {child(location, checkpoint_name(state.step))}, {state.step} steps done")
+            if self.changes:
+                self.log(f"resume: settings that were others until then: {listed(self.changes)}")
             return state
-        if skipped:
-            newest = skipped[0]
+        if self._unusable:
+            newest = self._unusable[0]
             rule = f"{newest.fault}, and no other checkpoint can be used: {newest.reason.removesuffix('.')}"
             remedy = f"Put back a good copy, or move all checkpoints out of {location} to start at step 0."
+            if newest.fault == OTHER_MODEL:
+                remedy = "Resume with the former values, or start a new run from its weights (--out, --init-from)."
             raise CheckpointError(explain(newest.path, rule, remedy))
         self.log(f"resume: no complete checkpoint in {location}, starting at step 0")
         return None
+
+    @property
+    def changes(self) -> dict[str, str]:
+        """Settings that were others when the checkpoint that was loaded was written, by path."""
+        return self.checkpointer.changes
+
+    def begin(self) -> None:
+        """Make order before the first save: unusable checkpoints get another name, leftovers of killed saves go."""
+        self.checkpointer.clean()
+        self._set_aside()
+
+    def _set_aside(self) -> None:
+        unusable, self._unusable = self._unusable, []
+        for item in unusable if self.rank == 0 else ():
+            self.log(f"{item.path} {self.checkpointer.set_aside(item)}")
 
     def _restore(self, accept: Callable[[TrainState], bool]) -> tuple[TrainState | None, list[Unusable]]:
         state, skipped = self.checkpointer.restore(accept)
@@ -550,9 +586,10 @@ class CheckpointManager:
             CheckpointError: the save under way was the second in a row to fail.
         """
         self._settle(self.checkpointer.wait(), final=False)
-        state, _ = self._restore(accept)
+        state, self._unusable = self._restore(accept)
         if state is None:
             return None
+        self._set_aside()
         self.checkpointer.discard_after(state.step)
         self.saved_step = None
         path = child(self.checkpointer.store.location, checkpoint_name(state.step))
@@ -576,7 +613,8 @@ def open_checkpoints(config: RunConfig, context: Context, tensors: Tensors, resu
         context.groups.host_checkpoint,
         keep=config.checkpoint.keep,
         keep_every=config.checkpoint.keep_every,
-        config=yaml.safe_dump(to_dict(config), sort_keys=False),
+        config=config_text(config),
+        changes=lambda folder: differences(written_config(folder, context.log), config),
         node=node,
     )
     held = checkpointer.names()

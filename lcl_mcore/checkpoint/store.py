@@ -22,7 +22,7 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Collection, Set
+from collections.abc import Callable, Collection, Set
 from dataclasses import asdict, dataclass
 from itertools import count
 from pathlib import Path
@@ -32,6 +32,8 @@ import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
+from lcl_mcore.config.run_folder import read_config
+from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.errors import CheckpointError, DataError, explain
 from lcl_mcore.storage import (
     PARTIAL,
@@ -199,6 +201,22 @@ def parse_state(data: bytes, folder: str) -> TrainState:
     if named is not None and named != state.step:
         raise ValueError(f"belongs to step {state.step}, the folder's name to step {named}")
     return state
+
+
+def written_config(folder: Path, log: Callable[[str], None]) -> RunConfig:
+    """The configuration that wrote a verified local checkpoint: the copy in it, which its manifest vouches for.
+
+    Checkpoints of early versions have none; for them it is that of the run's folder, and `log` is told.
+
+    Raises:
+        ConfigError: it is missing, or not a configuration.
+    """
+    own = folder / CONFIG
+    if own.is_file():
+        return read_config(own)
+    beside = folder.absolute().parents[1] / CONFIG
+    log(f"{folder} holds no {CONFIG}: the configuration is taken from {beside}")
+    return read_config(beside)
 
 
 def _parse(kind: TypeAdapter[T], data: bytes) -> T:

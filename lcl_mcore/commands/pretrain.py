@@ -11,7 +11,7 @@ import tyro
 
 from lcl_mcore.config.base import config_dataclass
 from lcl_mcore.config.cli import RunOptions, parse_run
-from lcl_mcore.config.run_folder import check_folder, write_config
+from lcl_mcore.config.run_folder import check_folder
 from lcl_mcore.fault_tolerance.events import is_restart
 
 
@@ -46,12 +46,13 @@ def main() -> int:
     resume = options.resume or is_restart(folder)  # torchrun repeats the same command after a failure
     check_folder(folder, resume)
 
-    # Imported only now, so that a mistake above is answered at once.
+    # Imported only now, so that a mistake above is answered at once; and what follows before torch is.
+    from lcl_mcore.data.inputs import check_inputs
+
+    check_inputs(config)
     from lcl_mcore.distributed.context import start
 
     context = start(config, folder)
-    if context.rank == 0:
-        write_config(config, folder)
     from lcl_mcore.trainer import Trainer  # after `start`: see `lcl_mcore.distributed.cpu`
 
     return Trainer(config, context, resume=resume, init_from=options.init_from).train()

@@ -127,12 +127,12 @@ def _describe(cls: type, item: Any, flags: Mapping[str, str]) -> str:
     if kind in ("unexpected_keyword_argument", "extra_forbidden"):
         return explain(where, "no setting has this name", _nearest(cls, where))
     flag = flags.get(".".join(part for part in item["loc"] if isinstance(part, str)))
-    given = f"{flag} {_shown(value)}" if flag else f"{where} = {_shown(value)}"
+    given = f"{flag} {shown(value)}" if flag else f"{where} = {shown(value)}"
     if kind in _RULES:
         bound, rule = _RULES[kind]
         limit = context.get(bound, "")
-        shown = f"{limit:g}" if isinstance(limit, int | float) else limit.replace("'", "").replace(" or ", ", ")
-        rule = _AT_ZERO[kind] if shown == "0" and kind in _AT_ZERO else rule.format(shown)
+        named = f"{limit:g}" if isinstance(limit, int | float) else limit.replace("'", "").replace(" or ", ", ")
+        rule = _AT_ZERO[kind] if named == "0" and kind in _AT_ZERO else rule.format(named)
     elif kind.partition("_")[0] in _KINDS and kind != "string_pattern_mismatch":
         rule = f"must be {_KINDS[kind.partition('_')[0]]}"
     else:
@@ -144,7 +144,7 @@ def _describe(cls: type, item: Any, flags: Mapping[str, str]) -> str:
     return explain(given, rule, _example(cls, item["loc"]))
 
 
-def _shown(value: object) -> str:
+def shown(value: object) -> str:
     """A value in a message: as typed, and short."""
     text = value if isinstance(value, str) and value else repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."

@@ -1,4 +1,4 @@
-"""The folder of a run: its resolved configuration, and the rule for starting it again."""
+"""The folder of a run: its resolved configuration, and the rules for starting it again."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from lcl_mcore.config.base import fields_of, from_dict, to_dict
+from lcl_mcore.config.base import fields_of, from_dict, shown, to_dict
 from lcl_mcore.config.recipes import RECIPES, load_recipe, with_source_options
 from lcl_mcore.config.renamed import with_current_names
 from lcl_mcore.config.schema import RunConfig
@@ -18,6 +18,11 @@ from lcl_mcore.storage import atomic_write
 from lcl_mcore.untrusted import MAX_YAML_BYTES, BadYamlError, parse_yaml, read_regular
 
 FILE = "config.yaml"
+
+_IMPLEMENTATIONS = frozenset(
+    f"loss.{name}" for name in ("contrastive_impl", "contrastive_precision", "contrastive_schedule", "generation_impl")
+)
+"""Settings of the objective that say how it is computed, not what it is."""
 
 
 def config_digest(config: RunConfig) -> str:
@@ -70,11 +75,47 @@ def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     return result
 
 
+def config_text(config: RunConfig) -> str:
+    """The fully resolved configuration, as `config.yaml` has it."""
+    text: str = yaml.safe_dump(to_dict(config), sort_keys=False)
+    return text
+
+
 def write_config(config: RunConfig, folder: Path) -> None:
     """Save the fully resolved configuration as `config.yaml`."""
     folder.mkdir(parents=True, exist_ok=True)
-    text = yaml.safe_dump(to_dict(config), sort_keys=False)
-    atomic_write(folder / FILE, text)
+    atomic_write(folder / FILE, config_text(config))
+
+
+def differences(before: RunConfig, now: RunConfig) -> dict[str, str]:
+    """The settings that differ, by path: `12 -> 8`."""
+    old, new = _flat(to_dict(before)), _flat(to_dict(now))
+    paths = [*new, *(path for path in old if path not in new)]
+    return {
+        path: f"{shown(old.get(path))} -> {shown(new.get(path))}" for path in paths if old.get(path) != new.get(path)
+    }
+
+
+def change_of_model_or_objective(changes: dict[str, str]) -> str:
+    """Those of the `differences` that make another model or objective, as one line: weights must not change sides."""
+    return listed(
+        {p: change for p, change in changes.items() if p.startswith(("model.", "loss.")) and p not in _IMPLEMENTATIONS}
+    )
+
+
+def listed(changes: dict[str, str]) -> str:
+    """`differences` in one line."""
+    return ", ".join(f"{path} {change}" for path, change in changes.items())
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Every value by its path; lists stay whole but for those of sections."""
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, list) and value and isinstance(value[0], dict):
+            value = {str(number): part for number, part in enumerate(value)}
+        found |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
 def check_folder(folder: Path, resume: bool) -> None:

@@ -32,7 +32,7 @@ class Mixture:
         self, config: DataConfig, tokenizer: Tokenizer, tokens_per_image: int, *, streams: int = 1, seed: int = 0
     ) -> None:
         if not config.sources:
-            raise DataError(explain("data.sources = []", "nothing to read", "Give at least one data set."))
+            raise DataError(explain("data.sources = []", "nothing to read", "Give at least one data set: --data PATH."))
         self._block = config.shuffle_block
         self.datasets = {
             source.label: NativeDataset(

@@ -11,7 +11,14 @@ from torch import Tensor
 
 from lcl_mcore.build import build_model
 from lcl_mcore.checkpoint.consolidate import consolidated_weights
-from lcl_mcore.checkpoint.store import TrainState, complete_checkpoints, read_state, require_intact
+from lcl_mcore.checkpoint.store import (
+    STATE,
+    TrainState,
+    complete_checkpoints,
+    read_state,
+    require_intact,
+    written_config,
+)
 from lcl_mcore.checkpoint.weights_file import FILE as WEIGHTS_FILE
 from lcl_mcore.checkpoint.weights_file import load_consolidated, read_consolidated, without_vocabulary_padding
 from lcl_mcore.config.run_folder import FILE as CONFIG_FILE
@@ -29,9 +36,9 @@ class LoadedModel:
     """A model with its weights, and where they came from.
 
     Attributes:
-        config: the run's.
+        config: that of the weights.
         model: in this process, fp32: its parameters are the run's master weights.
-        folder: holds `config.yaml`.
+        folder: of the run; results go there.
         weights: the checkpoint or file that was read.
         state: steps, images and data position; zeros for `model.safetensors`.
     """
@@ -66,16 +73,18 @@ class LoadedModel:
 def open_model(path: Path, context: Context | None = None) -> LoadedModel:
     """Build the model in this process and load its weights, in fp32; in evaluation mode.
 
+    Whatever a run's folder says by now: the configuration is the one that belongs to the weights.
+
     Args:
         path: see `locate`.
         context: of a process group that was joined before; None joins one of a single process.
 
     Raises:
         CheckpointError: nothing to load, or it is damaged.
-        ConfigError: the configuration beside it is missing or invalid.
+        ConfigError: its configuration is missing or invalid.
     """
     folder, weights = locate(path)
-    config = read_config(folder / CONFIG_FILE)
+    config = stored_config(folder, weights)
     alone = evaluation_config(config)
     context = context or start(alone, folder)
     model = build_model(alone, context)
@@ -86,12 +95,12 @@ def open_model(path: Path, context: Context | None = None) -> LoadedModel:
 
 
 def locate(path: Path) -> tuple[Path, Path]:
-    """Folder with the configuration, and weights, of a run, one of its checkpoints, or an imported model.
+    """Folder of the run and weights, of a run, one of its checkpoints, or an imported model.
 
     Raises:
         CheckpointError: there is no complete checkpoint and no `model.safetensors`.
     """
-    if (path / "state.json").is_file():
+    if (path / STATE).is_file():
         return path.resolve().parent.parent, path
     if (path / WEIGHTS_FILE).is_file():
         return path, path / WEIGHTS_FILE
@@ -102,15 +111,27 @@ def locate(path: Path) -> tuple[Path, Path]:
     return path, checkpoints[-1]
 
 
-def stored_weights(weights: Path) -> tuple[dict[str, Tensor], TrainState]:
-    """Whole fp32 tensors by name, and how long they were trained, of what `locate` found.
+def stored_config(folder: Path, weights: Path) -> RunConfig:
+    """The configuration that belongs to what `locate` found.
 
     Raises:
         CheckpointError: damaged.
+        ConfigError: it is missing or invalid.
+    """
+    if weights.name == WEIGHTS_FILE:
+        return read_config(folder / CONFIG_FILE)
+    require_intact(weights)
+    return written_config(weights, print)
+
+
+def stored_weights(weights: Path) -> tuple[dict[str, Tensor], TrainState]:
+    """Whole fp32 tensors by name, and how long they were trained, of what `locate` found and `stored_config` verified.
+
+    Raises:
+        CheckpointError: they cannot be read.
     """
     if weights.name == WEIGHTS_FILE:
         return read_consolidated(weights), TrainState(0, None, "", "")
-    require_intact(weights)
     return consolidated_weights(weights), read_state(weights)
 
 

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from pathlib import Path
+from typing import Any
 
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from lcl_mcore.commands.pretrain import parse_options
-from lcl_mcore.config.base import to_dict
+from lcl_mcore.config.base import from_dict, to_dict
 from lcl_mcore.config.recipes import load_recipe
-from lcl_mcore.config.run_folder import read_config
+from lcl_mcore.config.run_folder import change_of_model_or_objective, differences, read_config
 from lcl_mcore.config.schema import OptimConfig, RunConfig, TrainConfig
 
 OLD = Path(__file__).parent / "config-02e64cf.yaml"
@@ -60,3 +64,71 @@ def test_a_whole_file_keeps_a_name_of_its_own(tmp_path: Path) -> None:
     config = dataclasses.replace(load_recipe("demo"), recipe="my-own")
     path.write_text(yaml.safe_dump(to_dict(config)))
     assert read_config(path) == config
+
+
+def leaves(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, value in tree.items():
+        found |= leaves(value, f"{prefix}{name}.") if isinstance(value, dict) else {prefix + name: value}
+    return found
+
+
+CHANGES = {
+    "recipe": "other",
+    "model.vision.heads": 2,
+    "model.vision.drop_path": 0.5,
+    "model.language.activation": "gelu",
+    "model.language.init": "clip_text",
+    "model.pool_heads": 8,
+    "data.context_rule": "index0",
+    "data.crop_scale": [0.5, 1.0],
+    "loss.contrastive_weight": 0.25,
+    "loss.negatives": "micro_batch",
+    "loss.contrastive_impl": "tiled",
+    "loss.contrastive_precision": "fp32",
+    "loss.contrastive_schedule": "gather_both",
+    "loss.generation_impl": "chunked",
+    "optim.lr": 0.5,
+    "parallel.stage_layers": [2],
+    "train.precision": "bf16",
+    "checkpoint.folder": "s3://b/r",
+    "faults.skip_batches": [[1, 2], [5, 9]],
+}
+"""Another valid value than the demo's, for settings of every section and kind."""
+
+
+@settings(deadline=None)
+@given(st.sets(st.sampled_from(sorted(CHANGES))))
+def test_differences_are_exactly_what_was_changed(paths: set[str]) -> None:
+    base = load_recipe("demo")
+    tree = to_dict(base)
+    old = leaves(tree)
+    for path in paths:
+        *sections, name = path.split(".")
+        functools.reduce(lambda node, section: node[section], sections, tree)[name] = CHANGES[path]
+    found = differences(base, from_dict(RunConfig, tree))
+    assert found == {path: f"{old[path]} -> {CHANGES[path]}" for path in paths}
+    named = change_of_model_or_objective(found)
+    implementations = {"loss.contrastive_impl", "loss.contrastive_precision", "loss.contrastive_schedule"}
+    meant = {path for path in paths if path.startswith(("model.", "loss."))} - implementations
+    assert {part.split(" ")[0] for part in named.split(", ") if part} - set("29") == meant - {"loss.generation_impl"}
+
+
+def test_every_setting_of_model_and_objective_counts() -> None:
+    """A new one is compared without being named anywhere; those that do not count are listed here."""
+    paths = [path for path in leaves(to_dict(RunConfig())) if path.startswith(("model.", "loss."))]
+    assert len(paths) > 30
+    free = [path for path in paths if not change_of_model_or_objective({path: "1 -> 2"})]
+    assert free == [
+        "loss.contrastive_impl",
+        "loss.contrastive_precision",
+        "loss.contrastive_schedule",
+        "loss.generation_impl",
+    ]
+
+
+def test_sources_are_compared_setting_by_setting() -> None:
+    one, two = (parse_options(["--recipe", "demo", "--data", *words]).run for words in (["a:2", "b"], ["a", "b", "c"]))
+    assert differences(one, two)["data.sources.0.weight"] == "2.0 -> 1.0"
+    assert differences(one, two)["data.sources.2.path"] == "None -> c"
+    assert "data.sources.1.path" not in differences(one, two)

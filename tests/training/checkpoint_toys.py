@@ -77,6 +77,7 @@ def checkpointer(location: str, staging: Path, tensors: Toys, keep: int = 2) -> 
 def save(location: str, staging: Path, step: int, keep: int = 2) -> str:
     """Save the tensors of `step`; its problem."""
     saver = checkpointer(location, staging, Toys(step), keep)
+    saver.clean()
     saver.start(TrainState(step, {"at": step}, "hash", "digest"))
     outcome = saver.wait()
     assert outcome is not None
@@ -88,9 +89,12 @@ def restore(location: str, staging: Path) -> dict[str, Any]:
     toys = Toys(0)
     loader = checkpointer(location, staging, toys)
     state, unusable = loader.restore()
+    loader.clean()
     skipped = [str(item) for item in unusable]
     if state is None:
         return {"step": None, "skipped": skipped, "untouched": _equal(toys.tensors, values(0))}
+    for item in unusable:
+        loader.set_aside(item)
     exact = _equal(toys.tensors, values(state.step)) and toys.steps == state.step
     return {"step": state.step, "skipped": skipped, "exact": exact, "names": checkpoint_names(location)}
 

@@ -28,7 +28,7 @@ import torch.distributed as dist
 from lcl_mcore.checkpoint import manager as checkpoint
 from lcl_mcore.commands.entry import run_main
 from lcl_mcore.commands.pretrain import parse_options
-from lcl_mcore.config.run_folder import check_folder, write_config
+from lcl_mcore.config.run_folder import check_folder
 from lcl_mcore.data.loader import StepReader
 from lcl_mcore.fault_tolerance.events import is_restart
 from lcl_mcore.fault_tolerance.watchdog import Watchdog
@@ -121,8 +121,6 @@ def main() -> int:
     from lcl_mcore.distributed.context import start
 
     context = start(config, options.out)
-    if context.rank == 0:
-        write_config(config, options.out)
     faults = plan_for(Path(plan), context.rank)
     inject_signals(faults)
     slow_reading(faults)
