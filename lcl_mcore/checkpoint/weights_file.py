@@ -7,7 +7,8 @@ tensor-parallel rank holds it, with the vocabulary unpadded.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,6 +124,37 @@ def read_consolidated(path: Path) -> dict[str, Tensor]:
             return {current_name(name): stored.get_tensor(name).float() for name in names}
     except (OSError, SafetensorError) as error:
         raise CheckpointError(explain(file, f"cannot be read ({error})", "Check the path, or make it again.")) from None
+
+
+_NOT_THE_FUNCTION = re.compile(r"image_size|layer_scale|drop|init")
+
+
+def require_same_model(path: Path, shape: ModelConfig) -> None:
+    """Refuse a `model.safetensors` of another model, whether or not its tensors have the same shapes.
+
+    What changes the start of training alone is not compared, nor is the image size, to which positions are fitted.
+
+    Raises:
+        CheckpointError: another number of heads, activation, epsilon or size is written in it.
+    """
+    file = _file(path)
+    with safe_open(file, "pt") as stored:
+        written = dict(_leaves(json.loads((stored.metadata() or {}).get("model", "{}"))))
+    ours = dict(_leaves(to_dict(shape)))
+    for name in sorted(written.keys() & ours.keys()):
+        if written[name] != ours[name] and not _NOT_THE_FUNCTION.search(name):
+            rule = f"this model has {ours[name]}"
+            raise CheckpointError(
+                explain(f"{file}: model.{name} = {written[name]}", rule, "Use the config.yaml beside it.")
+            )
+
+
+def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in tree.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{path}{name}.")
+        else:
+            yield path + name, value
 
 
 def is_consolidated(path: Path) -> bool:

@@ -20,7 +20,12 @@ from lcl_mcore.checkpoint.store import (
     written_config,
 )
 from lcl_mcore.checkpoint.weights_file import FILE as WEIGHTS_FILE
-from lcl_mcore.checkpoint.weights_file import load_consolidated, read_consolidated, without_vocabulary_padding
+from lcl_mcore.checkpoint.weights_file import (
+    load_consolidated,
+    read_consolidated,
+    require_same_model,
+    without_vocabulary_padding,
+)
 from lcl_mcore.config.run_folder import FILE as CONFIG_FILE
 from lcl_mcore.config.run_folder import read_config
 from lcl_mcore.config.schema import ParallelConfig, RunConfig
@@ -88,6 +93,8 @@ def open_model(path: Path, context: Context | None = None) -> LoadedModel:
     alone = evaluation_config(config)
     context = context or start(alone, folder)
     model = build_model(alone, context)
+    if weights.name == WEIGHTS_FILE:
+        require_same_model(weights, config.model)
     stored, state = stored_weights(weights)
     load_consolidated(model, without_vocabulary_padding(stored, config.model.language.vocab_size), 0, 1)
     model.eval()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -16,12 +14,16 @@ from lcl_mcore.checkpoint.weights_file import (
     is_consolidated,
     load_consolidated,
     read_consolidated,
+    require_same_model,
     tensor_parallel_share,
 )
 from lcl_mcore.config.schema import VisionConfig
 from lcl_mcore.errors import CheckpointError, explain
-from lcl_mcore.interop.vit_formats import OTHER_SHAPE, from_format, recognise
+from lcl_mcore.interop.stated import require_same_function
+from lcl_mcore.interop.vit_formats import fit_positions, from_format, recognise
 from lcl_mcore.models.lcl import LclModel
+
+POSITIONS = "vision.position_embedding"
 
 
 def start_from(model: LclModel, path: Path, tp_rank: int, tp_size: int) -> str:
@@ -37,16 +39,23 @@ def start_from(model: LclModel, path: Path, tp_rank: int, tp_size: int) -> str:
     Raises:
         CheckpointError: unreadable, of no known format, or it does not fit the model.
     """
+    vision = model.shape.vision
     if is_consolidated(path):
-        load_consolidated(model, read_consolidated(path), tp_rank, tp_size)
-        return str(path)
-    state, kind = read_encoder(path, model.shape.vision)
+        require_same_model(path, model.shape)
+        whole = read_consolidated(path)
+        whole[POSITIONS], done = fit_positions(whole[POSITIONS], vision)
+        load_consolidated(model, whole, tp_rank, tp_size)
+        return f"{path}{done}"
+    state, kind = read_encoder(path, vision)
     load_encoder(model, state, tp_rank, tp_size)
     return f"{path} (vision encoder only, {kind})"
 
 
 def read_encoder(path: Path, shape: VisionConfig) -> tuple[dict[str, Tensor], str]:
-    """Encoder state dict from a folder or `.safetensors` file of timm, open_clip or transformers, and its format.
+    """Encoder state dict from a folder or `.safetensors` file of timm, open_clip or transformers.
+
+    Returns:
+        The state dict, and its format with what was changed on the way, for the log.
 
     Raises:
         CheckpointError: unreadable, of no known format, or it does not fit `shape`.
@@ -63,31 +72,11 @@ def read_encoder(path: Path, shape: VisionConfig) -> tuple[dict[str, Tensor], st
     if found is None:
         rule = "is neither a consolidated state dict of lcl_mcore nor a ViT of timm, open_clip or transformers"
         raise CheckpointError(explain(files[0], rule, "See docs/export.md for what can be read."))
-    check_stated(files[0].parent, shape)
-    return from_format(state, shape, *found), found[0].format
-
-
-def check_stated(folder: Path, shape: VisionConfig) -> None:
-    """Refuse weights whose `config.json` or `open_clip_config.json` states what this encoder does otherwise.
-
-    Raises:
-        CheckpointError: another activation or another epsilon of the norms.
-    """
-    for name in ("config.json", "open_clip_config.json"):
-        path = folder / name
-        stated: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        vision = stated.get("vision_config", stated)
-        quick = "quickgelu" in str(stated.get("architecture", ""))
-        quick = quick or stated.get("model_cfg", {}).get("quick_gelu")
-        activation = "quick_gelu" if quick else vision.get("hidden_act", "gelu")
-        epsilon = vision.get("layer_norm_eps", shape.norm_eps)
-        for value, ours, what in (
-            (activation, "gelu", "activation"),
-            (epsilon, shape.norm_eps, "epsilon of the norms"),
-        ):
-            if value != ours:
-                rule = f"this encoder has {ours}"
-                raise CheckpointError(explain(f"{path}: {what} {value}", rule, OTHER_SHAPE))
+    naming, prefix = found
+    pixels = require_same_function(files[0].parent, naming, shape)
+    encoder, done = from_format(state, shape, naming, prefix, pixels)
+    unknown = "; pixel statistics not stated, taken to be CLIP's" if pixels is None else ""
+    return encoder, naming.format + done + unknown
 
 
 @torch.no_grad()

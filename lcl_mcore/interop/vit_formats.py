@@ -2,7 +2,7 @@
 
 An encoder state dict is the `vision.*` part of a consolidated one (`checkpoint.weights_file`), in fp32. Nothing here
 needs those packages. What a format lacks is folded into what it has, exactly: layer scale into the branch's last
-matrix, a patch bias into the positions.
+matrix, a patch bias into the positions, other pixel statistics into the patches.
 
 Shape legend
     h  width;  p  patch side;  T  tokens (patches, and the class token in front)
@@ -10,17 +10,23 @@ Shape legend
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from lcl_mcore.checkpoint.weights_file import misfit
 from lcl_mcore.config.schema import VisionConfig
+from lcl_mcore.errors import CheckpointError, explain
+from lcl_mcore.models.vision import PIXEL_MEAN, PIXEL_STD
 
 OTHER_SHAPE = "Choose a model of the same shape, or set model.vision.* to fit it."
+Pixels = tuple[tuple[float, ...], tuple[float, ...]]
+"""Mean and standard deviation of red, green and blue in [0, 1] that pixels are normalised with."""
 
 
 @dataclass(frozen=True)
@@ -200,46 +206,107 @@ def recognise(state: Mapping[str, Tensor]) -> tuple[Naming, str] | None:
     return None
 
 
-def from_format(state: Mapping[str, Tensor], shape: VisionConfig, naming: Naming, prefix: str) -> dict[str, Tensor]:
+def interpolate_positions(positions: Tensor, grid: int, antialias: bool = True) -> Tensor:
+    """Positions of `grid` x `grid` patches, bicubic, from those of another square.
+
+    Args:
+        positions: [T, h]; what is more than a square, the class token's, is kept.
+        antialias: as timm and open_clip do, and this package; transformers' own models do not.
+    """
+    leading = _class_positions(len(positions))
+    if (old := math.isqrt(len(positions) - leading)) == grid:
+        return positions
+    square = positions[leading:].float().unflatten(0, (old, old)).permute(2, 0, 1)[None]  # [1, h, rows, columns]
+    square = F.interpolate(square, (grid, grid), mode="bicubic", antialias=antialias, align_corners=False)
+    return torch.cat((positions[:leading], square[0].permute(1, 2, 0).flatten(0, 1)))
+
+
+def _class_positions(tokens: int) -> int:
+    """0 for the positions of a square of patches, 1 for a class token's before them."""
+    return int(math.isqrt(tokens) ** 2 != tokens)
+
+
+def fit_positions(positions: Tensor, shape: VisionConfig) -> tuple[Tensor, str]:
+    """Positions for an encoder's image size, and what was done, for the log.
+
+    Raises:
+        CheckpointError: they are not those of a square of patches.
+    """
+    patches = len(positions) - _class_positions(len(positions))
+    old, new = math.isqrt(patches), shape.image_size // shape.patch_size
+    if old**2 != patches:
+        rule = "are not those of a square of patches with at most a class token"
+        raise CheckpointError(explain(f"{len(positions)} positions", rule, OTHER_SHAPE))
+    done = f"; positions interpolated from {old} x {old} to {new} x {new} patches" if old != new else ""
+    return interpolate_positions(positions, new), done
+
+
+def _fold_pixels(patches: Tensor, pixels: Pixels) -> tuple[Tensor, Tensor]:
+    """Patch weights [h, 3, p, p] for this package's pixels, and a bias [h], of weights for other pixels."""
+    (mean, std), ours = torch.tensor(pixels, dtype=torch.float64), torch.tensor((PIXEL_MEAN, PIXEL_STD)).double()
+    bias = torch.einsum("hcij,c->h", patches.double(), (ours[0] - mean) / std)
+    return (patches.double() * (ours[1] / std)[:, None, None]).float(), bias.float()
+
+
+# Beside the trunk: heads, projections, pools, and tensors that training alone uses.
+_NO_TRUNK = re.compile(r"(head|fc_norm|attn_pool|proj|pooler|classifier|embeddings\.(position_ids|mask_token))\b")
+
+
+def from_format(
+    state: Mapping[str, Tensor], shape: VisionConfig, naming: Naming, prefix: str, pixels: Pixels | None = None
+) -> tuple[dict[str, Tensor], str]:
     """Encoder state dict of a file's tensors; heads, projections and text towers in the file are ignored.
+
+    Args:
+        pixels: statistics that the file's model normalises pixels with; None: this package's.
+
+    Returns:
+        The state dict, and what was changed on the way, for the log.
 
     Raises:
         CheckpointError: tensors are missing or have another shape, or the file has parts this model lacks.
     """
-    h, layers, problems = shape.width, shape.layers, list[str]()
+    h, p, layers, problems = shape.width, shape.patch_size, shape.layers, list[str]()
+    used = set[str]()
 
     def take(name: str, *size: int) -> Tensor:
         key = prefix + name
         if key not in state:
             problems.append(f"missing: {key}")
             return torch.zeros(size)
+        used.add(key)
         tensor = state[key].detach().float()
         if tensor.numel() != torch.Size(size).numel() or (len(size) > 1 and tensor.shape[-1] != size[-1]):
             problems.append(f"shape: {key} is {tuple(tensor.shape)}, the model has {size}")
             return torch.zeros(size)
         return tensor.reshape(size)
 
-    result = {"vision.patch_embedding": take(f"{naming.patches}.weight", h, 3, shape.patch_size, shape.patch_size)}
-    result["vision.patch_embedding"] = result["vision.patch_embedding"].reshape(h, -1)
-    stored = state.get(prefix + naming.positions, torch.zeros(0)).numel() // h
-    if shape.class_token and stored == shape.patches:  # a class token without a position
-        positions = torch.cat((torch.zeros(1, h), take(naming.positions, shape.patches, h)))
-    else:
-        positions = take(naming.positions, shape.tokens, h)
-    if f"{prefix}{naming.patches}.bias" in state:
-        positions = positions.clone()
-        positions[shape.tokens - shape.patches :] += take(f"{naming.patches}.bias", h)
+    stored = state.get(f"{prefix}{naming.patches}.weight")
+    if stored is not None and stored.dim() == 4 and stored.shape[-1] != p:
+        rule = f"this encoder has {p}, and patches are not resized, only positions"
+        remedy = f"Set model.vision.patch_size={stored.shape[-1]}, or choose another model."
+        raise CheckpointError(explain(f"patch size {stored.shape[-1]} of the {naming.format} weights", rule, remedy))
+    patches, done = take(f"{naming.patches}.weight", h, 3, p, p), ""
+    bias = take(f"{naming.patches}.bias", h) if f"{prefix}{naming.patches}.bias" in state else torch.zeros(h)
+    if pixels not in (None, (PIXEL_MEAN, PIXEL_STD)):
+        patches, shift = _fold_pixels(patches, pixels)
+        bias, done = bias + shift, f"; pixels of mean {pixels[0]} and deviation {pixels[1]} folded into the patches"
+    result = {"vision.patch_embedding": patches.reshape(h, -1)}
+    stored = state.get(prefix + naming.positions, torch.zeros(shape.tokens, h))
+    same_width = stored.shape[-1] == h
+    positions = take(naming.positions, stored.numel() // h if same_width else shape.tokens, h)
+    positions, interpolated = fit_positions(positions, shape)
+    if len(positions) == shape.patches:
+        positions = torch.cat((torch.zeros(shape.tokens - shape.patches, h), positions))  # a class token without one
+    if bias.any():
+        positions = torch.cat((positions[: -shape.patches], positions[-shape.patches :] + bias))
     result["vision.position_embedding"] = positions
     if shape.class_token:
         result["vision.class_token"] = take(naming.class_token or "(no class token)", h)
-    elif naming.class_token and prefix + naming.class_token in state:
-        problems.append(f"unexpected: {prefix}{naming.class_token}")
     sizes = {"linear_proj": (h, h), "linear_fc1": (shape.mlp_width, h), "linear_fc2": (h, shape.mlp_width)}
     modules = [("vision.norm_post", naming.norm_post)]
     if shape.pre_norm:
         modules.append(("vision.norm_pre", naming.norm_pre or "(no norm before the blocks)"))
-    elif naming.norm_pre and f"{prefix}{naming.norm_pre}.weight" in state:
-        problems.append(f"unexpected: {prefix}{naming.norm_pre}.weight")
     for i in range(layers):
         modules += _modules(naming, i)
         for leaf, columns in (("weight", (h,)), ("bias", ())):
@@ -259,10 +326,8 @@ def from_format(state: Mapping[str, Tensor], shape: VisionConfig, naming: Naming
             else:
                 result[f"{last}.weight"] = result[f"{last}.weight"] * gamma[:, None]
                 result[f"{last}.bias"] = result[f"{last}.bias"] * gamma
-    more = re.compile(re.escape(prefix) + naming.norms[0].replace("{i}", r"(\d+)").replace(".", r"\."))
-    found = {int(match[1]) for key in state if (match := more.match(key))}
-    if len(found) > layers:
-        problems.append(f"unexpected: {len(found)} blocks, the model has {layers}")
+    trunk = (key for key in state if key.startswith(prefix) and not _NO_TRUNK.match(key, len(prefix)))
+    problems += [f"unexpected: {key}" for key in sorted(trunk) if key not in used]
     if problems:
         raise misfit(f"{naming.format} weights", problems, OTHER_SHAPE)
-    return result
+    return result, interpolated + done

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 
-from lcl_mcore.checkpoint.weights_file import consolidated_state, write_consolidated
+from lcl_mcore.checkpoint.weights_file import consolidated_state
 from lcl_mcore.config.schema import VisionConfig
 from lcl_mcore.errors import CheckpointError
 from lcl_mcore.export.encoder import deviation, normalised, own_features, random_images
 from lcl_mcore.export.formats import FORMATS
 from lcl_mcore.export.reload import ReloadRequest, reload_features
-from lcl_mcore.interop.init_from import load_encoder, read_encoder, start_from
+from lcl_mcore.interop.init_from import load_encoder, read_encoder
 from lcl_mcore.models.lcl import LclModel
 
 Make = Callable[..., LclModel]
@@ -69,54 +68,3 @@ def test_a_wrong_export_is_not_accepted() -> None:
         deviation(ours / ours.abs().max(), ours / ours.abs().max() + 1e-4, "timm")
     with pytest.raises(CheckpointError, match="features differ by nan"):
         deviation(ours, ours * torch.nan, "timm")
-
-
-def test_what_a_format_has_and_we_lack_is_folded_or_refused(make_model: Make, tmp_path: Path) -> None:
-    from safetensors.torch import load_file, save_file
-
-    shape = SHAPES["class token"]
-    model, images = make_model(shape), random_images(48)
-    ours = own_features(model, images)
-    FORMATS["timm"].write(consolidated_state(model), shape, tmp_path)
-    file = tmp_path / "model.safetensors"
-    tensors = load_file(file)
-    # A patch bias, moved out of the positions; a head; no position for the class token.
-    shift = torch.randn(48)
-    tensors["patch_embed.proj.bias"] = shift
-    tensors["pos_embed"][:, 1:] -= shift
-    tensors["cls_token"] = tensors["cls_token"] + tensors["pos_embed"][:, :1]
-    tensors["pos_embed"] = tensors["pos_embed"][:, 1:].contiguous()
-    tensors["head.weight"] = torch.zeros(10, 48)
-    save_file(tensors, file)
-    assert "vision encoder only, timm" in start_from(model, tmp_path, 0, 1)
-    torch.testing.assert_close(own_features(model, images), ours, rtol=0, atol=1e-5)
-    # Layer scale in the file, where the model has none.
-    plain = make_model(dataclasses.replace(shape, layer_scale=None), seed=7)
-    start_from(plain, tmp_path, 0, 1)
-    torch.testing.assert_close(own_features(plain, images), ours, rtol=0, atol=1e-5)
-
-    with pytest.raises(CheckpointError, match=r"(?s)do not fit.*missing: norm_pre\.weight"):
-        read_encoder(tmp_path, SHAPES["class token, norm before"])
-    with pytest.raises(CheckpointError, match="unexpected: 2 blocks, the model has 1"):
-        read_encoder(tmp_path, dataclasses.replace(shape, layers=1))
-    with pytest.raises(CheckpointError, match=r"shape: blocks\.1\.mlp\.fc1\.weight is \(100, 48\)"):
-        read_encoder(tmp_path, dataclasses.replace(shape, mlp_width=96))
-    (tmp_path / "config.json").write_text(json.dumps({"hidden_act": "quick_gelu"}))
-    with pytest.raises(CheckpointError, match=r"activation quick_gelu: this encoder has gelu"):
-        read_encoder(tmp_path, shape)
-    (tmp_path / "config.json").write_text(json.dumps({"vision_config": {"layer_norm_eps": 1e-6}}))
-    with pytest.raises(CheckpointError, match="epsilon of the norms 1e-06"):
-        read_encoder(tmp_path, shape)
-    save_file({"weight": torch.zeros(1)}, file)
-    with pytest.raises(CheckpointError, match="neither a consolidated state dict of lcl_mcore nor"):
-        start_from(model, file, 0, 1)
-
-
-def test_a_consolidated_state_dict_starts_the_whole_model(make_model: Make, tmp_path: Path) -> None:
-    shape = SHAPES["neither"]
-    model, other = make_model(shape), make_model(shape, seed=3)
-    write_consolidated(consolidated_state(model), model.shape, tmp_path)
-    assert start_from(other, tmp_path, 0, 1) == str(tmp_path)
-    for (name, one), two in zip(model.named_parameters(), other.parameters(), strict=True):
-        rows = slice(0, 300) if one.shape[0] == 384 else slice(None)
-        assert torch.equal(one[rows], two[rows]), name
