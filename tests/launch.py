@@ -181,6 +181,12 @@ class Job:
         assert self.returncode is not None
         return self.returncode
 
+    def signal(self, rank: int, number: signal.Signals) -> None:
+        """Send a signal to one rank, unless it has ended."""
+        if self.pids[rank] in self._running():
+            with contextlib.suppress(ProcessLookupError):  # ended meanwhile; the server has not said so yet
+                os.kill(self.pids[rank], number)
+
     def end(self, number: signal.Signals, seconds: float) -> None:
         """Signal what still runs, and kill it if that did not end it in this time."""
         for chosen, limit in ((number, seconds), (signal.SIGKILL, 10.0)):
