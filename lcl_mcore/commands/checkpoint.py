@@ -8,6 +8,7 @@ from typing import Literal
 
 import tyro
 
+from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config import arguments
 from lcl_mcore.config.base import config_dataclass, require
 
@@ -56,3 +57,7 @@ def main() -> int:
         file = checkpoints.consolidate(options.path, options.out)
         print(f"{file}: start from it with --config {file.parent / 'config.yaml'} --init-from {file}")
     return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

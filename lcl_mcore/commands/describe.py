@@ -7,6 +7,7 @@ from typing import Any
 
 import tyro
 
+from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config.base import config_dataclass
 from lcl_mcore.config.cli import RunOptions, parse_run
 
@@ -59,3 +60,7 @@ def print_report(report: dict[str, Any]) -> None:
         label = name.replace("_", " ").replace("lm", "LM")
         print(f"  {label:<38}{short(forward):>12}{short(report['training_flops'][name]):>12}")
     print("\nMatmuls only, 2 per multiply-add; training is forward and backward, without recompute.")
+
+
+if __name__ == "__main__":
+    run_main(main)

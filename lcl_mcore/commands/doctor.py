@@ -10,6 +10,7 @@ from typing import Literal
 import tyro
 from pydantic import NonNegativeFloat, PositiveFloat
 
+from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config import arguments
 from lcl_mcore.config.base import config_dataclass
 
@@ -43,3 +44,7 @@ def main() -> int:
     if os.environ.get("RANK", "0") == "0" or not report.healthy:
         print(json.dumps(report.to_dict(), indent=1) if options.json else format_report(report))
     return 0 if report.healthy else 1
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeVar
 import tyro
 from pydantic import NonNegativeInt, PositiveInt
 
+from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config import arguments
 from lcl_mcore.config.base import config_dataclass, to_dict
 from lcl_mcore.config.evaluation import CaptionConfig, PairsConfig, ProbeConfig, RetrievalConfig
@@ -292,3 +293,7 @@ def both_pairs(options: PairsOptions, loaded: LoadedModel, limit: int) -> tuple[
     test = measured_pairs(options, loaded)
     require_disjoint(train, test)
     return train, test
+
+
+if __name__ == "__main__":
+    run_main(main)

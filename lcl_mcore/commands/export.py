@@ -7,6 +7,7 @@ from typing import Literal
 
 import tyro
 
+from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config import arguments
 from lcl_mcore.config.base import config_dataclass
 
@@ -37,3 +38,7 @@ def main() -> int:
         print(f"{name}: not written: {reason}")
     print(options.out / "README.md")
     return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

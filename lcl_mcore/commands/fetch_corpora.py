@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config import arguments
 from lcl_mcore.config.base import config_dataclass
 from lcl_mcore.errors import DataError, explain
@@ -79,3 +80,7 @@ def _run(command: list[str], folder: Path) -> None:
     if result.returncode:
         last = (result.stderr.strip().splitlines() or ["no message"])[-1]
         raise DataError(explain(" ".join(command), f"failed: {last}", "Run apt-get update, check the network."))
+
+
+if __name__ == "__main__":
+    run_main(main)

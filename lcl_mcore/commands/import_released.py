@@ -8,6 +8,7 @@ from typing import Annotated
 import tyro
 from pydantic import PositiveInt
 
+from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config import arguments
 from lcl_mcore.config.base import config_dataclass, from_dict, to_dict
 from lcl_mcore.config.recipes import released_for
@@ -51,3 +52,7 @@ def main() -> int:
     print(f"{len(state)} tensors, {total:,} parameters, recipe {config.recipe}")
     print(f"{path}\n{options.out / CONFIG_FILE}")
     return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

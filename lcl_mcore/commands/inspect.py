@@ -9,6 +9,7 @@ from typing import Annotated, Literal
 import tyro
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config import arguments
 from lcl_mcore.config.base import config_dataclass
 from lcl_mcore.config.schema import DataConfig, SourceConfig, TokenizerConfig
@@ -61,3 +62,7 @@ def main() -> int:
     finally:
         inspector.close()
     return 0
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import tyro
 
+from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config.base import config_dataclass
 from lcl_mcore.config.cli import RunOptions, parse_run
 from lcl_mcore.planning.request import PlanRequest
@@ -58,3 +59,7 @@ def main() -> int:
         options.out.with_suffix(".txt").write_text(f"{head}\n{report}\n", encoding="utf-8")
         options.out.with_suffix(".json").write_text(json.dumps(origin | plan, indent=1) + "\n", encoding="utf-8")
     return 0 if plan["memory"]["fits"] and not plan["lint"]["problems"] else 1
+
+
+if __name__ == "__main__":
+    run_main(main)

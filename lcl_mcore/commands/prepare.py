@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import tyro
 from pydantic import Field, NonNegativeInt, PositiveInt
 
+from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config import arguments
 from lcl_mcore.config.base import config_dataclass
 
@@ -114,3 +115,7 @@ def build_reader(options: PrepareDataOptions) -> Reader:
     if options.format in ("obelics", "omnicorpus"):
         return ParquetReader(options.input, options.images, max_duplicates=options.max_duplicates)
     return PairReader(options.input) if options.format == "pairs" else HtmlReader(options.input)
+
+
+if __name__ == "__main__":
+    run_main(main)

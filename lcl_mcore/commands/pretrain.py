@@ -9,6 +9,7 @@ from typing import Annotated
 
 import tyro
 
+from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config.base import config_dataclass
 from lcl_mcore.config.cli import RunOptions, parse_run
 from lcl_mcore.config.run_folder import check_folder
@@ -56,3 +57,7 @@ def main() -> int:
     from lcl_mcore.trainer import Trainer  # after `start`: see `lcl_mcore.distributed.cpu`
 
     return Trainer(config, context, resume=resume, init_from=options.init_from).train()
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -139,7 +139,7 @@ ROOMS = (
     "errors", "terminal", "untrusted", "optional_packages", "rng", "batch", "lr_schedule", "storage", "json_lines",
     "templates", "lcl_kernels", "config", "distributed", "hardware", "losses", "data", "models", "fused_adam",
     "optimizer", "startup_summary", "diagnostics", "checkpoint", "metrics", "interop", "train_step", "pipeline",
-    "fault_tolerance", "build", "planning", "evaluation", "trainer", "export", "commands",
+    "fault_tolerance", "build", "planning", "evaluation", "trainer", "export", "commands", "__main__",
 )  # fmt: skip
 
 
