@@ -6,14 +6,15 @@ store goes through one place that repeats what may pass, with growing pauses.
 
 from __future__ import annotations
 
-import hashlib
+import errno
 import logging
 import os
+import stat
 import threading
 import time
 from bisect import bisect_right, insort
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -134,17 +135,22 @@ class LocalStorage:
         except OSError as error:
             raise self._unreadable(name, error) from error
 
-    def sha256(self, name: str, size: int) -> str:
-        """Hash of the first `size` bytes."""
-        return _hash_blocks(self, name, size, lambda block: None)
-
-    def sizes(self) -> dict[str, int]:
-        """Name and size of every file in the folder."""
+    def sizes(self, names: Iterable[str] | None = None) -> dict[str, int]:
+        """Name and size of every regular file in the folder, or of those of `names` that are there."""
+        found = {}
         try:
-            with os.scandir(self._folder) as entries:
-                return {entry.name: entry.stat().st_size for entry in entries if entry.is_file()}
+            for name in os.listdir(self._folder) if names is None else names:
+                try:
+                    status = os.stat(self._folder / name)
+                except OSError as error:
+                    if error.errno in (errno.ENOENT, errno.ELOOP):
+                        continue
+                    raise
+                if stat.S_ISREG(status.st_mode):
+                    found[name] = status.st_size
         except OSError as error:
             raise self._unreadable("", error) from error
+        return found
 
     def names(self) -> list[str]:
         """Names of the files and folders in it."""
@@ -206,10 +212,17 @@ class RemoteStorage:
         if cached is not None:
             return cached
         path = self._path(name)
-        data = self._retried(name, lambda: self._system.cat_file(path, start=start, end=start + size), listed=True)
-        if len(data) != size:
-            raise _too_short(self.root, name, start, size, len(data))
-        return data
+
+        def request() -> bytes:
+            data: bytes = self._system.cat_file(path, start=start, end=start + size)
+            if len(data) < size:
+                raise _too_short(self.root, name, start, size, len(data))
+            if len(data) > size:
+                rule = f"{len(data)} bytes came for the {size} from {start}"
+                raise DataError(explain(f"{self.root}/{name}", rule, "Use a server that answers range requests."))
+            return data
+
+        return self._retried(name, request, listed=True) if size else b""
 
     def read_ahead(self, name: str, start: int, size: int) -> None:
         """Fetch a range into the cache, in one request."""
@@ -218,21 +231,16 @@ class RemoteStorage:
 
     def read_whole(self, name: str) -> bytes:
         """A whole small file."""
-        data: bytes = self._retried(name, lambda: self._system.cat_file(self._path(name)))
-        return data
+        size = self._size(name)
+        if size is None:  # some web servers do not tell
+            data: bytes = self._retried(name, lambda: self._system.cat_file(self._path(name)))
+            return data
+        return self.read(name, 0, size)
 
-    def sha256(self, name: str, size: int) -> str:
-        """Hash of the first `size` bytes, read by ranges of a few megabytes."""
-        return _hash_blocks(self, name, size, lambda block: None)
-
-    def download(self, name: str, size: int, path: Path) -> str:
-        """Write the first `size` bytes of a file to a local path; returns their hash."""
-        with open(path, "wb") as out:
-            return _hash_blocks(self, name, size, out.write)
-
-    def sizes(self) -> dict[str, int]:
-        """Name and size of every file in the folder."""
-        return {name: size for name, size, folder in self._listing() if not folder}
+    def sizes(self, names: Collection[str] | None = None) -> dict[str, int]:
+        """Name and size of every file in the folder, or of those of `names` that are there."""
+        found = {name: size for name, size, folder in self._listing() if not folder}
+        return found if names is None else {name: found[name] for name in names if name in found}
 
     def names(self) -> list[str]:
         """Names of the files and folders in it."""
@@ -247,16 +255,11 @@ class RemoteStorage:
 
     def upload(self, path: Path, name: str, size: int) -> None:
         """Bring a local file of `size` bytes there; the object appears at once or not at all."""
-        target = self._path(name)
-        self._retried(name, lambda: self._system.put_file(str(path), target))
-        arrived = self._retried(name, lambda: self._system.info(target, refresh=True))["size"]
-        if arrived != size:
-            rule = f"arrived with {arrived} bytes of {size}"
-            raise DataError(explain(f"{self.root}/{name}", rule, "Check the object store."))
+        self._send(name, size, lambda target: self._system.put_file(str(path), target))
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file; the object appears at once or not at all."""
-        self._retried(name, lambda: self._system.pipe_file(self._path(name), data))
+        self._send(name, len(data), lambda target: self._system.pipe_file(target, data))
 
     def remove(self, name: str) -> None:
         """Remove a file, or a folder with all that is in it, if there is one."""
@@ -275,6 +278,20 @@ class RemoteStorage:
         """Drop the cache."""
         self._cache.clear()
 
+    def _send(self, name: str, size: int, put: Callable[[str], object]) -> None:
+        def request() -> None:
+            put(self._path(name))
+            arrived = self._system.info(self._path(name), refresh=True)["size"]
+            if arrived != size:
+                rule = f"arrived with {arrived} bytes of {size}"
+                raise DataError(explain(f"{self.root}/{name}", rule, "Check the object store."))
+
+        self._retried(name, request)
+
+    def _size(self, name: str) -> int | None:
+        size: int | None = self._retried(name, lambda: self._system.info(self._path(name), refresh=True)).get("size")
+        return size
+
     def _path(self, name: str) -> str:
         return f"{self._folder}/{name}"
 
@@ -289,7 +306,7 @@ class RemoteStorage:
         ]
 
     def _retried(self, name: str, request: Callable[[], T], *, listed: bool = False) -> T:
-        """The request's answer; failures that may pass are tried again.
+        """The request's answer; failures that may pass, an answer of another length among them, are tried again.
 
         A missing file is missing, unless it was there when the folder was `listed`: stores that restart
         or move data answer so for a while.
@@ -302,6 +319,8 @@ class RemoteStorage:
                 missing = isinstance(error, FileNotFoundError)
                 final = isinstance(error, PermissionError) or (missing and not listed)
                 if final or attempt == self._retries:
+                    if isinstance(error, DataError):
+                        raise
                     detail = f"{attempt + 1} attempts failed, last: {type(error).__name__} {error}"
                     raise _unreadable(self.root, name, detail, missing) from error
                 time.sleep(pause)
@@ -354,14 +373,10 @@ class ByteCache:
             self._held = 0
 
 
-def _hash_blocks(storage: Storage, name: str, size: int, take: Callable[[bytes], object]) -> str:
-    """SHA-256 of a file's first `size` bytes, each block of which is given to `take` on the way."""
-    total = hashlib.sha256()
+def blocks(storage: Storage, name: str, size: int) -> Iterator[bytes]:
+    """A file's first `size` bytes, in blocks of a few megabytes."""
     for start in range(0, size, _BLOCK):
-        block = storage.read(name, start, min(_BLOCK, size - start))
-        total.update(block)
-        take(block)
-    return total.hexdigest()
+        yield storage.read(name, start, min(_BLOCK, size - start))
 
 
 def _unreadable(root: str, name: str, detail: str, missing: bool) -> DataError:

@@ -58,16 +58,16 @@ def list_checkpoints(location: str) -> list[dict[str, Any]]:
     for path in resolve(location):
         try:
             storage = open_storage(path)
-            entries = read_manifest(storage)
+            files = read_manifest(storage).files
             storage.close()
-            size, problem = sum(entry["bytes"] for entry in entries.values()), ""
+            size, problem = sum(entry["bytes"] for entry in files.values()), ""
         except (DataError, ValueError) as error:
-            entries, size, problem = {}, 0, str(error)
+            files, size, problem = {}, 0, str(error)
         found.append(
             {
                 "path": path,
                 "step": step_of(path.rsplit("/", 1)[-1]),
-                "files": len(entries),
+                "files": len(files),
                 "bytes": size,
                 "problem": problem,
             }

@@ -1,6 +1,6 @@
 """Boxes of tensors to and from a folder, by torch's distributed checkpoint format.
 
-torch writes, describes and reshards. Added here are boxes instead of whole tensors, a SHA-256 of what each rank
+torch writes, describes and reshards. Added here are boxes instead of whole tensors, a hash of what each rank
 writes while it writes it, and reading that runs nothing of what a forged checkpoint could contain: torch unpickles
 `.metadata` without restriction, and byte entries with `weights_only=False`. `SafeReader` accepts only the classes
 that valid metadata is made of, only tensors, and only files of the checkpoint's own folder; torch itself reads each
@@ -9,7 +9,6 @@ tensor with `weights_only=True`. Parameters that were renamed are found under th
 
 from __future__ import annotations
 
-import hashlib
 import io
 import math
 import os
@@ -37,6 +36,7 @@ from torch.distributed.checkpoint.metadata import (
 from torch.distributed.checkpoint.planner import LoadPlan, SavePlan, TensorWriteData, WriteItem, WriteItemType
 from torch.distributed.checkpoint.planner_helpers import create_read_items_for_chunk_list
 
+from lcl_mcore.checkpoint.hashing import start_hash
 from lcl_mcore.checkpoint.shards import TensorBox, current_name
 from lcl_mcore.checkpoint.store import Entries
 from lcl_mcore.errors import CheckpointError, explain
@@ -91,7 +91,7 @@ class _HashingFile:
     """A file that hashes what passes through it."""
 
     def __init__(self, file: io.BufferedWriter) -> None:
-        self.file, self.hash, self.bytes = file, hashlib.sha256(), 0
+        self.file, self.hash, self.bytes = file, start_hash(), 0
         self.error: OSError | None = None
         self.tell, self.flush, self.fileno, self.close = file.tell, file.flush, file.fileno, file.close
 
@@ -123,7 +123,7 @@ class HashingFiles(FileSystem):
                 yield stream
             finally:
                 self.error = self.error or stream.error
-        self.entries[Path(path).name] = {"bytes": stream.bytes, "sha256": stream.hash.hexdigest()}
+        self.entries[Path(path).name] = {"bytes": stream.bytes, "hash": stream.hash.hexdigest()}
 
     def rename(self, path: str | os.PathLike[str], new_path: str | os.PathLike[str]) -> None:
         super().rename(path, new_path)

@@ -22,13 +22,15 @@ from __future__ import annotations
 
 import logging
 import os
+import secrets
 import shutil
 import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -37,8 +39,10 @@ from torch.distributed.checkpoint import CheckpointException
 from lcl_mcore.checkpoint.dcp import SafeReader, read_boxes, write_boxes
 from lcl_mcore.checkpoint.shards import Shard, Snapshot, training_shards
 from lcl_mcore.checkpoint.store import (
+    RUN,
     CheckpointStore,
     Entries,
+    Manifest,
     TrainState,
     checkpoint_name,
     checkpoint_names,
@@ -46,6 +50,8 @@ from lcl_mcore.checkpoint.store import (
     open_store,
     outdated,
     read_state,
+    run_of_checkpoint,
+    run_of_folder,
     step_of,
     verify,
     verify_written,
@@ -60,6 +66,7 @@ from lcl_mcore.errors import CheckpointError, LclError, explain
 from lcl_mcore.models.lcl import LclModel
 from lcl_mcore.optimizer import Optimizer
 
+T = TypeVar("T")
 MAX_FAILED_SAVES = 2  # in a row
 _ECHO = "seen from here: "
 
@@ -89,12 +96,14 @@ class TrainingTensors:
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a save ended: `problem` is empty if the checkpoint is complete; `seconds` from start to commit."""
+    """How a save ended: `problem` is empty if the checkpoint is complete; `seconds` from start to the end of retention,
+    and what kept that from removing old ones."""
 
     step: int
     path: str
     problem: str
     seconds: float
+    kept: str = ""
 
 
 @dataclass(frozen=True)
@@ -109,7 +118,8 @@ class Unusable:
         return f"{self.path}: {self.fault}, skipped: {self.reason}"
 
 
-DAMAGED, UNLOADABLE, OTHER_MODEL = "damaged", "cannot be loaded", "of another model or objective"
+DAMAGED, UNLOADABLE = "damaged", "cannot be loaded"
+FOREIGN, OTHER_MODEL = "of another run", "of another model or objective"
 
 
 class Checkpointer:
@@ -140,10 +150,14 @@ class Checkpointer:
         self.keep, self.keep_every, self.config, self.node = keep, keep_every, config, node
         self.compare, self.changes = changes, dict[str, str]()
         self.rank = control.rank()
+        self.run = ""
+        """Id of the run; that of the checkpoints it continues, or made with the first one. On the first rank."""
         self.good: set[str] = set()
         """Names of checkpoints that this process wrote or verified; complete on the first rank."""
         self.origin = ""
         """Name of the checkpoint that this process resumed from."""
+        self.origin_run = ""
+        """What that one says is its run; nothing if it was written by an early version."""
         self.snapshot: Snapshot | None = None
         self._thread: threading.Thread | None = None
         self._outcome: Outcome | None = None
@@ -189,7 +203,7 @@ class Checkpointer:
 
     def _save(self, state: TrainState, began: float) -> None:
         """The writing thread: each stage begins when all ranks have done the one before."""
-        name = checkpoint_name(state.step)
+        name, kept = checkpoint_name(state.step), ""
         entries: Entries = {}
 
         def prepare() -> None:
@@ -206,9 +220,9 @@ class Checkpointer:
 
         def commit() -> None:
             if self.rank == 0:
-                self.store.commit(name, everything)
+                self.run = self.run or self._run_of(checkpoint_names(self.store.location)) or secrets.token_hex(8)
+                self.store.commit(name, Manifest(self.run, state.step, state.config_digest, everything))
                 self.good.add(name)
-                self._remove_outdated(name)
 
         try:
             problem = self._together(prepare)
@@ -218,29 +232,56 @@ class Checkpointer:
                 parts = gather_objects(entries, self.background)
                 everything = {file: entry for part in parts for file, entry in part.items()}
                 problem = self._together(commit)
+            if not problem:
+                kept = self._remove_outdated(name)
         except RuntimeError as error:  # the ranks cannot agree: one of them is gone
             problem = f"rank {self.rank}: {_reason(error)}"
         if (problem and self.rank == 0) or not self.store.shared:
             shutil.rmtree(self.store.staging(name), ignore_errors=True)
         path = child(self.store.location, name)
-        self._outcome = Outcome(state.step, path, problem, time.perf_counter() - began)
+        self._outcome = Outcome(state.step, path, problem, time.perf_counter() - began, kept)
 
-    def _remove_outdated(self, committed: str) -> None:
-        """Remove what retention does not keep; never what was committed last, nor what this process resumed from.
+    def _remove_outdated(self, committed: str) -> str:
+        """Remove what retention does not keep; what prevented it.
 
-        Only verified checkpoints count. Of those that earlier processes left, as many are verified here as are
-        needed for the count: with what was committed and resumed from, none for `keep` of 2.
+        Neither what was committed last, nor what this process resumed from, nor another run's goes. Only this run's
+        verified checkpoints count. Of those that earlier processes left, as many are verified here, by all ranks
+        together, as are needed for the count: with what was committed and resumed from, none for `keep` of 2.
         """
-        names = checkpoint_names(self.store.location)
+        names: list[str] = []
+
+        def look() -> None:
+            if self.rank == 0:
+                held = checkpoint_names(self.store.location)
+                names.extend(name for name in held if name in self.good or self._is_ours(name))
+
+        def remove() -> None:
+            if self.rank == 0:
+                gone = outdated(names, self.good, self.keep, self.keep_every)
+                gone = [name for name in gone if name not in (committed, self.origin)]
+                self.store.remove(gone)
+                self.good.difference_update(gone)
+
+        problem = self._together(look)
+        names, good = gather_objects((names, self.good), self.background)[0]
         counted = 0
         for name in reversed(names):
-            if counted < self.keep and (name in self.good or not verify(child(self.store.location, name))):
-                self.good.add(name)
-                counted += 1
-        gone = outdated(names, self.good, self.keep, self.keep_every)
-        gone = [name for name in gone if name not in (committed, self.origin)]
-        self.store.remove(gone)
-        self.good.difference_update(gone)
+            if problem or counted == self.keep:
+                break
+            if name not in good and self._problems(name, self.background):
+                continue
+            self.good.add(name)
+            counted += 1
+        return problem or self._together(remove)
+
+    def _is_ours(self, name: str) -> bool:
+        """Whether a checkpoint is this run's, as far as it says."""
+        return run_of_checkpoint(child(self.store.location, name)) in (None, "", self.run)
+
+    def _problems(self, name: str, group: dist.ProcessGroup) -> str:
+        """What is wrong with a checkpoint where it lies. The ranks share the work, and agree."""
+        own = verify(child(self.store.location, name), group.rank(), group.size())
+        return "; ".join(problem for part in gather_objects(own, group) for problem in part)
 
     @staticmethod
     def _attempt(action: Callable[[], object]) -> str:
@@ -266,31 +307,50 @@ class Checkpointer:
         Raises:
             CheckpointError: it cannot see; raised on every rank.
         """
-        found: list[str] = []
+        return self._first(lambda: checkpoint_names(self.store.location))
+
+    def _first(self, ask: Callable[[], T]) -> T:
+        """What the first rank finds, on every rank.
+
+        Raises:
+            CheckpointError: it cannot find out.
+        """
+        found: T | None = None
         problem = ""
         if self.rank == 0:
             try:
-                found = checkpoint_names(self.store.location)
+                found = ask()
             except LclError as error:
                 problem = str(error)
-        problem, found = gather_objects((problem, found), self.control)[0]
+        found, problem = gather_objects((found, problem), self.control)[0]
         if problem:
             raise CheckpointError(problem)
-        return found
+        return found  # type: ignore[return-value]
 
     def restore(
         self, accept: Callable[[TrainState], bool] = lambda state: True
     ) -> tuple[TrainState | None, list[Unusable]]:
-        """Load the newest checkpoint that is intact, accepted and fits this model, of any layout.
+        """Load the newest checkpoint of this run that is intact, accepted and fits this model, of any layout.
 
         Nothing is written. `changes` are then the settings that were others when it was written.
 
         Returns:
             The state, None if no checkpoint could be used; and the newer ones that could not, newest first.
+
+        Raises:
+            CheckpointError: it cannot be told which run's checkpoints to use; raised on every rank.
         """
         skipped: list[Unusable] = []
-        for name in reversed(self.names()):
+        names = self.names()
+        self.run = self._first(lambda: self._run_of(names))
+        for name in reversed(names):
             where = child(self.store.location, name)
+            run = self._first(partial(run_of_checkpoint, where))
+            if run not in (None, "", self.run):
+                remedy = "to continue that one, give it a folder of its own"
+                reason = f"it belongs to run {run}, this folder to run {self.run} ({remedy})"
+                skipped.append(Unusable(where, FOREIGN, reason))
+                continue
             path, problem = self._verify(name)
             if problem:
                 skipped.append(Unusable(where, DAMAGED, problem))
@@ -307,9 +367,28 @@ class Checkpointer:
                 skipped.append(Unusable(where, UNLOADABLE, problem))
                 continue
             self.good.add(name)
-            self.origin = name
+            self.origin, self.origin_run = name, run or ""
             return state, skipped
         return None, skipped
+
+    def _run_of(self, names: list[str]) -> str:
+        """The run that the folder belongs to: by its file, else by its checkpoints.
+
+        Raises:
+            CheckpointError: they are of several runs, or some do not say.
+        """
+        if not names:
+            return ""
+        known = run_of_folder(self.store.location)
+        if known:
+            return known
+        runs = {run_of_checkpoint(child(self.store.location, name)): name for name in names}
+        runs.pop(None, None)  # unreadable
+        if len(runs) > 1:
+            found = ", ".join(f"{name} of {run or 'an unnamed one'}" for run, name in runs.items())
+            rule = f"holds checkpoints of several runs ({found}), and no file {RUN} says which is meant"
+            raise CheckpointError(explain(self.store.location, rule, "Leave those of one run."))
+        return next(iter(runs), None) or ""
 
     def _compare(self, path: Path) -> None:
         self.changes = self.compare(path)
@@ -321,8 +400,9 @@ class Checkpointer:
 
     def set_aside(self, unusable: Unusable) -> str:
         """Rename a checkpoint that cannot be used, so that nothing takes it for one; what became of it."""
+        reason = "foreign" if unusable.fault in (FOREIGN, OTHER_MODEL) else "damaged"
         try:
-            return f"is now {self.store.set_aside(unusable.path.rsplit('/', 1)[-1])}"
+            return f"is now {self.store.set_aside(unusable.path.rsplit('/', 1)[-1], reason)}"
         except (OSError, LclError) as error:
             return f"could not be renamed: {_reason(error)}"
 
@@ -359,14 +439,19 @@ class Checkpointer:
             self.tensors.loaded(state.step)
         return problem
 
-    def discard_after(self, step: int) -> None:
-        """Remove all checkpoints of later steps. No save may be under way."""
-        if self.rank == 0:
-            self._attempt(
-                lambda: self.store.remove(
-                    [n for n in checkpoint_names(self.store.location) if (step_of(n) or 0) > step]
-                )
+    def discard_after(self, step: int) -> str:
+        """Remove this run's checkpoints of later steps; what prevented it. No save may be under way."""
+        if self.rank != 0:
+            return ""
+        return self._attempt(
+            lambda: self.store.remove(
+                [
+                    name
+                    for name in checkpoint_names(self.store.location)
+                    if (step_of(name) or 0) > step and self._is_ours(name)
+                ]
             )
+        )
 
 
 def _require_no_others(path: Path, expected: set[str]) -> None:
@@ -528,6 +613,8 @@ class CheckpointManager:
             self.log(f"WARNING {_save_failed(outcome)} Training goes on and tries again at the next checkpoint.")
         else:
             self.log(f"checkpoint {outcome.path} complete after {outcome.seconds:.1f} s")
+        if outcome.kept:
+            self.log(f"WARNING older checkpoints could not be removed: {outcome.kept}")
 
     # --- restoring ---
 
@@ -542,9 +629,13 @@ class CheckpointManager:
         location = self.checkpointer.store.location
         state, self._unusable = self._restore(lambda state: True)
         if state is not None:
-            self.log(f"resume: {child(location, checkpoint_name(state.step))}, {state.step} steps done")
+            path = child(location, checkpoint_name(state.step))
+            self.log(f"resume: {path}, {state.step} steps done")
+            if not self.checkpointer.origin_run:
+                self.log(f"resume: {path} is of an earlier version and names no run; it is taken for this run's")
             if self.changes:
                 self.log(f"resume: settings that were others until then: {listed(self.changes)}")
+            self.saved_step = state.step
             return state
         if self._unusable:
             newest = self._unusable[0]
@@ -590,8 +681,10 @@ class CheckpointManager:
         if state is None:
             return None
         self._set_aside()
-        self.checkpointer.discard_after(state.step)
-        self.saved_step = None
+        problem = self.checkpointer.discard_after(state.step)
+        if problem:
+            self.log(f"WARNING later checkpoints could not be removed, remove them before a restart: {problem}")
+        self.saved_step = state.step
         path = child(self.checkpointer.store.location, checkpoint_name(state.step))
         self.log(f"went back to {path}, {state.step} steps done")
         return state

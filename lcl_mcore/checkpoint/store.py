@@ -5,7 +5,8 @@
         state.json                    step, data position, order hash, counters
         config.yaml                   the run's configuration
         metadata.json, common.pt      so that megatron's `dist_checkpointing.load` reads the folder as `torch_dist`
-        manifest.json                 size and SHA-256 of every other file, and its own digest; written last
+        manifest.json                 run, step, and size and hash of every other file, under one digest; written last
+    run-id                            the run whose checkpoints these are
 
 A folder without a manifest is not a checkpoint. Nothing else is needed to continue: random masks are keyed by
 (seed, step, identity) and the schedule is a function of the step, so neither has a state.
@@ -16,22 +17,24 @@ A checkpoint comes into being by one atomic act of rank 0, after everything else
 
 from __future__ import annotations
 
-import hashlib
 import io
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Collection, Set
+from collections.abc import Callable, Collection, Iterable, Iterator, Set
+from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Annotated, Any, Protocol, TypeVar
+from typing import Annotated, Any, BinaryIO, Protocol, TypeVar
 
 import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 from typing_extensions import TypedDict
 
+from lcl_mcore.checkpoint.hashing import Algorithm, hash_of
 from lcl_mcore.config.run_folder import read_config
 from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.errors import CheckpointError, DataError, explain
@@ -42,12 +45,14 @@ from lcl_mcore.storage import (
     RemoteStorage,
     Storage,
     atomic_file,
+    atomic_write,
+    blocks,
     open_storage,
     sync,
 )
 
 PREFIX = "step-"
-MANIFEST, STATE, CONFIG = "manifest.json", "state.json", "config.yaml"
+MANIFEST, STATE, CONFIG, RUN = "manifest.json", "state.json", "config.yaml", "run-id"
 MEGATRON, MEGATRON_COMMON = "metadata.json", "common.pt"
 _MEGATRON_FORMAT = {
     "sharded_backend": "torch_dist",
@@ -55,21 +60,27 @@ _MEGATRON_FORMAT = {
     "common_backend": "torch",
     "common_backend_version": 1,
 }
-VERSION = 2
+VERSION = 3
+_SHA256_VERSION = 2  # the one before: SHA-256, no run, no step
 
-MAX_JSON_BYTES = 64 << 20  # of a manifest or state; ten thousand ranks need two
+MAX_JSON_BYTES, MAX_JSON_ITEMS = 16 << 20, 1 << 19  # of a manifest or state; ten thousand ranks need a tenth of each
 
 _EXACT = ConfigDict(extra="forbid", strict=True)  # of JSON files: no other fields, no conversions
 
 T = TypeVar("T")
+_Count = Annotated[int, Field(ge=0, lt=10**12)]
+_Text = Annotated[str, Field(max_length=128)]
+_Bytes = Annotated[int, Field(ge=0, lt=2**63)]
+_Hash = Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+_Run = Annotated[str, Field(pattern="^[0-9a-f]{16}$")]
 
 
 @with_config(_EXACT)
 class FileEntry(TypedDict):
     """What a manifest says of a file."""
 
-    bytes: Annotated[int, Field(ge=0)]
-    sha256: Annotated[str, Field(pattern="^[0-9a-f]{64}$")]
+    bytes: _Bytes
+    hash: _Hash
 
 
 Entries = dict[str, FileEntry]  # by file name
@@ -111,13 +122,11 @@ def checkpoint_names(location: str) -> list[str]:
     Raises:
         DataError: the place cannot be read. One that does not exist holds none.
     """
-    storage = open_storage(location)
     try:
-        return sorted((name for name in storage.names() if step_of(name) is not None), key=_step)
+        with closing(open_storage(location)) as storage:
+            return sorted((name for name in storage.names() if step_of(name) is not None), key=_step)
     except MissingError:
         return []
-    finally:
-        storage.close()
 
 
 def outdated(names: list[str], good: Set[str], keep: int, keep_every: int) -> list[str]:
@@ -136,10 +145,6 @@ def outdated(names: list[str], good: Set[str], keep: int, keep_every: int) -> li
 
 
 # --- state ---
-
-
-_Count = Annotated[int, Field(ge=0, lt=10**12)]
-_Text = Annotated[str, Field(max_length=128)]
 
 
 @with_config(_EXACT)
@@ -174,7 +179,8 @@ def write_state(folder: Path, state: TrainState, config: str) -> Entries:
     entries: Entries = {}
     for name, data in files.items():
         (folder / name).write_bytes(data)
-        entries[name] = {"bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        sync(folder / name)
+        entries[name] = {"bytes": len(data), "hash": hash_of([data])}
     return entries
 
 
@@ -184,11 +190,11 @@ def read_state(folder: Path) -> TrainState:
     Raises:
         CheckpointError: it is not what a run writes, or belongs to another step than the folder's name says.
     """
-    path = folder / STATE
     try:
-        return parse_state(path.read_bytes(), folder.name)
-    except (OSError, ValueError) as error:
-        raise CheckpointError(explain(path, f"cannot be used: {error}", "Use another checkpoint.")) from None
+        with closing(LocalStorage(folder)) as storage:
+            return parse_state(_read_json(storage, STATE), folder.name)
+    except (DataError, ValueError) as error:
+        raise CheckpointError(explain(folder / STATE, f"cannot be used: {error}", "Use another checkpoint.")) from None
 
 
 def parse_state(data: bytes, folder: str) -> TrainState:
@@ -219,18 +225,35 @@ def written_config(folder: Path, log: Callable[[str], None]) -> RunConfig:
     return read_config(beside)
 
 
+def _read_json(storage: Storage, name: str) -> bytes:
+    """A small file.
+
+    Raises:
+        ValueError: it is not there, or larger than any that a run writes; it is not read then.
+        DataError: it cannot be read.
+    """
+    size = storage.sizes([name]).get(name)
+    if size is None:
+        raise ValueError("missing: the checkpoint is not complete")
+    if size > MAX_JSON_BYTES:
+        raise ValueError(f"larger than {MAX_JSON_BYTES} bytes")
+    return storage.read(name, 0, size)
+
+
 def _parse(kind: TypeAdapter[T], data: bytes) -> T:
     """Content of a JSON file.
 
     Raises:
         ValueError: it is not JSON of this type.
     """
-    if len(data) > MAX_JSON_BYTES:
-        raise ValueError(f"larger than {MAX_JSON_BYTES} bytes")
+    if data.count(b",") > MAX_JSON_ITEMS:
+        raise ValueError(f"unreadable (more than {MAX_JSON_ITEMS} values)")
     try:
         return kind.validate_json(data, strict=True)
     except ValidationError as error:
-        problem = error.errors()[0]
+        if error.error_count() > 1000:  # to spell them out takes a kilobyte each
+            raise ValueError(f"unreadable ({error.error_count()} wrong values)") from None
+        problem = error.errors(include_url=False)[0]
         place = ".".join(str(part) for part in problem["loc"])
         value = repr(problem["input"])
         shown = value if len(value) <= 40 else f"{value[:40]}..."
@@ -240,57 +263,133 @@ def _parse(kind: TypeAdapter[T], data: bytes) -> T:
 # --- manifest ---
 
 
-@with_config(_EXACT)
-class _Manifest(TypedDict):
-    version: int
-    digest: str
+@dataclass(frozen=True)
+class Manifest:
+    """What makes a folder a checkpoint, and says which one.
+
+    run            id of the run; empty before version 3
+    step           optimizer steps done; None before version 3
+    config_digest  of the configuration that wrote it
+    files          every other file
+    algorithm      of their hashes
+    """
+
+    run: str
+    step: int | None
+    config_digest: str
     files: Entries
+    algorithm: Algorithm = "blake3"
 
 
-_MANIFEST, _STATE = TypeAdapter(_Manifest), TypeAdapter(TrainState)
+@with_config(ConfigDict(extra="ignore", strict=True))
+class _AnyVersion(TypedDict):
+    version: int
 
 
-def _digest(entries: Entries) -> str:
-    return hashlib.sha256(json.dumps([VERSION, entries], sort_keys=True).encode()).hexdigest()
+@with_config(_EXACT)
+class _Version3(TypedDict):
+    version: int
+    run: _Run
+    step: _Count
+    config_digest: _Text
+    files: Entries
+    digest: _Hash
 
 
-def manifest_bytes(entries: Entries) -> bytes:
+@with_config(_EXACT)
+class _Sha256Entry(TypedDict):
+    bytes: _Bytes
+    sha256: _Hash
+
+
+@with_config(_EXACT)
+class _Version2(TypedDict):
+    version: int
+    files: dict[str, _Sha256Entry]
+    digest: _Hash
+
+
+_STATE, _RUN, _ANY_VERSION = TypeAdapter(TrainState), TypeAdapter(_Run), TypeAdapter(_AnyVersion)
+_VERSION_3, _VERSION_2 = TypeAdapter(_Version3), TypeAdapter(_Version2)
+_FILE_NAME = re.compile(r"[\w.-]{1,128}", re.ASCII)
+
+
+def _canonical(content: object) -> bytes:
+    return json.dumps(content, sort_keys=True).encode()
+
+
+def manifest_bytes(manifest: Manifest) -> bytes:
     """Content of `manifest.json`; its digest covers all of it."""
-    content = {"version": VERSION, "digest": _digest(entries), "files": entries}
-    return json.dumps(content, indent=1, sort_keys=True).encode()
+    content = {"version": VERSION, **asdict(manifest)}
+    del content["algorithm"]
+    return json.dumps({**content, "digest": hash_of([_canonical(content)])}, indent=1, sort_keys=True).encode()
 
 
-def parse_manifest(data: bytes) -> Entries:
-    """The entries of a manifest.
+def parse_manifest(data: bytes) -> Manifest:
+    """The manifest in a file.
 
     Raises:
         ValueError: it is not exactly what was written.
     """
-    content = _parse(_MANIFEST, data)
-    entries = content["files"]
-    if content["version"] != VERSION:
-        raise ValueError(f"version {content['version']}, this program reads {VERSION}")
-    if content["digest"] != _digest(entries):
+    version = _parse(_ANY_VERSION, data)["version"]
+    if version == VERSION:
+        new = _parse(_VERSION_3, data)
+        digest = hash_of([_canonical({name: value for name, value in new.items() if name != "digest"})])
+        manifest = Manifest(new["run"], new["step"], new["config_digest"], new["files"])
+        written = new["digest"]
+    elif version == _SHA256_VERSION:
+        old = _parse(_VERSION_2, data)
+        digest = hash_of([_canonical([version, old["files"]])], "sha256")
+        files: Entries = {name: {"bytes": e["bytes"], "hash": e["sha256"]} for name, e in old["files"].items()}
+        manifest, written = Manifest("", None, "", files, "sha256"), old["digest"]
+    else:
+        raise ValueError(f"version {version}, this program reads {_SHA256_VERSION} and {VERSION}")
+    if digest != written:
         raise ValueError("content changed since it was written")
-    if any(Path(name).name != name or name in ("..", MANIFEST) for name in entries):
+    if any(not _FILE_NAME.fullmatch(name) or name in (".", "..", MANIFEST) for name in manifest.files):
         raise ValueError("it names files outside the checkpoint")
-    return entries
+    return manifest
 
 
-def read_manifest(storage: Storage) -> Entries:
+def read_manifest(storage: Storage) -> Manifest:
     """The manifest of a checkpoint.
 
     Raises:
-        ValueError: missing, damaged, or of another version.
+        ValueError: missing, damaged, of another version, or of another step than the folder's name says.
         DataError: it cannot be read.
     """
-    size = storage.sizes().get(MANIFEST)
-    if size is None:
-        raise ValueError("missing: the checkpoint is not complete")
-    entries = parse_manifest(storage.read(MANIFEST, 0, min(size, MAX_JSON_BYTES + 1)))
-    if STATE not in entries:
+    manifest = parse_manifest(_read_json(storage, MANIFEST))
+    if STATE not in manifest.files:
         raise ValueError(f"it lacks {STATE}")
-    return entries
+    named = step_of(storage.root.rstrip("/").rsplit("/", 1)[-1])
+    if None not in (named, manifest.step) and named != manifest.step:
+        raise ValueError(f"it belongs to step {manifest.step}, the folder's name to step {named}")
+    return manifest
+
+
+# --- the run ---
+
+
+def run_of_folder(location: str) -> str:
+    """Id of the run whose checkpoints a local path or URL holds; empty if that is not known.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    try:
+        with closing(open_storage(location)) as storage:
+            return _RUN.validate_python(_read_json(storage, RUN).decode("ascii", "replace").strip())
+    except (MissingError, ValueError):
+        return ""
+
+
+def run_of_checkpoint(location: str) -> str | None:
+    """Id of the run that a checkpoint belongs to; empty if it does not say, None if its manifest cannot be read."""
+    try:
+        with closing(open_storage(location)) as storage:
+            return read_manifest(storage).run
+    except (DataError, ValueError):
+        return None
 
 
 # --- verification ---
@@ -300,29 +399,27 @@ def verify(location: Path | str, part: int = 0, parts: int = 1) -> list[str]:
     """What is wrong with a checkpoint: missing, short or changed files. Empty if nothing is.
 
     Args:
-        part, parts: look at the content of every `parts`-th file only; names and sizes are always compared.
+        part, parts: look at every `parts`-th file only, and at the manifest.
     """
+    problems = []
     try:
-        storage = open_storage(str(location))
-        sizes = storage.sizes()
-        entries = read_manifest(storage)
-    except (DataError, ValueError) as error:
-        return [f"{MANIFEST}: {error}"]
-    try:
-        problems = []
-        for number, (name, entry) in enumerate(sorted(entries.items())):
-            if name not in sizes:
-                problems.append(f"{name}: missing")
-            elif sizes[name] != entry["bytes"]:
-                problems.append(f"{name}: {sizes[name]} bytes, {entry['bytes']} written")
-            elif number % parts == part and storage.sha256(name, entry["bytes"]) != entry["sha256"]:
-                problems.append(f"{name}: content changed since it was written")
-        if not problems:
-            problems = _state_problems(storage.read(STATE, 0, min(sizes[STATE], MAX_JSON_BYTES + 1)), storage.root)
+        with closing(open_storage(str(location))) as storage:
+            manifest = read_manifest(storage)
+            own = dict(sorted(manifest.files.items())[part::parts])
+            sizes = storage.sizes(own)
+            for name, entry in own.items():
+                if name not in sizes:
+                    problems.append(f"{name}: missing")
+                elif sizes[name] != entry["bytes"]:
+                    problems.append(f"{name}: {sizes[name]} bytes, {entry['bytes']} written")
+                elif hash_of(blocks(storage, name, entry["bytes"]), manifest.algorithm) != entry["hash"]:
+                    problems.append(f"{name}: content changed since it was written")
+            if STATE in own and not problems:
+                problems = _state_problems(_read_json(storage, STATE), storage.root)
     except DataError as error:
-        problems = [str(error)]
-    finally:
-        storage.close()
+        problems.append(str(error))
+    except ValueError as error:
+        problems.append(f"{MANIFEST}: {error}")
     return problems
 
 
@@ -352,10 +449,10 @@ def verify_written(folder: Path, entries: Entries) -> None:
         OSError: a file is not what was written.
     """
     for name, entry in entries.items():
-        with open(folder / name, "rb") as file:
+        with open(folder / name, "rb", buffering=0) as file:
             os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-            if os.fstat(file.fileno()).st_size != entry["bytes"] or found != entry["sha256"]:
+            found = hash_of(iter(partial(file.read, 1 << 20), b""))
+            if os.fstat(file.fileno()).st_size != entry["bytes"] or found != entry["hash"]:
                 raise OSError(f"{name} does not read back as it was written")
 
 
@@ -381,14 +478,14 @@ class CheckpointStore(Protocol):
     def publish(self, name: str, entries: Entries) -> None:
         """Bring this rank's files, already on its disk, to where the checkpoint will be."""
 
-    def commit(self, name: str, entries: Entries) -> None:
-        """The act that makes it a checkpoint; `entries` are all its files."""
+    def commit(self, name: str, manifest: Manifest) -> None:
+        """The act that makes it a checkpoint, of files that are already on the disk; the folder is then its run's."""
 
     def remove(self, names: list[str]) -> None:
         """Remove these checkpoints, each at once as far as a reader can tell."""
 
-    def set_aside(self, name: str) -> str:
-        """Give a damaged checkpoint a name that does not count as one; returns it."""
+    def set_aside(self, name: str, reason: str) -> str:
+        """Give a checkpoint that cannot be used a name that does not count as one, `REASON-step-...`; returns it."""
 
     def fetch(self, name: str, part: int, parts: int) -> tuple[Path, list[str]]:
         """Local folder of a checkpoint, and what is wrong with this rank's share of it."""
@@ -409,10 +506,18 @@ def open_store(location: str, staging: Path) -> CheckpointStore:
     return ObjectStore(storage, staging)
 
 
-def _aside(name: str, taken: Collection[str]) -> str:
-    """A new name for a damaged checkpoint."""
-    names = (f"damaged-{name}" + (f".{number}" if number else "") for number in count())
+def _aside(name: str, reason: str, taken: Collection[str]) -> str:
+    """A new name for a checkpoint that cannot be used."""
+    names = (f"{reason}-{name}" + (f".{number}" if number else "") for number in count())
     return next(aside for aside in names if aside not in taken)
+
+
+def _delete(path: Path) -> None:
+    """Remove a file, a link, or a folder with all that is in it, if there is one."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 class FolderStore:
@@ -424,38 +529,43 @@ class FolderStore:
         self.folder, self.location = folder, str(folder)
 
     def clean(self) -> None:
-        for leftover in self.folder.glob(f"{PREFIX}*{PARTIAL}"):
-            shutil.rmtree(leftover, ignore_errors=True)
+        for pattern in (f"{PREFIX}*{PARTIAL}", f".{RUN}.*{PARTIAL}"):
+            for leftover in self.folder.glob(pattern):
+                _delete(leftover)
 
     def staging(self, name: str) -> Path:
         return self.folder / (name + PARTIAL)
 
     def prepare(self, name: str) -> None:
-        shutil.rmtree(self.staging(name), ignore_errors=True)
+        _delete(self.staging(name))
         self.staging(name).mkdir(parents=True)
 
     def publish(self, name: str, entries: Entries) -> None:
         """Nothing to do: the files are there."""
 
-    def commit(self, name: str, entries: Entries) -> None:
+    def commit(self, name: str, manifest: Manifest) -> None:
         staging = self.staging(name)
-        (staging / MANIFEST).write_bytes(manifest_bytes(entries))
-        for item in [staging / MANIFEST, *(staging / name for name in entries), staging]:
-            sync(item)  # everything must be on the disk before the final name is
-        self.remove([name])  # a damaged one that this run was resumed past
+        (staging / MANIFEST).write_bytes(manifest_bytes(manifest))
+        for item in (staging / MANIFEST, staging):
+            sync(item)  # all must be on the disk before the final name is
+        if run_of_folder(self.location) != manifest.run:
+            atomic_write(self.folder / RUN, f"{manifest.run}\n")
+        if os.path.lexists(self.folder / name):  # what a restore could not set aside, or somebody else's
+            self.set_aside(name, "replaced")
         staging.rename(self.folder / name)
         sync(self.folder)
 
     def remove(self, names: list[str]) -> None:
         """A kill half-way leaves nothing that looks like a checkpoint."""
         for path in (self.folder / name for name in names):
-            if path.exists():
+            if os.path.lexists(path):
                 doomed = path.with_name(f"{path.name}.removed{PARTIAL}")
+                _delete(doomed)
                 path.rename(doomed)
-                shutil.rmtree(doomed, ignore_errors=True)
+                _delete(doomed)
 
-    def set_aside(self, name: str) -> str:
-        aside = _aside(name, os.listdir(self.folder))
+    def set_aside(self, name: str, reason: str) -> str:
+        aside = _aside(name, reason, os.listdir(self.folder))
         (self.folder / name).rename(self.folder / aside)
         sync(self.folder)
         return aside
@@ -485,16 +595,20 @@ class ObjectStore:
         return self.local / (name + PARTIAL)
 
     def prepare(self, name: str) -> None:
-        shutil.rmtree(self.staging(name), ignore_errors=True)
+        _delete(self.staging(name))
         self.staging(name).mkdir(parents=True)
+        if self.storage.has(f"{name}/{MANIFEST}"):  # what a restore could not set aside, or somebody else's
+            self.set_aside(name, "replaced")
         self.remove([name])
 
     def publish(self, name: str, entries: Entries) -> None:
         for file, entry in entries.items():
             self.storage.upload(self.staging(name) / file, f"{name}/{file}", entry["bytes"])
 
-    def commit(self, name: str, entries: Entries) -> None:
-        self.storage.write(f"{name}/{MANIFEST}", manifest_bytes(entries))
+    def commit(self, name: str, manifest: Manifest) -> None:
+        if run_of_folder(self.location) != manifest.run:
+            self.storage.write(RUN, f"{manifest.run}\n".encode())
+        self.storage.write(f"{name}/{MANIFEST}", manifest_bytes(manifest))
 
     def remove(self, names: list[str]) -> None:
         """The manifest first: what is left then does not count."""
@@ -502,9 +616,9 @@ class ObjectStore:
             self.storage.remove(f"{name}/{MANIFEST}")
             self.storage.remove(name)
 
-    def set_aside(self, name: str) -> str:
+    def set_aside(self, name: str, reason: str) -> str:
         """Not atomic: a kill half-way leaves files under both names, which count as damaged or not complete."""
-        aside = _aside(name, self.storage.names())
+        aside = _aside(name, reason, self.storage.names())
         self.storage.move(name, aside)
         return aside
 
@@ -518,11 +632,12 @@ class ObjectStore:
         storage = open_storage(child(self.location, name))
         assert isinstance(storage, RemoteStorage)
         try:
-            entries = read_manifest(storage)
+            manifest = read_manifest(storage)
             folder.mkdir(parents=True, exist_ok=True)
-            for file, entry in sorted(entries.items())[part::parts]:
-                with atomic_file(folder / file) as partial:
-                    if storage.download(file, entry["bytes"], partial) != entry["sha256"]:
+            for file, entry in sorted(manifest.files.items())[part::parts]:
+                with atomic_file(folder / file) as unfinished, open(unfinished, "wb") as out:
+                    content = _kept(blocks(storage, file, entry["bytes"]), out)
+                    if hash_of(content, manifest.algorithm) != entry["hash"]:
                         raise DataError(f"{file}: content changed since it was written")
                 if file == STATE and (problems := _state_problems((folder / file).read_bytes(), name)):
                     return folder, problems
@@ -531,3 +646,10 @@ class ObjectStore:
         finally:
             storage.close()
         return folder, []
+
+
+def _kept(content: Iterable[bytes], out: BinaryIO) -> Iterator[bytes]:
+    """The same blocks, each written on the way."""
+    for block in content:
+        out.write(block)
+        yield block

@@ -14,6 +14,7 @@ from typing import Any
 sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parent)]
 
 from checkpoint_toys import count_operations, in_child, restore, save
+from lcl_mcore.checkpoint.store import RUN
 
 EVENLY, LAST = 12, 8  # points of a save at which it is killed: over all of it, and its last operations
 
@@ -59,7 +60,7 @@ def full(base: Path) -> list[dict[str, Any]]:
         folder = base / f"full{number}"
         shutil.copytree(origin, folder)
         problem = in_child(lambda folder=folder, limit=limit: limited(folder, limit))[1]
-        left = [path.name for path in folder.iterdir()]
+        left = [path.name for path in folder.iterdir() if path.name != RUN]
         found = in_child(lambda folder=folder: restore(str(folder), base / "unused"))[1]
         results.append({"limit": limit, "problem": problem, "left": left, **found})
     return results
@@ -92,7 +93,7 @@ def damage(base: Path) -> list[dict[str, Any]]:
         else:
             path.write_bytes(content[:amount])
         found = in_child(lambda folder=folder: restore(str(folder), base / "unused"))[1]
-        left = sorted(path.name for path in folder.iterdir())
+        left = sorted(path.name for path in folder.iterdir() if path.name != RUN)
         results.append({"file": name, "kind": kind, "left": left, **found})
     results.append({"file": "", "kind": "none", **in_child(lambda: restore(str(origin), base / "unused"))[1]})
     return results

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import pickle
 import shutil
@@ -17,6 +16,7 @@ import torch
 from launch import torchrun
 from lcl_mcore.checkpoint.consolidate import consolidate, consolidated_weights
 from lcl_mcore.checkpoint.dcp import METADATA
+from lcl_mcore.checkpoint.hashing import hash_of
 from lcl_mcore.checkpoint.store import MANIFEST, complete_checkpoints, manifest_bytes, parse_manifest, verify
 from lcl_mcore.checkpoint.weights_file import (
     consolidated_state,
@@ -108,9 +108,9 @@ def give_old_names(checkpoint: Path) -> list[str]:
 def vouch_for(checkpoint: Path, name: str, content: bytes) -> None:
     """Replace a file of a checkpoint, and its entry in the manifest."""
     (checkpoint / name).write_bytes(content)
-    entries = parse_manifest((checkpoint / MANIFEST).read_bytes())
-    entries[name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (checkpoint / MANIFEST).write_bytes(manifest_bytes(entries))
+    manifest = parse_manifest((checkpoint / MANIFEST).read_bytes())
+    manifest.files[name] = {"bytes": len(content), "hash": hash_of([content])}
+    (checkpoint / MANIFEST).write_bytes(manifest_bytes(manifest))
 
 
 def test_a_checkpoint_with_old_parameter_names_continues_bitwise(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import random
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +17,7 @@ import torch.distributed as dist
 
 from checkpoint_toys import SHAPES, Toys, values
 from lcl_mcore.checkpoint.manager import Checkpointer, CheckpointManager, slurm_seconds_left
-from lcl_mcore.checkpoint.store import TrainState, open_store, step_of, verify
+from lcl_mcore.checkpoint.store import TrainState, open_store, parse_manifest, step_of, verify
 from lcl_mcore.config.schema import CheckpointConfig
 from lcl_mcore.errors import CheckpointError
 
@@ -49,7 +52,7 @@ class Run:
         return all(bool((self.toys.tensors[key] == values(step)[key]).all()) for key in SHAPES)
 
     def names(self) -> list[str]:
-        return sorted(path.name for path in self.folder.iterdir())
+        return sorted(path.name for path in self.folder.iterdir() if path.name != "run-id")
 
 
 @pytest.fixture
@@ -227,21 +230,23 @@ def test_only_damaged_checkpoints_are_not_step_0(start: Callable[..., Run]) -> N
     assert len(again.lines) == 2
 
 
-def test_a_renamed_or_foreign_checkpoint_is_not_loaded(start: Callable[..., Run]) -> None:
-    """An older one under a newer name is known by its state, one of another model by its tensors."""
+def test_a_renamed_or_unfitting_checkpoint_is_not_loaded(start: Callable[..., Run]) -> None:
+    """An older one under a newer name is known by its manifest, one of another model by its tensors."""
     run = start(keep=9)
     for step in (2, 4, 6):
         run.save(step, final=True)
     (run.folder / "step-00000004").rename(run.folder / "step-00000008")
     other = Run(run.folder, CheckpointConfig(keep=9))
     other.toys.tensors["weights/d"] = torch.zeros(3)
+    other.manager.checkpointer.run = run.manager.checkpointer.run
     other.manager.save(TrainState(7, {"at": 7}, "hash", "digest"), final=True)
     again = start()
     state = again.manager.resume()
     assert state is not None
     assert again.holds(6)
     assert again.lines == [
-        f"{run.folder}/step-00000008: damaged, skipped: state.json: belongs to step 4, the folder's name to step 8",
+        f"{run.folder}/step-00000008: damaged, skipped: manifest.json: it belongs to step 4, the folder's name to "
+        "step 8",
         f"{run.folder}/step-00000007: cannot be loaded, skipped: {run.folder}/step-00000007: holds tensors that "
         "this model lacks: weights/d. Use the configuration it was written with.",
         f"resume: {run.folder}/step-00000006, 6 steps done",
@@ -252,6 +257,106 @@ def test_a_renamed_or_foreign_checkpoint_is_not_loaded(start: Callable[..., Run]
     (run.folder / "damaged-step-00000007").rename(only / "step-00000007")
     with pytest.raises(CheckpointError, match="step-00000007: cannot be loaded, and no other checkpoint can be"):
         Run(only, CheckpointConfig()).manager.resume()
+
+
+def test_another_runs_checkpoint_is_not_loaded(start: Callable[..., Run]) -> None:
+    """It would fit; it is neither counted nor removed. In a folder of its own it continues."""
+    run = start(keep=9)
+    for step in (2, 4):
+        run.save(step, final=True)
+    other = Run(run.folder.with_name("other"), CheckpointConfig(keep=9))
+    for step in (1, 8, 9):
+        other.save(step, final=True)
+        shutil.copytree(other.folder / f"step-{step:08d}", run.folder / f"step-{step:08d}")
+    run.save(5, final=True)
+    ours, theirs = ((folder / "run-id").read_text().strip() for folder in (run.folder, other.folder))
+    again = start(keep=1)
+    state = again.manager.resume()
+    assert state is not None
+    assert (state.step, again.holds(5)) == (5, True)
+    why = f"it belongs to run {theirs}, this folder to run {ours} (to continue that one, give it a folder of its own)"
+    assert again.lines == [
+        f"{run.folder}/step-00000009: of another run, skipped: {why}",
+        f"{run.folder}/step-00000008: of another run, skipped: {why}",
+        f"resume: {run.folder}/step-00000005, 5 steps done",
+    ]
+    again.manager.begin()
+    again.save(6, final=True)
+    aside = ["foreign-step-00000008", "foreign-step-00000009"]
+    assert again.names() == [*aside, "step-00000001", "step-00000005", "step-00000006"]
+    for step in (2, 4, 5, 6):
+        shutil.rmtree(run.folder / f"step-{step:08d}", ignore_errors=True)
+    with pytest.raises(CheckpointError) as refused:
+        start().manager.resume()
+    assert str(refused.value) == (
+        f"{run.folder}/step-00000001: of another run, and no other checkpoint can be used: {why}. Put back a good "
+        f"copy, or move all checkpoints out of {run.folder} to start at step 0."
+    )
+
+    fork = Run(run.folder.with_name("fork"), CheckpointConfig())
+    fork.folder.mkdir()
+    (run.folder / aside[0]).rename(fork.folder / "step-00000008")
+    assert fork.manager.resume() is not None
+    assert fork.holds(8)
+    fork.save(9, final=True)
+    assert (fork.folder / "run-id").read_text().strip() == theirs
+
+
+def test_checkpoints_of_several_runs_need_a_run_id(start: Callable[..., Run]) -> None:
+    run = start(keep=9)
+    run.save(2, final=True)
+    other = Run(run.folder.with_name("other"), CheckpointConfig(keep=9))
+    other.save(8, final=True)
+    (other.folder / "step-00000008").rename(run.folder / "step-00000008")
+    (run.folder / "run-id").write_text("lost")
+    with pytest.raises(CheckpointError) as refused:
+        start().manager.resume()
+    ours, theirs = run.manager.checkpointer.run, other.manager.checkpointer.run
+    assert str(refused.value) == (
+        f"{run.folder}: holds checkpoints of several runs (step-00000002 of {ours}, step-00000008 of {theirs}), and no "
+        "file run-id says which is meant. Leave those of one run."
+    )
+    (run.folder / "step-00000008" / "manifest.json").write_text("{")  # what does not say does not count
+    again = start()
+    assert again.manager.resume() is not None
+    again.save(3, final=True)
+    assert (run.folder / "run-id").read_text().strip() == ours
+
+
+def write_as_before(checkpoint: Path) -> None:
+    """Replace the manifest by one of version 2."""
+    entries = parse_manifest((checkpoint / "manifest.json").read_bytes()).files
+    files = {
+        name: {"bytes": entry["bytes"], "sha256": hashlib.sha256((checkpoint / name).read_bytes()).hexdigest()}
+        for name, entry in entries.items()
+    }
+    digest = hashlib.sha256(json.dumps([2, files], sort_keys=True).encode()).hexdigest()
+    (checkpoint / "manifest.json").write_text(json.dumps({"version": 2, "digest": digest, "files": files}))
+
+
+def test_checkpoints_of_earlier_versions_are_continued(start: Callable[..., Run]) -> None:
+    """With SHA-256 and without a run's id; what is written now has both, and damage in the old ones is found."""
+    run = start(keep=9)
+    for step in (2, 4, 6):
+        run.save(step, final=True)
+        write_as_before(run.folder / f"step-{step:08d}")
+    (run.folder / "run-id").unlink()
+    flip(run.folder / "step-00000006")
+    again = start(keep=3)
+    assert again.manager.resume() is not None
+    assert again.holds(4)
+    assert again.lines[1:] == [
+        f"resume: {run.folder}/step-00000004, 4 steps done",
+        f"resume: {run.folder}/step-00000004 is of an earlier version and names no run; it is taken for this run's",
+    ]
+    again.manager.begin()
+    again.save(5, final=True)
+    assert again.names() == ["damaged-step-00000006", "step-00000002", "step-00000004", "step-00000005"]
+    again.save(7, final=True)
+    assert again.names() == ["damaged-step-00000006", "step-00000004", "step-00000005", "step-00000007"]
+    later = start()
+    assert later.manager.resume() is not None
+    assert later.lines == [f"resume: {run.folder}/step-00000007, 7 steps done"]
 
 
 def test_retention_over_random_folders(groups: Any, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import math
 import os
 import pickle
 import random
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.distributed.checkpoint.metadata import BytesStorageMetadata, Metadata
 from lcl_mcore.checkpoint.dcp import METADATA, SafeReader
 from lcl_mcore.checkpoint.shards import Shard, Snapshot, boxes
 from lcl_mcore.checkpoint.store import (
+    Manifest,
     TrainState,
     checkpoint_name,
     manifest_bytes,
@@ -86,9 +88,10 @@ def test_names_of_checkpoints() -> None:
 
 
 def test_every_bit_of_a_manifest_counts() -> None:
-    entries = {"__0_0.distcp": {"bytes": 17, "sha256": "ab" * 32}, ".metadata": {"bytes": 3, "sha256": "0" * 64}}
-    data = manifest_bytes(entries)
-    assert parse_manifest(data) == entries
+    entries = {"__0_0.distcp": {"bytes": 17, "hash": "ab" * 32}, ".metadata": {"bytes": 3, "hash": "0" * 64}}
+    manifest = Manifest("0123456789abcdef", 60, "digest", entries)
+    data = manifest_bytes(manifest)
+    assert parse_manifest(data) == manifest
     for position in range(len(data)):
         for bit in range(8):
             changed = bytearray(data)
@@ -96,7 +99,7 @@ def test_every_bit_of_a_manifest_counts() -> None:
             with pytest.raises(ValueError, match=r"unreadable|changed|version|outside"):
                 parse_manifest(bytes(changed))
     with pytest.raises(ValueError, match="outside"):
-        parse_manifest(manifest_bytes({"../x": {"bytes": 1, "sha256": "0" * 64}}))
+        parse_manifest(manifest_bytes(replace(manifest, files={"../x": {"bytes": 1, "hash": "0" * 64}})))
 
 
 def state_file(folder: Path, **changes: Any) -> Path:
@@ -137,7 +140,7 @@ def test_states_and_manifests_have_a_size(tmp_path: Path, monkeypatch: pytest.Mo
             read_state(good)
     monkeypatch.setattr("lcl_mcore.checkpoint.store.MAX_JSON_BYTES", 100)
     folder = state_file(tmp_path / "step-00000070", step=70, order_hash="h" * 100)
-    (folder / "manifest.json").write_bytes(manifest_bytes({"a": {"bytes": 1, "sha256": "0" * 64}}))
+    (folder / "manifest.json").write_bytes(manifest_bytes(Manifest("0" * 16, 70, "", {})))
     with pytest.raises(CheckpointError, match="larger than 100 bytes"):
         read_state(folder)
     assert verify(folder) == ["manifest.json: larger than 100 bytes"]
@@ -146,15 +149,15 @@ def test_states_and_manifests_have_a_size(tmp_path: Path, monkeypatch: pytest.Mo
 @pytest.mark.parametrize(
     ("entry", "problem"),
     [
-        ({"bytes": -1, "sha256": "0" * 64}, "files.a.bytes = -1: Input should be greater than or equal to 0"),
-        ({"bytes": "1", "sha256": "0" * 64}, "files.a.bytes = '1': Input should be a valid integer"),
-        ({"bytes": 1, "sha256": "x"}, "files.a.sha256 = 'x': String should match pattern '^[0-9a-f]{64}$'"),
-        ({"bytes": 1}, "files.a.sha256 = {'bytes': 1}: Field required"),
+        ({"bytes": -1, "hash": "0" * 64}, "files.a.bytes = -1: Input should be greater than or equal to 0"),
+        ({"bytes": "1", "hash": "0" * 64}, "files.a.bytes = '1': Input should be a valid integer"),
+        ({"bytes": 1, "hash": "x"}, "files.a.hash = 'x': String should match pattern '^[0-9a-f]{64}$'"),
+        ({"bytes": 1}, "files.a.hash = {'bytes': 1}: Field required"),
     ],
 )
 def test_a_manifest_is_exactly_what_a_run_writes(entry: Any, problem: str) -> None:
     with pytest.raises(ValueError, match="unreadable") as refused:
-        parse_manifest(manifest_bytes({"a": entry}))
+        parse_manifest(manifest_bytes(Manifest("0" * 16, 60, "", {"a": entry})))
     assert str(refused.value) == f"unreadable ({problem})"
 
 
