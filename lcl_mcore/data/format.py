@@ -276,6 +276,8 @@ class ShardWriter:
     def discard(self) -> None:
         """Give up an unfinished shard and the space it takes."""
         with contextlib.suppress(OSError):  # what could not be written cannot be flushed either
+            self._tar.close()
+        with contextlib.suppress(OSError):
             self._stream.close()
         self._part.unlink(missing_ok=True)
 

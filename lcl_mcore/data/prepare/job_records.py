@@ -28,8 +28,11 @@ from lcl_mcore.storage import atomic_file, atomic_write
 
 PROGRESS = ".progress"
 HISTORY = "prepare.jsonl"
-OURS = re.compile(r"\.?[\w-]+-[0-9a-f]{8}-\d{4,}-\d{3,}(\.tar|\.tar\.part|\.index\.npy)")
-"""Names of the files that jobs write beside `.progress`."""
+OURS = re.compile(
+    r"\.?[\w-]+-[0-9a-f]{8}-\d{4,}-\d{3,}(\.tar|\.tar\.part|\.index\.npy)(\.\d+\.partial)?"
+    r"|\.(dataset\.json|prepare\.jsonl)\.\d+\.partial"
+)
+"""Names of the files that are written beside `.progress`, and of what a kill leaves of them."""
 RECORDS = "*.*.json"
 RECORD = re.compile(r"[\w-]+\.[0-9a-f]+\.json")
 LOCK = "lock"
@@ -90,6 +93,7 @@ class JobRecords:
         self._require_settings(earlier)
         changes = self._plan.other_input(earlier)
         if not changes:
+            shutil.rmtree(self.folder, ignore_errors=True)  # a kill may have left it
             return parse_manifest(str(path), path.read_bytes())
         if not update:
             rule = f"was prepared before its input changed: {'; '.join(changes)}"

@@ -58,7 +58,7 @@ def repeated_keys(paths: Sequence[Path], limit: int) -> list[frozenset[int]]:
         low = number << 58
         bounds = np.array([low, low + ((1 << 58) - 1)], dtype=np.uint64)
         slices = [keys[slice(*_range(keys, bounds))] for keys in files]
-        keys, counts = np.unique(np.concatenate(slices), return_counts=True)
+        keys, counts = np.unique(np.concatenate([np.empty(0, np.uint64), *slices]), return_counts=True)
         wanted = keys[counts > limit]
         for found, own in zip(repeated, slices, strict=True):
             found.update(np.intersect1d(own, wanted).tolist())

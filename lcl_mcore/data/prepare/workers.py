@@ -17,6 +17,8 @@ from multiprocessing import connection
 from multiprocessing.connection import Connection
 from typing import Any, Generic, TypeVar
 
+PRELOADED = ["webdataset", "lcl_mcore.data.prepare.engine"]
+"""Imported once, not by every process."""
 J = TypeVar("J")
 R = TypeVar("R")
 
@@ -32,7 +34,8 @@ class JobProcess(Generic[J, R]):
     """A process that does one job at a time."""
 
     def __init__(self, work: Callable[[J], R]) -> None:
-        context = multiprocessing.get_context("spawn")  # forking a process with threads can deadlock
+        context = multiprocessing.get_context("forkserver")  # forking a process with threads can deadlock
+        context.set_forkserver_preload(PRELOADED)
         self.connection, theirs = context.Pipe()
         self._process = context.Process(target=_serve, args=(theirs, work), daemon=True)
         self._process.start()
