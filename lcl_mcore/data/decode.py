@@ -27,7 +27,7 @@ from lcl_mcore.config.schema import DataConfig
 from lcl_mcore.data.collate import ImagePlan
 from lcl_mcore.data.crop import Window
 from lcl_mcore.data.format import ImageDamagedError
-from lcl_mcore.data.images import ORIENTATION, BadImageError, open_image, upright_rgb
+from lcl_mcore.data.images import BadImageError, open_image, orientation, upright_rgb
 from lcl_mcore.data.mixture import Mixture
 from lcl_mcore.errors import ConfigError, DataError, explain
 
@@ -164,7 +164,7 @@ def decode_one(content: bytes, task: DecodeTask, side: int) -> Tensor:
         BadImageError: it cannot be decoded, or has another size than its manifest entry says.
     """
     image = open_image(content)
-    turned = image.getexif().get(ORIENTATION, 1)
+    turned = orientation(image)
     size = image.size[::-1] if turned > 4 else image.size
     if size != (task.width, task.height):
         raise BadImageError("wrong size", f"{size}, the manifest says {(task.width, task.height)}")

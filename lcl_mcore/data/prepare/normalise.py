@@ -6,10 +6,10 @@ import hashlib
 import io
 from dataclasses import dataclass
 
-from PIL import Image
+from PIL import Image, ImageFile
 
 from lcl_mcore.data.format import ImageEntry
-from lcl_mcore.data.images import MAX_PIXELS, ORIENTATION, BadImageError, open_image, upright_rgb
+from lcl_mcore.data.images import MAX_PIXELS, BadImageError, decoding, is_wide, open_image, orientation, upright_rgb
 
 KEPT_FORMATS = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}
 
@@ -69,11 +69,12 @@ def entry_for(number: int, stored: tuple[bytes, str, int, int], text_index: int,
     )
 
 
-def _is_plain(image: Image.Image) -> bool:
-    """Nothing but one upright opaque frame."""
-    if "transparency" in image.info or getattr(image, "n_frames", 1) > 1:
+def _is_plain(image: ImageFile.ImageFile) -> bool:
+    """Nothing but one upright opaque frame of 8 bits."""
+    if "transparency" in image.info or is_wide(image):
         return False
     try:
-        return image.getexif().get(ORIENTATION, 1) == 1
-    except (OSError, SyntaxError, ValueError, KeyError, TypeError):
+        with decoding():
+            return getattr(image, "n_frames", 1) == 1 and orientation(image) == 1
+    except BadImageError:
         return False  # broken metadata: store without it
