@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, NoReturn
 
 MAX_BYTES = 4 << 20
@@ -18,9 +19,9 @@ def parse_json(data: bytes | str, *, max_bytes: int = MAX_BYTES) -> Any:
         raise BadJsonError(f"{len(data)} bytes of JSON, at most {max_bytes} are accepted")
     try:
         text = data.decode("utf-8") if isinstance(data, bytes) else data
-        value = json.loads(text, parse_constant=_refuse_constant, object_pairs_hook=_without_duplicates)
-        json.dumps(value, allow_nan=False)  # also catches 1e999, which parses to infinity
-        return value
+        return json.loads(
+            text, parse_constant=_refuse_constant, parse_float=_finite, object_pairs_hook=_without_duplicates
+        )
     except BadJsonError:
         raise
     except RecursionError:
@@ -44,6 +45,13 @@ def clean_text(value: object, *, max_chars: int = 1 << 20) -> str:
     if len(value) > max_chars:
         raise BadJsonError(f"a text of {len(value)} characters, at most {max_chars} are accepted")
     return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\x00", "")
+
+
+def _finite(text: str) -> float:
+    value = float(text)
+    if not math.isfinite(value):  # 1e999
+        raise BadJsonError(f"{text[:40]} is not a finite number")
+    return value
 
 
 def _refuse_constant(name: str) -> NoReturn:

@@ -2,21 +2,40 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from lcl_mcore.data.prepare.input_files import inputs, read_image
-from lcl_mcore.data.prepare.records import Dropped, InputFile, InputPart, RawDocument, RawImage
+from lxml.etree import HTMLParser
+
+from lcl_mcore.data.format import MAX_IMAGES, MAX_TEXTS
+from lcl_mcore.data.prepare.html_encoding import EncodingError, decode_page
+from lcl_mcore.data.prepare.input_files import inputs, is_system_file, read_image, read_regular
+from lcl_mcore.data.prepare.records import (
+    BadRecordError,
+    Dropped,
+    InputFile,
+    InputPart,
+    RawDocument,
+    RawImage,
+    bad_image,
+    documents_of,
+)
 from lcl_mcore.data.untrusted_json import clean_text
+from lcl_mcore.errors import DataError
 
 PAGES_PER_FILE = 40
 MAX_PAGE_BYTES = 16 << 20
-SKIPPED = re.compile("script|style|nav|header|footer|aside|noscript|template|form|svg|title")
+MAX_DEPTH = 512
+"""Of open elements, as in browsers. An end tag may cost the parser time for each of them."""
+MAX_TEXT = 1 << 20
+SKIPPED = re.compile(
+    "script|style|nav|header|footer|aside|noscript|template|form|svg|title|textarea|iframe|noembed|noframes"
+)
 SKIPPED_CLASSES = re.compile(
     r"(^|[\s_-])(nav|navbar|navpath|sidebar|sphinxsidebar|toc|toctree|menu|breadcrumbs?|footer|header|related|"
     r"headerlink|titlearea|search\w*)($|[\s_-])",
@@ -26,16 +45,30 @@ BLOCKS = re.compile(
     "p|div|section|article|main|body|h[1-6]|li|ul|ol|dl|dt|dd|table|tr|td|th|caption|pre|blockquote|figure|"
     "figcaption|br|hr"
 )
-# Possessive, and ending at the next "<": time grows with the page's length only.
-IMAGE_TAG = re.compile(r"""<img\b(?:[^<>"']++|"[^"<]{0,4096}+"|'[^'<]{0,4096}+'){0,64}+>""", re.IGNORECASE)
-VOID = re.compile("br|hr|img|input|meta|link|area|base|col|embed|source|track|wbr")
+ENDED_BY = {
+    "p": re.compile(
+        "address|article|aside|blockquote|center|details|dialog|dir|div|dl|fieldset|figcaption|figure|footer|form|"
+        "h[1-6]|header|hgroup|hr|main|menu|nav|ol|p|pre|search|section|table|ul"
+    ),
+    "li": re.compile("li"),
+    **dict.fromkeys(("dt", "dd"), re.compile("dt|dd")),
+    **dict.fromkeys(("td", "th"), re.compile("td|th|tr|thead|tbody|tfoot")),
+    "tr": re.compile("tr|thead|tbody|tfoot"),
+    **dict.fromkeys(("thead", "tbody", "tfoot"), re.compile("thead|tbody|tfoot")),
+}
+"""Elements whose end tag may be omitted, and the start tags that end them ("Optional tags" in the HTML standard).
+
+The parser knows fewer of them, and an element that hides its content must not hide what follows it.
+"""
+LISTS_AND_TABLES = re.compile("ul|ol|menu|dl|table|template|object|button")  # inside, nothing ends what is outside
+MARKS = ("class", "id", "role")  # attributes that say what an element is for
 
 
 class HtmlReader:
     """Sequence documents: paragraphs and images in page order, without navigation."""
 
     def __init__(self, source: Path, *, min_words: int = 20) -> None:
-        source = source.resolve()
+        source = Path(os.path.realpath(source))
         self._root = source if source.is_dir() else source.parent
         self._pages = inputs(source, ".html", ".htm", ".xhtml")
         self._min_words = min_words
@@ -61,100 +94,142 @@ class HtmlReader:
     def documents(self, part: InputPart) -> Iterator[RawDocument | Dropped]:
         """The pages of one part that have images."""
         for path in part.where:
-            yield self._page(path)
+            yield from documents_of(self._name(path), lambda path=path: [self._page(path)])  # type: ignore[misc]
 
     def images(self, part: InputPart) -> Iterator[Sequence[RawImage]]:
-        """All images of each page, in navigation and headers too, without reading the page in full."""
+        """All images of each page, in navigation and headers too."""
         for path in part.where:
-            if not path.is_symlink() and path.stat().st_size <= MAX_PAGE_BYTES:
-                page = _Page()
-                for tag in IMAGE_TAG.findall(path.read_bytes().decode("utf-8", "replace")):
-                    page.feed(tag)
-                    page.reset()  # whatever a broken tag left open
-                yield self._images(path, page)
-
-    def _page(self, path: Path) -> RawDocument | Dropped:
-        if path.is_symlink() or path.stat().st_size > MAX_PAGE_BYTES:
-            return Dropped("page is a link or too large")
-        page = _Page()
-        page.feed(path.read_bytes().decode("utf-8", "replace"))
-        page.close()
-        page.end_text()
-        if sum(len(text.split()) for text in page.texts) < self._min_words:
-            return Dropped("too few words")
-        images = self._images(path, page)
-        if not images:
-            return Dropped("no image on the page")
-        where = path.relative_to(self._root).as_posix()
-        return RawDocument("sequence", tuple(page.texts), images, {"page": clean_text(where)})
-
-    def _images(self, path: Path, page: _Page) -> tuple[RawImage, ...]:
-        """The images that lie beside the pages; nothing is ever fetched."""
-        images = []
-        for place, address in page.images:
             try:
-                address_parts = urlsplit(address)
-            except ValueError:  # not an address at all
+                content = self._content(path)
+            except BadRecordError:
                 continue
+            yield self._images(path, [*content.images, *content.hidden_images[:MAX_IMAGES]])
+
+    def _name(self, path: Path) -> str:
+        return clean_text(path.relative_to(self._root).as_posix())
+
+    def _page(self, path: Path) -> RawDocument:
+        content = self._content(path)
+        if sum(len(text.split()) for text in content.texts) < self._min_words:
+            raise BadRecordError("too few words")
+        if not content.images:
+            raise BadRecordError("no image on the page")
+        images = self._images(path, content.images)
+        return RawDocument("sequence", tuple(content.texts), images, {"page": self._name(path)})
+
+    def _content(self, path: Path) -> _Content:
+        """What one page shows."""
+        if is_system_file(self._name(path)):
+            raise BadRecordError("system file")
+        if path.is_symlink():
+            raise BadRecordError("page is a link")
+        page = _Page()
+        try:
+            page.feed(decode_page(read_regular(path, MAX_PAGE_BYTES)))
+            page.close()
+        except DataError as error:
+            raise BadRecordError("page cannot be read", str(error)) from None
+        except EncodingError as error:
+            raise BadRecordError("not in the encoding that it names", str(error)) from None
+        content = page.content
+        if len(content.texts) > MAX_TEXTS or len(content.images) > MAX_IMAGES:
+            raise BadRecordError("too many texts or images")
+        return content
+
+    def _images(self, path: Path, found: Sequence[tuple[int, str]]) -> tuple[RawImage, ...]:
+        """The images that lie beside the pages; nothing is ever fetched."""
+        return tuple(self._image(path, place, address) for place, address in found)
+
+    def _image(self, path: Path, place: int, address: str) -> RawImage:
+        source = address[:500]
+        try:
+            address_parts = urlsplit(address)
             if address_parts.scheme or address_parts.netloc:
-                continue
-            local = (path.parent / unquote(address_parts.path)).resolve() if "\0" not in address_parts.path else path
-            name = str(local.relative_to(self._root)) if local.is_relative_to(self._root) else "../outside"
-            images.append(RawImage(partial(read_image, self._root, name), place, source=address[:500]))
-        return tuple(images)
+                return bad_image("not beside the page", source=source)
+            local = os.path.realpath(path.parent / unquote(address_parts.path))
+        except (ValueError, OSError) as error:
+            return bad_image("not an address", str(error), source)
+        # A path that begins above the root is for `read_image` to refuse.
+        return RawImage(partial(read_image, self._root, os.path.relpath(local, self._root)), place, source=source)
 
 
 class _Page(HTMLParser):
-    """Collects texts and images; an image's place is the number of texts before it."""
+    """A parser that collects what a page shows.
+
+    Attributes:
+        content: texts and images; complete after `close`.
+    """
 
     def __init__(self) -> None:
-        super().__init__(convert_charrefs=True)
+        self.content = _Content()
+        super().__init__(target=self.content, encoding="utf-8", huge_tree=True)
+
+
+class _Content:
+    """Texts and images of a page; an image's place is the number of texts before it.
+
+    Attributes:
+        texts: what is shown, block by block.
+        images: place and address of each image that is shown.
+        hidden_images: the same of images in navigation, headers and the like.
+    """
+
+    def __init__(self) -> None:
         self.texts: list[str] = []
         self.images: list[tuple[int, str]] = []
+        self.hidden_images: list[tuple[int, str]] = []
         self._words: list[str] = []
-        self._open: list[tuple[str, bool]] = []  # tag, and whether it hides its content
+        self._depth = 0
+        self._hiding: tuple[str, int] | None = None  # tag and depth of the outermost element that hides its content
+        self._inner = 0  # lists and tables that are open inside it
 
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """A block ends the running text; an image ends it and takes its place."""
-        values = {name: value or "" for name, value in attrs}
+    def start(self, tag: str, attributes: dict[str, str]) -> None:
+        """A block ends the running text; an image ends it and takes its place.
+
+        Raises:
+            BadRecordError: elements are nested too deeply.
+        """
+        self._depth += 1
+        if self._depth > MAX_DEPTH:
+            raise BadRecordError("nested too deeply", f"over {MAX_DEPTH} elements")
         if BLOCKS.fullmatch(tag):
-            self.end_text()
-        if tag == "img" and values.get("src") and not self._hidden:
-            self.end_text()
-            self.images.append((len(self.texts), values["src"]))
-        if VOID.fullmatch(tag):
-            return
-        marks = f"{values.get('class', '')} {values.get('id', '')} {values.get('role', '')}"
-        hides = bool(SKIPPED.fullmatch(tag)) or bool(SKIPPED_CLASSES.search(marks))
-        self._open.append((tag, self._hidden or hides))
+            self._end_text()
+        if self._hiding is not None and not self._inner:
+            ended_by = ENDED_BY.get(self._hiding[0])
+            if ended_by is not None and ended_by.fullmatch(tag):
+                self._hiding = None
+        if tag == "img" and attributes.get("src"):
+            if self._hiding is None:
+                self._end_text()
+            (self.images if self._hiding is None else self.hidden_images).append((len(self.texts), attributes["src"]))
+        if self._hiding is not None:
+            self._inner += bool(LISTS_AND_TABLES.fullmatch(tag))
+        elif SKIPPED.fullmatch(tag) or SKIPPED_CLASSES.search(" ".join(attributes.get(name, "") for name in MARKS)):
+            self._hiding, self._inner = (tag, self._depth), 0
 
-    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        """`<img/>` and the like."""
-        self.handle_starttag(tag, attrs)
-        if not VOID.fullmatch(tag):
-            self.handle_endtag(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        """Close the innermost open element of that name, and what was left open inside it."""
+    def end(self, tag: str) -> None:
+        """The innermost open element ends. The parser ends every element, also where the page does not."""
         if BLOCKS.fullmatch(tag):
-            self.end_text()
-        for i in reversed(range(len(self._open))):
-            if self._open[i][0] == tag:
-                del self._open[i:]
-                break
+            self._end_text()
+        if self._hiding is not None:
+            if self._depth == self._hiding[1]:
+                self._hiding = None
+            else:
+                self._inner -= bool(LISTS_AND_TABLES.fullmatch(tag))
+        self._depth -= 1
 
-    def handle_data(self, data: str) -> None:
+    def data(self, text: str) -> None:
         """Text that is shown."""
-        if not self._hidden:
-            self._words.append(data)
+        if self._hiding is None:
+            self._words.append(text)
 
-    def end_text(self) -> None:
-        """The running text becomes one of the document's texts."""
+    def close(self) -> None:
+        """The page ends."""
+        self._end_text()
+
+    def _end_text(self) -> None:
+        """The running text becomes one of the document's texts, or several if it is very long."""
         text = " ".join("".join(self._words).replace("¶", " ").split())
         self._words = []
-        if text:
-            self.texts.append(clean_text(text[: 1 << 20]))
-
-    @property
-    def _hidden(self) -> bool:
-        return bool(self._open) and self._open[-1][1]
+        for start in range(0, len(text), MAX_TEXT):
+            self.texts.append(clean_text(text[start : start + MAX_TEXT]))

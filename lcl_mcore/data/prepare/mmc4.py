@@ -4,27 +4,57 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lcl_mcore.data.format import MAX_TEXTS, finite_number
-from lcl_mcore.data.images import BadImageError
-from lcl_mcore.data.prepare.input_files import input_files, lines, open_lines, read_image
-from lcl_mcore.data.prepare.records import Dropped, InputFile, InputPart, RawDocument, RawImage
+from lcl_mcore.data.images import MAX_BYTES, BadImageError
+from lcl_mcore.data.prepare.input_files import (
+    compression,
+    input_files,
+    is_system_file,
+    lines,
+    open_regular,
+    open_stream,
+    read_image,
+    zip_members,
+)
+from lcl_mcore.data.prepare.records import (
+    BadRecordError,
+    Dropped,
+    InputFile,
+    InputPart,
+    RawDocument,
+    RawImage,
+    bad_image,
+    documents_of,
+)
 from lcl_mcore.data.untrusted_json import BadJsonError, clean_text, parse_object
+from lcl_mcore.errors import DataError
 
-LINES_PER_PART = 2_000
+MAX_LINE_BYTES = 128 << 20
+"""Two images of the largest size as base64, and their text."""
+MAX_VALUES = 1_000_000
+PART_BYTES = 32 << 20
 MAX_LISTED = 20_000
 
 
 class Mmc4Reader:
-    """Matched documents. `images` is the folder with the downloaded images."""
+    """Matched documents.
 
-    def __init__(self, source: Path, images: Path | None = None) -> None:
+    Args:
+        source: the file, or a folder of them.
+        images: the folder with the downloaded images.
+        max_line_bytes: a longer line is dropped.
+    """
+
+    def __init__(self, source: Path, images: Path | None = None, *, max_line_bytes: int = MAX_LINE_BYTES) -> None:
         self._files = input_files(source, ".jsonl", ".jsonl.zip")
         self._images = images or (source if source.is_dir() else source.parent) / "images"
+        self._max_line_bytes = max_line_bytes
 
     @property
     def image_root(self) -> Path | None:
@@ -32,64 +62,95 @@ class Mmc4Reader:
         return self._images
 
     def describe(self) -> dict[str, Any]:
-        """The format."""
-        return {"format": "mmc4"}
+        """The format and the longest line."""
+        return {"format": "mmc4", "max_line_bytes": self._max_line_bytes}
 
     def files(self) -> Sequence[InputFile]:
         """The `.jsonl` and `.jsonl.zip` files."""
         return self._files
 
     def parts(self, file: InputFile) -> Sequence[InputPart]:
-        """Some thousand lines each."""
+        """Ranges of bytes of a plain file; a compressed one, and each member of a zip, is one part.
+
+        Nothing is read: a part begins with the first line that begins in its range.
+        """
         (path,) = file.paths
-        with open_lines(path) as stream:
-            count = sum(1 for _ in lines(stream))
-        return [
-            InputPart((str(path), start), min(LINES_PER_PART, count - start))
-            for start in range(0, count, LINES_PER_PART)
-        ]
+        if path.suffix.lower() == ".zip":
+            members = zip_members(path)
+            if not any(_is_jsonl(info.filename) for info in members):
+                raise DataError("holds no .jsonl file. Check the format's name.")
+            return [InputPart((path, info.filename, 0, None), max(1, info.file_size // PART_BYTES)) for info in members]
+        with open_regular(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            if compression(stream):
+                return [InputPart((path, "", 0, None), max(1, size // PART_BYTES))]
+        starts = range(0, max(size, 1), PART_BYTES)
+        return [InputPart((path, "", start, start + PART_BYTES)) for start in starts]
 
     def documents(self, part: InputPart) -> Iterator[RawDocument | Dropped]:
-        """The documents of some lines."""
-        path, start = part.where
-        with open_lines(Path(path)) as stream:
-            for number, line in enumerate(lines(stream)):
-                if number >= start + LINES_PER_PART:
-                    return
-                if number >= start:
-                    yield self._document(line)
+        """The documents of the lines that begin in one part."""
+        path, member, start, end = part.where
+        inside = f"{member}, " if member else ""
+        if member and (is_system_file(member) or not _is_jsonl(member)):
+            yield Dropped("system file" if is_system_file(member) else "no .jsonl file", f"member {member}")
+            return
+        with open_stream(path, member) as stream:
+            for position, line in lines(stream, self._max_line_bytes, start, end):
+                yield from documents_of(
+                    f"{inside}line at byte {position}",
+                    lambda line=line: [self._document(line)],  # type: ignore[misc]
+                )
 
-    def _document(self, line: bytes | None) -> RawDocument | Dropped:
+    def _document(self, line: bytes | None) -> RawDocument:
         if line is None:
-            return Dropped("line too long")
+            raise BadRecordError("line too long", f"over {self._max_line_bytes} bytes")
+        if line.count(b",") > MAX_VALUES:
+            raise BadRecordError("too many values in one line", f"over {MAX_VALUES}")
         try:
-            data = parse_object(line)
-            texts, infos = data.get("text_list"), data.get("image_info")
-            if not isinstance(texts, list) or not isinstance(infos, list):
-                raise BadJsonError("text_list and image_info must be lists")
-            if len(texts) > MAX_TEXTS or len(infos) > MAX_LISTED:
-                return Dropped("too many texts or images")
+            data = parse_object(line, max_bytes=len(line))
+        except BadJsonError as error:
+            raise BadRecordError("bad JSON", str(error)) from None
+        texts, infos = data.get("text_list"), data.get("image_info")
+        if not isinstance(texts, list) or not isinstance(infos, list):
+            raise BadRecordError("no text_list or image_info")
+        if len(texts) > MAX_TEXTS or len(infos) > MAX_LISTED:
+            raise BadRecordError("too many texts or images", f"{len(texts)} and {len(infos)}")
+        try:
             cleaned = tuple(clean_text(text) for text in texts)
-            images = tuple(self._image(info, len(texts)) for info in infos)
-        except BadJsonError:
-            return Dropped("bad JSON")
+        except BadJsonError as error:
+            raise BadRecordError("bad text", str(error)) from None
         url = data.get("url")
-        return RawDocument("matched", cleaned, images, {"url": clean_text(url)[:2000]} if isinstance(url, str) else {})
+        more = {"url": clean_text(url[:2000])} if isinstance(url, str) else {}
+        return RawDocument("matched", cleaned, tuple(self._image(info, len(texts)) for info in infos), more)
 
     def _image(self, info: Any, texts: int) -> RawImage:
-        if not isinstance(info, dict):
-            raise BadJsonError("image_info must hold objects")
-        index, similarity = info.get("matched_text_index"), finite_number(info.get("matched_sim"))
-        if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < texts:
-            raise BadJsonError(f"matched_text_index {index!r} is not one of the {texts} texts")
-        encoded = info.get("image_base64")
-        if isinstance(encoded, str):
-            return RawImage(partial(_from_base64, encoded), index, similarity, "base64")
-        name = clean_text(info.get("image_name"), max_chars=1000)
+        """One entry; one that cannot be used becomes a dropped image."""
+        try:
+            if not isinstance(info, dict):
+                raise BadJsonError(f"an object is expected, found {type(info).__name__}")
+            index, similarity = info.get("matched_text_index"), finite_number(info.get("matched_sim"))
+            if not isinstance(index, int) or isinstance(index, bool) or not 0 <= index < texts:
+                raise BadJsonError(f"matched_text_index {_brief(index)} is not one of the {texts} texts")
+            encoded = info.get("image_base64")
+            if isinstance(encoded, str):
+                return RawImage(partial(_from_base64, encoded), index, similarity, "base64")
+            name = clean_text(info.get("image_name"), max_chars=1000)
+        except (BadJsonError, OverflowError) as error:
+            return bad_image("bad entry", str(error)[:500])
         return RawImage(partial(read_image, self._images, name), index, similarity, name)
 
 
+def _is_jsonl(member: str) -> bool:
+    return member.lower().endswith(".jsonl") and not is_system_file(member)
+
+
+def _brief(value: Any) -> str:
+    return repr(value)[:100]
+
+
 def _from_base64(text: str) -> bytes:
+    if len(text) > MAX_BYTES * 4 // 3 + 4:
+        raise BadImageError("too many bytes", f"{len(text)} characters of base64")
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
