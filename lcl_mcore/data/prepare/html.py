@@ -14,7 +14,7 @@ from lxml.etree import HTMLParser
 
 from lcl_mcore.data.format import MAX_IMAGES, MAX_TEXTS
 from lcl_mcore.data.prepare.html_encoding import EncodingError, decode_page
-from lcl_mcore.data.prepare.input_files import inputs, is_system_file, read_image, read_regular
+from lcl_mcore.data.prepare.input_files import inputs, is_system_file, read_image
 from lcl_mcore.data.prepare.records import (
     BadRecordError,
     Dropped,
@@ -26,7 +26,7 @@ from lcl_mcore.data.prepare.records import (
     documents_of,
 )
 from lcl_mcore.data.untrusted_json import clean_text
-from lcl_mcore.errors import DataError
+from lcl_mcore.untrusted import read_regular
 
 PAGES_PER_FILE = 40
 MAX_PAGE_BYTES = 16 << 20
@@ -127,8 +127,8 @@ class HtmlReader:
         try:
             page.feed(decode_page(read_regular(path, MAX_PAGE_BYTES)))
             page.close()
-        except DataError as error:
-            raise BadRecordError("page cannot be read", str(error)) from None
+        except OSError as error:
+            raise BadRecordError("page cannot be read", str(error.strerror)) from None
         except EncodingError as error:
             raise BadRecordError("not in the encoding that it names", str(error)) from None
         content = page.content

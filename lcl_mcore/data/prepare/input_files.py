@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import bz2
 import codecs
+import errno
 import gzip
 import io
 import os
-import stat
 import struct
 import zipfile
 from collections.abc import Callable, Iterator
@@ -21,6 +21,7 @@ from typing import IO, Any, BinaryIO, NoReturn
 from lcl_mcore.data.images import MAX_BYTES, BadImageError
 from lcl_mcore.data.prepare.records import InputFile
 from lcl_mcore.errors import DataError, explain
+from lcl_mcore.untrusted import open_regular, read_regular
 
 MAX_RATIO = 200
 """Unpacked to packed bytes, from `SMALL` unpacked bytes on."""
@@ -84,43 +85,6 @@ def is_system_file(name: str) -> bool:
     )
 
 
-def open_regular(path: Path) -> BinaryIO:
-    """A regular file, opened for reading; never waits for the other end of a pipe.
-
-    Raises:
-        DataError: it is something else, or cannot be opened.
-    """
-    try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-    except (OSError, ValueError) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        raise DataError(f"cannot be opened: {reason}. Check that it is there and readable.") from None
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise DataError("is not a regular file. Remove it from the input.")
-    return os.fdopen(descriptor, "rb")
-
-
-class TooLongError(DataError):
-    """A file that is longer than may be read."""
-
-
-def read_regular(path: Path, max_bytes: int) -> bytes:
-    """The content of a regular file.
-
-    Raises:
-        DataError: as `open_regular`, or it cannot be read; `TooLongError`: it has more than `max_bytes`.
-    """
-    with open_regular(path) as stream:
-        try:
-            content = stream.read(max_bytes + 1)
-        except OSError as error:
-            raise DataError(f"cannot be read: {error.strerror}. Check the disk.") from None
-    if len(content) > max_bytes:
-        raise TooLongError(f"has more than {max_bytes} bytes. Remove it from the input.")
-    return content
-
-
 def read_image(root: Path, name: str) -> bytes:
     """An image file below `root`. Names that lead out of it, and links, are refused."""
     try:
@@ -128,17 +92,16 @@ def read_image(root: Path, name: str) -> bytes:
         path = Path(base, name)
         if not name or not Path(os.path.realpath(path)).is_relative_to(base):
             raise BadImageError("path leaves the folder")
-        if path.is_symlink() or not path.is_file():
+        if path.is_symlink() or not path.exists():
             raise BadImageError("missing file")
         return read_regular(path, MAX_BYTES)
-    except TooLongError:
-        raise BadImageError("too many bytes", f"over {MAX_BYTES}") from None
-    except DataError as error:
-        raise BadImageError("unreadable file", str(error)) from None
     except BadImageError:
         raise
-    except (OSError, ValueError) as error:  # too long or not encodable: no file has this name
+    except ValueError as error:  # a name that no file can have
         raise BadImageError("missing file", str(error)[:200]) from None
+    except OSError as error:
+        reasons = {errno.EFBIG: "too many bytes", errno.ENAMETOOLONG: "missing file"}
+        raise BadImageError(reasons.get(error.errno or 0, "unreadable file"), str(error.strerror)) from None
 
 
 # --- streams ---
@@ -156,12 +119,12 @@ def open_stream(path: Path, member: str = "") -> Iterator[IO[bytes]]:
     """A file's content, unpacked if it is compressed by gzip or bzip2; or that of one member of a zip.
 
     Raises:
-        DataError: it cannot be opened, is compressed in another way, or (while it is read) unpacks to more than
-            `MAX_RATIO` times its size. A damaged one raises what the standard library does.
+        DataError: it is compressed in another way, or (while it is read) unpacks to more than `MAX_RATIO` times its
+            size. A damaged one raises what the standard library does.
     """
     with open_regular(path) as packed:
         if member:
-            with _zip(packed) as archive, archive.open(member) as stream:
+            with _zip(packed) as archive, _zip_member(archive, member) as stream:
                 yield stream
             return
         kind = compression(packed)
@@ -194,6 +157,13 @@ def zip_members(path: Path) -> list[zipfile.ZipInfo]:
             rule = f"unpacks to {info.file_size} bytes, more than {MAX_RATIO} times its size"
             raise DataError(f"{rule}. Unpack it by hand if you trust it.")
     return members
+
+
+def _zip_member(archive: zipfile.ZipFile, member: str) -> IO[bytes]:
+    try:
+        return archive.open(member)
+    except (NotImplementedError, RuntimeError, KeyError, ValueError) as error:
+        raise DataError(f"holds {member[:200]} in a form that cannot be read: {error}. Unpack it first.") from error
 
 
 def _zip(packed: BinaryIO) -> zipfile.ZipFile:

@@ -17,7 +17,6 @@ from lcl_mcore.data.prepare.input_files import (
     input_files,
     is_system_file,
     lines,
-    open_regular,
     open_stream,
     read_image,
     zip_members,
@@ -34,6 +33,7 @@ from lcl_mcore.data.prepare.records import (
 )
 from lcl_mcore.data.untrusted_json import BadJsonError, clean_text, parse_object
 from lcl_mcore.errors import DataError
+from lcl_mcore.untrusted import open_regular
 
 MAX_LINE_BYTES = 128 << 20
 """Two images of the largest size as base64, and their text."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lcl_mcore.data.images import MAX_BYTES
-from lcl_mcore.data.prepare.input_files import input_files, is_system_file, open_regular, open_stream
+from lcl_mcore.data.prepare.input_files import input_files, is_system_file, open_stream
 from lcl_mcore.data.prepare.records import (
     BadRecordError,
     Dropped,
@@ -26,6 +26,7 @@ from lcl_mcore.data.prepare.records import (
 from lcl_mcore.data.prepare.tar import Damage, EndMark, Member, walk
 from lcl_mcore.data.untrusted_json import BadJsonError, clean_text, parse_object
 from lcl_mcore.rng import key64
+from lcl_mcore.untrusted import open_regular
 
 logger = logging.getLogger(__name__)
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jfif", "avif")

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lcl_mcore.data.format import MAX_TEXTS
 from lcl_mcore.data.images import BadImageError
-from lcl_mcore.data.prepare.input_files import input_files, open_regular, read_image
+from lcl_mcore.data.prepare.input_files import input_files, read_image
 from lcl_mcore.data.prepare.records import (
     BadRecordError,
     Dropped,
@@ -33,6 +33,7 @@ from lcl_mcore.data.prepare.records import (
 from lcl_mcore.data.untrusted_json import BadJsonError, clean_text
 from lcl_mcore.errors import DataError, explain
 from lcl_mcore.optional_packages import installed
+from lcl_mcore.untrusted import open_regular
 
 if TYPE_CHECKING:
     import pyarrow
@@ -214,7 +215,7 @@ class ParquetReader:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[parquet.ParquetFile]:
-    """A parquet file. `DataError`: it is none, or not a regular file."""
+    """A parquet file. `DataError`: it is none."""
     import pyarrow
     from pyarrow import parquet
 
