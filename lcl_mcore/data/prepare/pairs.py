@@ -23,7 +23,7 @@ from lcl_mcore.data.prepare.records import (
     bad_image,
     documents_of,
 )
-from lcl_mcore.data.prepare.tar import Damage, EndMark, Member, walk
+from lcl_mcore.data.prepare.tar import Damage, EndMark, TarMember, walk
 from lcl_mcore.data.untrusted_json import BadJsonError, clean_text, parse_object
 from lcl_mcore.rng import key64
 from lcl_mcore.untrusted import open_regular
@@ -69,7 +69,7 @@ class PairReader:
     def documents(self, part: InputPart) -> Iterator[RawDocument | Dropped]:
         """The pairs of one tar, in its order."""
         samples = _Samples()
-        found: Member | EndMark | Damage | None = None
+        found: TarMember | EndMark | Damage | None = None
         with open_stream(part.where) as stream:
             for found in walk(stream, _is_wanted):
                 if isinstance(found, EndMark):
@@ -85,7 +85,7 @@ class PairReader:
                 else:
                     yield from samples.add(found)
         yield from samples.close()
-        if isinstance(found, Member):
+        if isinstance(found, TarMember):
             logger.warning("%s: has no mark of its end and may be cut; all that is there is used.", part.where)
 
 
@@ -115,7 +115,7 @@ class _Sample:
         held = [*self.texts.values(), self.image[2] if self.image else None]
         return sum(len(content) for content in held if content is not None)
 
-    def add(self, extension: str, member: Member) -> None:
+    def add(self, extension: str, member: TarMember) -> None:
         """Take in one member; only the best image is held."""
         self.extensions.add(extension)
         if extension in TEXTS:
@@ -137,7 +137,7 @@ class _Samples:
         self._group = ""
         self._seen: set[int] = set()
 
-    def add(self, member: Member) -> Iterator[RawDocument | Dropped]:
+    def add(self, member: TarMember) -> Iterator[RawDocument | Dropped]:
         """Take in one member; yields what is complete by now."""
         folder, slash, last = member.name.rpartition("/")
         stem, _, extension = last.rpartition(".")

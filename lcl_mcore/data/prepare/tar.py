@@ -36,7 +36,7 @@ SPARSE_GOES_ON, SPARSE_GOES_ON_AGAIN = 482, 504  # bytes of the old GNU format's
 
 
 @dataclass(frozen=True)
-class Member:
+class TarMember:
     """Anything but a folder.
 
     Attributes:
@@ -64,7 +64,7 @@ class Damage:
     what: str
 
 
-def walk(stream: IO[bytes], wanted: Callable[[str, int], bool]) -> Iterator[Member | EndMark | Damage]:
+def walk(stream: IO[bytes], wanted: Callable[[str, int], bool]) -> Iterator[TarMember | EndMark | Damage]:
     """Everything in a tar, or in several that were joined, in order.
 
     Args:
@@ -104,7 +104,7 @@ def walk(stream: IO[bytes], wanted: Callable[[str, int], bool]) -> Iterator[Memb
             if extension.bad:
                 yield Damage(begin, extension.bad)
             elif header.type != DIRTYPE:
-                yield Member(shown, regular, size, content)
+                yield TarMember(shown, regular, size, content)
             source.skip_padding(stored)
         except _CutError:
             yield Damage(begin, f"the file ends inside {_shown(extension.name or header.name)[:200]}")
