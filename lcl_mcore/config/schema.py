@@ -66,7 +66,8 @@ class VisionConfig:
     pre_norm: bool = True
     """LayerNorm between the position embedding and the first layer (`ln_pre`)."""
     layer_scale: float | None = None
-    """Initial value of the per-channel residual scale (layer scale, gamma); none: no layer scale."""
+    """Initial value of the per-channel residual scale (layer scale, gamma; the paper states none); none: no layer
+    scale."""
     drop_path: Annotated[ShareBelowOne, tyro.conf.arg(aliases=("--drop-path",))] = 0.0
     """Stochastic depth of the last layer; grows linearly from 0 at the first (paper: 0.2)."""
     norm_eps: PositiveFloat = 1e-5
@@ -120,7 +121,7 @@ class LanguageConfig:
     tied_head: bool = True
     """The output matrix is the embedding; otherwise it is a matrix of its own, without bias."""
     separate_norms: bool = False
-    """A final LayerNorm for each loss (released code) instead of one for both (OPT)."""
+    """A final LayerNorm for each loss (released code) instead of one for both (OPT, whose LM the paper takes)."""
     dropout: Annotated[ShareBelowOne, tyro.conf.arg(aliases=("--dropout",))] = 0.0
     """On both residual branches, as in OPT's training (0.1). Not on attention weights, where OPT had 0.1 too: the
     attention kernels draw masks that no other layout and no resumed run could repeat."""
@@ -198,7 +199,7 @@ class SourceConfig:
     path: Annotated[str, Field(min_length=1)]
     """Folder or fsspec URL (s3://bucket/folder)."""
     weight: PositiveFloat = 1.0
-    """Share of the mixture, counted in documents, relative to the other sources."""
+    """Share of the mixture, counted in documents (a pair is one), relative to the other sources."""
     name: str = ""
     """Name in logs and in saved positions; by default the last part of the path."""
     min_similarity: Annotated[float, Field(ge=-1, le=1)] = 0.24
@@ -212,7 +213,7 @@ class SourceConfig:
     one_image_per_text: bool = False
     """Matched documents: keep one random image of those that share a text."""
     image_first_probability: Share = 0.5
-    """Pairs and matched documents: chance that an image stands before its text (paper: 0.5)."""
+    """Pairs and matched documents: chance that an image stands before its text (paper: random; released code: 0.5)."""
     max_text_tokens: NonNegativeInt = 0
     """Pairs: longer captions are cut; 0: as long as a packed sequence allows."""
     packing: Packing | None = None
@@ -291,9 +292,9 @@ class DataConfig:
     """Documents that stay together in the shuffled order; above 1 a reader of an object store fetches neighbours in one
     request."""
     crop_scale: tuple[PositiveFloat, PositiveFloat] = (0.9, 1.0)
-    """Random resized crop: smallest and largest share of the area (paper: 0.9 1)."""
+    """Random resized crop: smallest and largest share of the area (OpenCLIP, which the paper names: 0.9 1)."""
     crop_ratio: tuple[PositiveFloat, PositiveFloat] = (0.75, 4.0 / 3.0)
-    """Random resized crop: smallest and largest aspect ratio of the window (paper: 3/4 4/3)."""
+    """Random resized crop: smallest and largest aspect ratio of the window (OpenCLIP: 3/4 4/3)."""
     decode_backend: Literal["auto", "cpu", "dali"] = "auto"
     """auto: DALI with a GPU and an installed DALI, else cpu (libjpeg-turbo and Pillow)."""
     decode_threads: PositiveInt = 2
@@ -322,13 +323,13 @@ class DataConfig:
             self.crop_scale[0] <= self.crop_scale[1] <= 1,
             f"data.crop_scale = {self.crop_scale[0]} {self.crop_scale[1]}",
             "low <= high <= 1",
-            "The paper uses 0.9 1.",
+            "OpenCLIP uses 0.9 1.",
         )
         require(
             self.crop_ratio[0] <= self.crop_ratio[1],
             f"data.crop_ratio = {self.crop_ratio[0]} {self.crop_ratio[1]}",
             "low <= high",
-            "The paper uses 0.75 1.3333.",
+            "OpenCLIP uses 0.75 1.3333.",
         )
         for source in self.sources:
             packing = source.packing or self.packing
@@ -422,7 +423,7 @@ class OptimConfig:
             self.min_lr <= self.lr,
             f"optim.min_lr = {self.min_lr} with optim.lr = {self.lr}",
             "the schedule ends at or below its peak",
-            "The paper uses 0.",
+            "Every recipe uses 0.",
         )
 
 

@@ -136,7 +136,7 @@ OF_DEMO = {
         "The paper uses 0.1 and 1."
     ),
     "--min-lr 1": (
-        "optim.min_lr = 1.0 with optim.lr = 0.001: the schedule ends at or below its peak. The paper uses 0."
+        "optim.min_lr = 1.0 with optim.lr = 0.001: the schedule ends at or below its peak. Every recipe uses 0."
     ),
     "--data.sequence-length 300": (
         "data.sequence_length = 300 with model.language.max_positions = 256: a packed sequence cannot be longer than "
@@ -150,8 +150,8 @@ OF_DEMO = {
         "data.sources named x/a, b, x/a: a source stands twice. "
         "Give every data set and every `name` once; how often one is read is its weight."
     ),
-    "--data.crop-scale 0.5 0.4": "data.crop_scale = 0.5 0.4: low <= high <= 1. The paper uses 0.9 1.",
-    "--data.crop-ratio 2 1": "data.crop_ratio = 2.0 1.0: low <= high. The paper uses 0.75 1.3333.",
+    "--data.crop-scale 0.5 0.4": "data.crop_scale = 0.5 0.4: low <= high <= 1. OpenCLIP uses 0.9 1.",
+    "--data.crop-ratio 2 1": "data.crop_ratio = 2.0 1.0: low <= high. OpenCLIP uses 0.75 1.3333.",
     "--faults.skip-batches 5 4": ("faults.skip_batches holds 5 4: a range reads FIRST LAST. Exchange the two."),
     "--set data.sources=[{path:_a,cut_rule:_tokens,long_documents:_split}]": (
         "data.sources: cut_rule = tokens with long_documents = split: a document is cut at a token only where its rest "

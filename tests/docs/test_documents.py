@@ -211,8 +211,10 @@ SUFFIXES = ("py", "json", "jsonl", "yaml", "md", "safetensors")
 def test_settings_exist(texts: dict[str, Text]) -> None:
     from lcl_mcore.config.base import to_dict
     from lcl_mcore.config.recipes import load_recipe
+    from lcl_mcore.config.schema import SourceConfig
 
     tree = to_dict(load_recipe("demo"))
+    tree["data"]["sources"] = to_dict(SourceConfig(path="a"))
     sections = {name for name, value in tree.items() if isinstance(value, dict)}
     seen = 0
     for name, text in texts.items():
