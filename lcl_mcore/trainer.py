@@ -16,7 +16,7 @@ from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.data.loader import DataContext, build_loader
 from lcl_mcore.data.tokenizer import tokenizer_for
 from lcl_mcore.distributed.context import Context
-from lcl_mcore.errors import LclError
+from lcl_mcore.errors import DataError, LclError
 from lcl_mcore.evaluation.heldout import periodic_evaluation
 from lcl_mcore.fault_tolerance.events import EventLog
 from lcl_mcore.fault_tolerance.goodput import Goodput
@@ -110,6 +110,9 @@ class Trainer:
                 self.log.info(f"stopped by request after step {self.state.step}; continue with --resume")
             self.goodput.end()
             self.log.info(self.goodput.total().describe())
+        except DataError:  # comes to every rank alike, between two steps
+            self.save_before_leaving()
+            raise
         except LclError:  # every rank is alive and leaves: a save under way is worth completing
             self.checkpoints.wait()
             raise
@@ -244,6 +247,12 @@ class Trainer:
         return True
 
     # --- checkpoints ---
+
+    def save_before_leaving(self) -> None:
+        """Keep what was trained when the run must end between two steps."""
+        if self.account(self.stats.drain()):
+            self.stopping = True
+            self.save()
 
     def save_is_due(self) -> bool:
         """Whether this step ends with a checkpoint."""

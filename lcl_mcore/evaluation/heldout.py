@@ -22,6 +22,7 @@ from lcl_mcore.data.evaluation_data import eval_documents, with_blank_images, wi
 from lcl_mcore.data.loader import DataContext
 from lcl_mcore.data.tokenizer import Tokenizer, build_tokenizer
 from lcl_mcore.distributed.context import Context
+from lcl_mcore.distributed.groups import gather_objects
 from lcl_mcore.errors import DataError, explain
 from lcl_mcore.evaluation.embedding_metrics import chance, recall_at, require_finite
 from lcl_mcore.evaluation.load import LoadedModel, reset_weights
@@ -222,6 +223,10 @@ class _StopRequestedError(Exception):
     """Some rank was asked to end the run."""
 
 
+class _UnreadableError(Exception):
+    """Some rank could not read the held-out documents; the text is its reason."""
+
+
 @dataclass
 class PeriodicEvaluation:
     """Evaluates every so many steps, on the ranks that train and with their model.
@@ -246,6 +251,9 @@ class PeriodicEvaluation:
             numbers = self._numbers(model, stop)
         except _StopRequestedError:
             log.info(f"evaluation after step {step} cut short by a stop request")
+            return
+        except _UnreadableError as error:
+            log.info(f"WARNING evaluation after step {step} left out, training goes on: {error}")
             return
         finally:
             model.train()
@@ -279,6 +287,7 @@ class PeriodicEvaluation:
 
         Raises:
             _StopRequestedError: on all ranks together, when any rank was asked to stop.
+            _UnreadableError: likewise, when any rank could not read its documents.
         """
         groups, evaluation = self.context.groups, self.config.evaluation
         batches = heldout_batches(
@@ -291,11 +300,17 @@ class PeriodicEvaluation:
             limit=evaluation.limit,
         )
         while True:
-            batch = next(batches, None)
-            asked = torch.tensor([float(stop()), float(batch is not None)])
+            batch, problem = None, ""
+            try:
+                batch = next(batches, None)
+            except (DataError, OSError) as error:
+                problem = str(error)
+            asked = torch.tensor([float(stop()), float(batch is not None), float(problem != "")])
             dist.all_reduce(asked, op=dist.ReduceOp.MAX, group=groups.host_control)
             if asked[0]:
                 raise _StopRequestedError
+            if asked[2]:
+                raise _UnreadableError(next(filter(None, gather_objects(problem, groups.host_control))))
             if not asked[1]:
                 return
             if batch is not None:

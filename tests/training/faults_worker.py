@@ -6,10 +6,10 @@ PLAN.json is a list of faults, each with "kind" and some of
     attempt  of torchrun's restarts, default 0      rank     in which it is injected
     step     1-based, as in the log                 phase    "data", "step", "save" or "evaluate"
     delay    seconds after the phase began          signal   SIGKILL, SIGSTOP, SIGTERM, SIGUSR2
-kind "signal" sends the signal to the rank itself, once; "writer" kills it when its part of the checkpoint of `step` is
-written, before it is verified; "sleep" makes every step of the rank longer by `delay`; "read"
-makes reading step `step` last `delay` longer; "nan" spoils the rank's images in batch `batch`; "jump" trains batch
-`batch` with a learning rate 100,000 times too high.
+kind "signal" sends the signal to the rank itself, once; "writer" kills it when its part of the checkpoint of `step`
+is written, before it is verified; "sleep" makes every step of the rank longer by `delay`; "read" makes reading step
+`step` last `delay` longer; "unreadable" makes it fail; "nan" spoils the rank's images in batch `batch`; "jump" trains
+batch `batch` with a learning rate 100,000 times too high.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from lcl_mcore.commands.entry import run_main
 from lcl_mcore.commands.pretrain import parse_options
 from lcl_mcore.config.run_folder import check_folder
 from lcl_mcore.data.loader import StepReader
+from lcl_mcore.errors import DataError
 from lcl_mcore.fault_tolerance.events import is_restart
 from lcl_mcore.fault_tolerance.watchdog import Watchdog
 from lcl_mcore.trainer import Trainer
@@ -75,12 +76,15 @@ def kill_the_writer(faults: list[dict[str, Any]]) -> None:
 
 
 def slow_reading(faults: list[dict[str, Any]]) -> None:
+    """Reading of a step that takes longer, or that fails."""
     read = StepReader._read
 
     def slow(self: StepReader) -> Any:
         for fault in faults:
             if fault["kind"] == "read" and self._step + 1 == fault["step"]:
                 time.sleep(fault["delay"])
+            if fault["kind"] == "unreadable" and self._step + 1 == fault["step"]:
+                raise DataError("shard-007.tar: is damaged. Copy it again.")
         return read(self)
 
     StepReader._read = slow  # type: ignore[method-assign]

@@ -1,20 +1,24 @@
-"""What only informs cannot end a run, and Ctrl-C ends it with a checkpoint."""
+"""What only informs cannot end a run; what must end it saves first, as Ctrl-C does."""
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from launch import run_script
+from launch import run_script, torchrun
 from lcl_mcore.checkpoint.store import complete_checkpoints, read_state
 from lcl_mcore.fault_tolerance.events import read_events
-from training_runs import ROOT, records
+from training_runs import ROOT, assert_same_run, records
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 Arguments = Callable[..., list[str]]
@@ -72,6 +76,49 @@ def test_a_terminal_on_a_full_disk(arguments: Arguments, tmp_path: Path) -> None
     assert done.returncode == 0
     assert sorted(records(out)) == [1, 2, 3]
     assert newest_step(out) == 3
+
+
+def spoil(dataset: Path, copy: Path) -> None:
+    """A copy in which one document's text is not JSON any more."""
+    shutil.copytree(dataset, copy)
+    shard = max(copy.glob("*.tar"))
+    with tarfile.open(shard) as tar:
+        member = [m for m in tar if m.name.endswith(".json")][-1]
+    with open(shard, "r+b") as file:
+        file.seek(member.offset_data)
+        file.write(b"\0" * 8)
+
+
+@pytest.mark.distributed
+def test_data_that_cannot_be_read_end_a_run_with_a_checkpoint(
+    arguments: Arguments, undisturbed: Path, tmp_path: Path
+) -> None:
+    """One rank of two cannot read step 12: both save step 11, and the repaired run goes on bitwise."""
+    out, plan = tmp_path / "run", tmp_path / "plan.json"
+    plan.write_text(json.dumps([{"kind": "unreadable", "rank": 1, "step": 12}]))
+    flags = arguments(out, "--steps", "20")
+    done = torchrun(2, "tests/training/faults_worker.py", str(plan), *flags[1:], check=False)
+    assert done.returncode == 2
+    assert sorted(re.findall(r"^error: .*", done.stderr, re.MULTILINE)) == [
+        "error: reading stopped. data-parallel rank 1: shard-007.tar: is damaged. Copy it again.",
+        "error: shard-007.tar: is damaged. Copy it again.",
+    ]
+    assert (newest_step(out), max(records(out))) == (11, 11)
+    torchrun(2, *flags, "--resume")
+    assert_same_run(undisturbed, out)
+
+
+@pytest.mark.distributed
+def test_held_out_data_that_cannot_be_read_end_nothing(arguments: Arguments, corpus: Path, tmp_path: Path) -> None:
+    out, data = tmp_path / "run", tmp_path / "heldout"
+    spoil(corpus / "pairs", data)
+    done = torchrun(2, *arguments(out, "--steps", "4", "evaluation.every=2", f"evaluation.data={data}"))
+    warnings = [line for line in done.stdout.splitlines() if line.startswith("WARNING")]
+    assert [line.partition(",")[0] for line in warnings] == [
+        f"WARNING evaluation after step {step} left out" for step in (2, 4)
+    ]
+    assert str(data) in warnings[0]
+    assert newest_step(out) == 4
 
 
 @pytest.mark.parametrize("times", [1, 2])
