@@ -19,12 +19,14 @@ from lcl_mcore.checkpoint.weights_file import (
     write_consolidated,
 )
 from lcl_mcore.config.run_folder import write_config
+from lcl_mcore.config.schema import VisionConfig
 from lcl_mcore.errors import CheckpointError, ConfigError, explain
 from lcl_mcore.evaluation.load import LoadedModel, open_model, stored_weights
-from lcl_mcore.export.formats import FORMATS
+from lcl_mcore.export.formats import FORMATS, packages_of
 from lcl_mcore.export.model_card import write_card
 from lcl_mcore.export.reload import ReloadRequest, reload_features
 from lcl_mcore.interop.released import from_released, read_released, to_released
+from lcl_mcore.interop.vit_formats import interpolate_positions
 from lcl_mcore.models.lcl import LclModel
 from lcl_mcore.optional_packages import export_packages
 from lcl_mcore.storage import atomic_write
@@ -44,17 +46,28 @@ def random_images(side: int) -> Tensor:
     return (255 * torch.cat((noise, torch.stack((ramp, 1 - ramp))))).byte()
 
 
+def another_size(shape: VisionConfig) -> int:
+    """A larger side, in whole patches, at which exports are checked as well."""
+    grid = shape.image_size // shape.patch_size
+    return shape.patch_size * (grid + max(1, grid // 4))
+
+
 @torch.no_grad()
-def own_features(model: LclModel, images: Tensor) -> Tensor:
-    """Encoder output of an fp32 model: uint8 [n, 3, S, S] -> patch tokens [n, P, h]."""
+def own_features(model: LclModel, images: Tensor, antialias: bool = True) -> Tensor:
+    """Encoder output of an fp32 model: uint8 [n, 3, S, S] -> patch tokens [n, P, h].
+
+    Args:
+        antialias: in the interpolation of positions, where S is not the encoder's.
+    """
     model.eval()
-    tokens = model.vision(images, torch.arange(len(images), device=images.device), 0)
+    trained = model.vision.position_embedding
+    fitted = interpolate_positions(trained, images.shape[-1] // model.shape.vision.patch_size, antialias)
+    model.vision.position_embedding = torch.nn.Parameter(fitted)
+    try:
+        tokens = model.vision(images, torch.arange(len(images), device=images.device), 0)
+    finally:
+        model.vision.position_embedding = trained
     return tokens.view(len(images), -1, tokens.shape[-1])
-
-
-def normalised(model: LclModel, images: Tensor) -> Tensor:
-    """Normalised pixels, what the packages' own image transforms give: uint8 -> fp32 [n, 3, S, S]."""
-    return (images.float() / 255.0 - model.vision.pixel_mean) / model.vision.pixel_std
 
 
 def deviation(ours: Tensor, theirs: Tensor, name: str) -> float:
@@ -78,21 +91,27 @@ def choose_formats(loaded: LoadedModel, wanted: Sequence[str]) -> tuple[list[str
     """Formats to write, and why others are skipped. An empty `wanted` takes every format that can hold the model.
 
     Raises:
-        ConfigError: a format that was asked for cannot hold this encoder, or its package is missing.
+        ConfigError: a format that was asked for cannot hold this encoder, or a package is missing.
     """
+    vision, needed = loaded.config.model.vision, list[str]()
     packages = {package.name: package for package in export_packages()}
     skipped: dict[str, str] = {}
     for name in wanted or FORMATS:
         if name in OWN:
             continue
-        reason = FORMATS[name].refuses(loaded.config.model.vision)
-        if reason is None and not packages[name].usable:
-            reason = f"{name} is not installed: pip install 'lcl-mcore[export]'"
+        reason = FORMATS[name].refuses(vision)
         if reason is not None:
             skipped[name] = reason
+        needed += [package for package in packages_of(name, vision) if reason is None and not packages[package].usable]
     if wanted and skipped:
         text = "; ".join(f"{name}: {reason}" for name, reason in skipped.items())
         raise ConfigError(explain(f"--formats {' '.join(wanted)}", text, "Do not ask for these formats."))
+    if needed:
+        reasons = "; ".join(packages[name].reason for name in dict.fromkeys(needed))
+        remedy = (
+            "Run pip install 'lcl-mcore[export]', or name formats that need none of these, for example --formats full."
+        )
+        raise ConfigError(explain("export without the packages that check it", reasons, remedy))
     return [name for name in wanted or (*FORMATS, "full") if name not in skipped], skipped
 
 
@@ -144,17 +163,22 @@ def _check_own(loaded: LoadedModel, folders: Mapping[str, Path]) -> None:
 
 
 def _check(loaded: LoadedModel, folders: Mapping[str, Path]) -> dict[str, dict[str, Any]]:
-    """Per package: deviation of the reloaded features, and the version that loaded them."""
+    """Per package: largest deviation of the reloaded features at two image sizes, and the version that loaded them."""
     shape = loaded.config.model.vision
-    images = random_images(shape.image_size)
-    ours = own_features(loaded.model, images)
+    sides = (shape.image_size, another_size(shape))
     packages = {package.name: package for package in export_packages()}
-    requests = [ReloadRequest(name, folder, shape) for name, folder in folders.items()]
-    answers = reload_features(requests, normalised(loaded.model, images)) if requests else []
-    return {
-        name: {"deviation": deviation(ours, theirs, name), "checked_with": packages[name].version}
-        for name, theirs in zip(folders, answers, strict=True)
+    requests = [
+        ReloadRequest(name, folder, shape, random_images(side)) for name, folder in folders.items() for side in sides
+    ]
+    found: dict[str, dict[str, Any]] = {
+        name: {"deviation": 0.0, "image_sizes": sides, "checked_with": packages[name].version} for name in folders
     }
+    for request, theirs in zip(requests, reload_features(requests) if requests else [], strict=True):
+        name, side = request.format, request.images.shape[-1]
+        ours = own_features(loaded.model, request.images, FORMATS[name].antialias(shape))
+        worst = max(found[name]["deviation"], deviation(ours, theirs, f"{name} at {side} pixels"))
+        found[name]["deviation"] = worst
+    return found
 
 
 def export(source: Path, out: Path, wanted: Sequence[str] = ()) -> dict[str, Any]:

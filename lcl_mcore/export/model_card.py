@@ -11,7 +11,7 @@ import yaml
 from lcl_mcore.config.base import to_dict
 from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.evaluation.load import LoadedModel
-from lcl_mcore.export.formats import FORMATS
+from lcl_mcore.export.formats import FORMATS, use_llava
 from lcl_mcore.models.vision import PIXEL_MEAN, PIXEL_STD
 from lcl_mcore.storage import atomic_write
 from lcl_mcore.templates import render
@@ -37,12 +37,16 @@ def write_card(loaded: LoadedModel, summary: dict[str, Any], out: Path) -> None:
                 "name": name,
                 "version": checked["checked_with"],
                 "deviation": f"{checked['deviation']:.1e}",
+                "sizes": " and ".join(map(str, checked["image_sizes"])),
                 "usage": FORMATS[name].usage(vision).replace("FOLDER", name),
             }
             for name, checked in summary["written"].items()
             if name in FORMATS
         ],
         skipped=summary["skipped"],
+        llava=(use_llava(vision) or "").replace("FOLDER", "transformers")
+        if "transformers" in summary["written"]
+        else "",
         fingerprints=data_fingerprints(loaded.config),
         results=[{"name": name, "numbers": numbers(content)} for name, content in results(loaded).items()],
         config=yaml.safe_dump(to_dict(loaded.config), sort_keys=False).rstrip(),

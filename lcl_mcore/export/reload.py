@@ -29,22 +29,23 @@ SECONDS = 1800.0
 
 @dataclass(frozen=True)
 class ReloadRequest:
-    """One folder to load: its format (a key of `FORMATS`) and the encoder's shape."""
+    """One folder to load: its format (a key of `FORMATS`), the encoder's shape, and uint8 images [n, 3, S, S]."""
 
     format: str
     folder: Path
     shape: VisionConfig
+    images: Tensor
 
 
-def reload_features(requests: Sequence[ReloadRequest], pixels: Tensor) -> list[Tensor]:
-    """Features of every request for the same normalised pixels: fp32 [n, 3, S, S] -> fp32 [n, P, h] each.
+def reload_features(requests: Sequence[ReloadRequest]) -> list[Tensor]:
+    """Features of every request's images, fp32 [n, P, h] each.
 
     Raises:
         CheckpointError: a package failed to load what was written for it.
     """
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        save_file({"pixels": pixels.contiguous()}, folder / "pixels.safetensors")
+        save_file({str(i): r.images.contiguous() for i, r in enumerate(requests)}, folder / "images.safetensors")
         items = [[r.format, str(r.folder.resolve()), to_dict(r.shape)] for r in requests]
         (folder / "requests.json").write_text(json.dumps(items), encoding="utf-8")
         done = subprocess.run(
@@ -74,11 +75,11 @@ def main(folder: Path) -> None:
     from lcl_mcore.distributed.cpu import make_torchvision_importable
 
     held = make_torchvision_importable()
-    pixels = load_file(folder / "pixels.safetensors")["pixels"]
+    images = load_file(folder / "images.safetensors")
     features = {}
     for i, (name, place, tree) in enumerate(json.loads((folder / "requests.json").read_text("utf-8"))):
         shape = from_dict(VisionConfig, tree, "requests.json")
-        features[str(i)] = FORMATS[name].features(shape, Path(place), pixels).contiguous()
+        features[str(i)] = FORMATS[name].features(shape, Path(place), images[str(i)]).contiguous()
     save_file(features, folder / "features.safetensors")
     del held
 

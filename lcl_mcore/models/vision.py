@@ -78,7 +78,7 @@ class VisionEncoder(MegatronModule):
 
         n_local is n, or n / tp under sequence parallelism (n must then be a multiple of tp).
         """
-        s, total = self.shape.tokens, images.shape[0]
+        s, total = self.position_embedding.shape[0], images.shape[0]
         segments = make_segments((s,) * total, images.device, keys=keys, seed=seed)
         if self.config.sequence_parallel:
             share = total // self.tp_group.size()
@@ -91,7 +91,7 @@ class VisionEncoder(MegatronModule):
             x = torch.cat((self.class_token.expand(x.shape[0], 1, -1), x), dim=1)
         x = self.norm_pre(x + self.position_embedding)
         x = self.blocks(x.reshape(-1, 1, x.shape[-1]), attention_mask=None, packed_seq_params=segments)
-        x = x.view(-1, s, x.shape[-1])[:, s - self.shape.patches :]
+        x = x.view(-1, s, x.shape[-1])[:, int(self.shape.class_token) :]
         return self.norm_post(x).reshape(-1, 1, x.shape[-1])
 
 
