@@ -15,6 +15,12 @@ XML_DECLARATION = re.compile(rb"""\s*<\?xml[^>]{0,100}\sencoding\s*=\s*["']([\w.
 CONTENT_CHARSET = re.compile(r"""charset\s*=\s*["']?([^\s;"']+)""", re.IGNORECASE)
 
 
+# The standard decodes pages of these names by a wider encoding than Python's codec of that name.
+WIDER = {"gbk": "gb18030", "x-user-defined": "windows-1252", "utf-16le": "utf-8", "utf-16be": "utf-8"}
+WINDOWS_1252 = {byte: bytes([byte]).decode("cp1252", "ignore") or chr(byte) for byte in range(0x80, 0xA0)}
+"""Every byte has a meaning there, as in the standard."""
+
+
 class EncodingError(ValueError):
     """A page is not in the encoding that it names."""
 
@@ -28,18 +34,24 @@ def decode_page(content: bytes) -> str:
     Raises:
         EncodingError: it is not in the encoding that it names.
     """
-    mark, encoding = next(((m, webencodings.lookup(name)) for m, name in MARKS if content.startswith(m)), (b"", None))
-    encoding = encoding or _declared(content[:HEAD_BYTES])
+    mark, name = next(((mark, name) for mark, name in MARKS if content.startswith(mark)), (b"", ""))
+    name = name or _declared(content[:HEAD_BYTES])
     try:
-        return (encoding or webencodings.UTF8).codec_info.decode(content[len(mark) :], "strict")[0]
-    except UnicodeDecodeError as error:
-        if encoding is None:
-            return content.decode("cp1252", "replace")
-        raise EncodingError(f"{encoding.name}, {error.reason} at byte {error.start}") from None
+        return _decode(content[len(mark) :], name or "utf-8")
+    except UnicodeError as error:
+        if not name:
+            return _decode(content, "windows-1252")
+        raise EncodingError(f"{name}: {error}"[:200]) from None
 
 
-def _declared(head: bytes) -> webencodings.Encoding | None:
-    """The encoding that `<meta>` names, or else an XML declaration."""
+def _decode(content: bytes, name: str) -> str:
+    if name == "windows-1252":
+        return content.decode("latin-1").translate(WINDOWS_1252)
+    return webencodings.lookup(name).codec_info.decode(content, "strict")[0]
+
+
+def _declared(head: bytes) -> str:
+    """The encoding that `<meta>` names, or else an XML declaration; empty if neither does."""
     page = _Head()
     parser: HTMLParser = HTMLParser(target=page, encoding="iso-8859-1")
     parser.feed(head)
@@ -48,9 +60,8 @@ def _declared(head: bytes) -> webencodings.Encoding | None:
     for label in [*page.labels, *([xml[1].decode("ascii", "replace")] if xml else [])]:
         encoding = webencodings.lookup(label)
         if encoding is not None:
-            # The declaration was read as ASCII, so it cannot be UTF-16.
-            return webencodings.UTF8 if encoding.name.startswith("utf-16") else encoding
-    return None
+            return WIDER.get(encoding.name, encoding.name)
+    return ""
 
 
 class _Head:
