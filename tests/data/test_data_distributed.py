@@ -72,8 +72,10 @@ def steps_of(out: Path, model: int = 0) -> dict[int, tuple[str, list[str], list[
 @pytest.fixture(scope="module")
 def options(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     base = tmp_path_factory.mktemp("sets")
-    folders = [make_dataset(base / kind, kind, 50, seed=i) for i, kind in enumerate(["pair", "matched"])]
-    return {"folders": [str(folder) for folder in folders], "steps": STEPS, "model": 1}
+    kinds = ["pair", "matched", "sequence"]  # the last one in windows, the others whole: two packings in each stream
+    folders = [make_dataset(base / kind, kind, 50, seed=i) for i, kind in enumerate(kinds)]
+    config = {"packing": "by_kind"}
+    return {"folders": [str(folder) for folder in folders], "steps": STEPS, "model": 1, "config": config}
 
 
 @pytest.fixture(scope="module")

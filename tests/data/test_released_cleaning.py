@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import random
 from pathlib import Path
@@ -13,7 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpora import config, make_dataset, run_config, small_tokenizer
+from lcl_mcore.commands.pretrain import parse_options
 from lcl_mcore.config.recipes import load_recipe, released_for
+from lcl_mcore.config.run_folder import write_config
 from lcl_mcore.config.schema import SourceConfig, TokenizerConfig
 from lcl_mcore.data.format import Document, ImageEntry, Members
 from lcl_mcore.data.loader import DataContext, build_loader
@@ -125,21 +128,21 @@ def test_positions_name_the_cleaning(tmp_path: Path) -> None:
     assert f"ftfy was None, is {ftfy.__version__}; tokenizer was {plain.fingerprint}" in str(caught.value)
 
 
-def test_imported_shapes_have_the_released_rules() -> None:
-    """Every section of the recipe but what the checkpoint decides."""
+def test_imported_shapes_have_the_released_rules(tmp_path: Path) -> None:
+    """Every section of the recipe but what the checkpoint decides, and its rules for sources."""
     for name, positions in (("released-b16-laion", 281), ("released-b32-mmc4", 2049)):
         recipe = load_recipe(name)
-        language = dict(recipe.model.language.__dict__) | {"max_positions": positions}
-        model = type(recipe.model)(
-            vision=recipe.model.vision,
-            language=type(recipe.model.language)(**language),
-            pool_heads=recipe.model.pool_heads,
-        )
+        language = dataclasses.replace(recipe.model.language, max_positions=positions)
+        model = dataclasses.replace(recipe.model, language=language)
         imported = released_for(model)
         assert imported.model == model
         assert imported.recipe == "imported"
-        data = dict(recipe.data.__dict__) | {"sequence_length": positions}
-        assert imported.data == type(recipe.data)(**data)
+        assert imported.data == dataclasses.replace(recipe.data, sequence_length=positions)
         for section in ("loss", "optim", "parallel", "train", "checkpoint", "log", "faults", "evaluation"):
             assert getattr(imported, section) == getattr(recipe, section), section
         assert released_for(recipe.model) == recipe
+        write_config(imported, tmp_path)
+        words = ["--data", "a", "--data", "b:2"]
+        again = parse_options(["--config", str(tmp_path / "config.yaml"), *words]).run
+        assert again.data.sources == parse_options(["--recipe", name, *words]).run.data.sources
+        assert again.data.sources[0].ends == "released"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import random
 from collections import Counter
 from collections.abc import Sequence
@@ -130,6 +131,19 @@ def test_documents_come_as_often_as_the_mixture_says() -> None:
     assert sequences["windows"] > 9 * sequences["whole"]
     assert abs(ends["whole"] - ends["windows"]) < 40  # no more than a packing buffer of short documents apart
     assert len(one.state) < 120
+
+
+def test_the_order_of_several_packings_stays() -> None:
+    """Saved positions would otherwise go on with other sequences; computed when `whole` came."""
+    rng = random.Random(4)
+    contents = [[rng.choice([0, rng.randint(1, 40)]) for _ in range(rng.randint(1, 7))] for _ in range(97)]
+    contents = [room_for(document, "whole") for document in contents]
+    one = SampleStream(
+        DataConfig(sequence_length=LENGTH), Stream(("whole", "windows", "best_fit"), (0, 1, 0, 2), contents), P
+    )
+    packed = [[(s.n, s.first_segment, s.offset, s.length) for s in one.next_sequence()] for _ in range(80)]
+    digest = hashlib.sha256(repr((packed, one.state)).encode()).hexdigest()
+    assert digest[:16] == "0d6acd19f259ba27"
 
 
 TEXTS = st.lists(st.integers(0, 60), min_size=1, max_size=12)
