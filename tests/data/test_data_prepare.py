@@ -283,7 +283,7 @@ def test_split_never_parts_documents_that_share_an_image(tmp_path: Path) -> None
     single = [[200 + n] for n in range(50)]
     source = make_shared(tmp_path, chain + twins + single)
     result = split(source, tmp_path / "out", heldout_share=0.2, quiet=True)
-    assert (result["train"]["documents"], result["heldout"]["documents"]) == (80, 20)
+    assert (result["train"]["documents"], result["heldout"]["documents"], result["heldout_wanted"]) == (80, 20, 20)
     images: dict[str, set[str]] = {}
     texts: dict[str, set[str]] = {}
     for part in ("train", "heldout"):
@@ -299,15 +299,25 @@ def test_split_never_parts_documents_that_share_an_image(tmp_path: Path) -> None
     assert len({t for t in texts["heldout"] if int(t.split()[-1]) < 30}) == 0
     before = files(tmp_path / "out")
     assert split(source, tmp_path / "out", heldout_share=0.2, quiet=True) == result
-    (tmp_path / "out" / "train" / "dataset.json").unlink()  # killed before the last file
+    (tmp_path / "out" / "train" / "dataset.json").unlink()  # as after a kill before the last file
+    (tmp_path / "out" / "train" / ".split").touch()
     split(source, tmp_path / "out", heldout_share=0.2, quiet=True)
     assert files(tmp_path / "out") == before
     other = split(source, tmp_path / "seed", heldout_share=0.2, seed=1, quiet=True)
     assert other["heldout"]["fingerprint"] != result["heldout"]["fingerprint"]
     with pytest.raises(DataError, match="with another share or seed"):
         split(source, tmp_path / "out", heldout_share=0.3, quiet=True)
-    with pytest.raises(DataError, match="of 100 documents 0 would be held out"):
+    with pytest.raises(DataError, match=r"of 100 documents 0 would be held out \(0 are wanted\)"):
         split(source, tmp_path / "none", heldout_share=0.001, quiet=True)
+    with pytest.raises(DataError, match=r"heldout share 1\.5: must lie between 0 and 1"):
+        split(source, tmp_path / "none", heldout_share=1.5, quiet=True)
+    (tmp_path / "other" / "train").mkdir(parents=True)
+    (tmp_path / "other" / "train" / "train-00000.tar").write_bytes(b"somebody's")
+    with pytest.raises(DataError, match=r"other/train: holds other files\. Choose another"):
+        split(source, tmp_path / "other", heldout_share=0.2, quiet=True)
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match=r"file/train: cannot be written: Not a directory"):
+        split(source, tmp_path / "file", heldout_share=0.2, quiet=True)
 
 
 def test_shards_have_the_bytes_of_earlier_versions(tmp_path: Path) -> None:

@@ -37,11 +37,13 @@ from lcl_mcore.data.prepare.records import (
     bad_image,
     documents_of,
 )
+from lcl_mcore.data.prepare.split import heldout_documents, split, wanted_documents
 from lcl_mcore.errors import DataError
 from test_data_prepare import files, make_tar
 
 TOOL = "tools/prepare_data.py"
 OPTIONS = PrepareOptions(limits=ImageLimits(min_side=32), shard_documents=3)
+TEXT_ONLY = replace(OPTIONS, require_image=False, shard_documents=100)
 PICTURES = [image_bytes(n, 48, 40) for n in range(6)]
 FAST = settings(
     max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
@@ -352,6 +354,8 @@ class ToyReader:
         text = "x" * (5 << 20) if line == "long" else line
         texts = (text,) * (100_001 if line == "many" else 1)
         images = (RawImage(lambda: PICTURES[0], source="0.jpg"), bad_image("no name", "entry 2"))
+        if line.startswith("text "):
+            images = ()
         if line != "empty":
             yield RawDocument("sequence", texts, images)
 
@@ -506,6 +510,41 @@ def test_one_folder_is_prepared_by_one_process(tmp_path: Path) -> None:
     assert inner == [f"{tmp_path / 'out'}: {rule}"]
 
 
+# --- train and held-out ---
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(st.lists(st.lists(st.integers(0, 40), max_size=4), min_size=2, max_size=40), st.floats(0.05, 0.95), st.data())
+def test_held_out_documents_share_nothing_and_are_as_many_as_fit(
+    documents: list[list[int]], share: float, data: st.DataObject
+) -> None:
+    contents = [[f"image {n}" for n in numbers] or [f"text {i}"] for i, numbers in enumerate(documents)]
+    heldout = heldout_documents(contents, share, 0)
+    wanted = wanted_documents(len(contents), share)
+    groups: list[tuple[set[str], int]] = []
+    for digests in contents:  # by an algorithm of its own: merge what overlaps
+        group, size = {*digests}, 1
+        for other in [g for g in groups if g[0] & group]:
+            groups.remove(other)
+            group, size = group | other[0], size + other[1]
+        groups.append((group, size))
+    chosen = {digest for i in heldout for digest in contents[i]}
+    assert all(group <= chosen or not group & chosen for group, _ in groups)
+    assert len(heldout) == sum(size for group, size in groups if group <= chosen) <= wanted
+    left = [size for group, size in groups if not group & chosen]
+    assert all(size > wanted - len(heldout) for size in left)  # whatever is left would not have fitted
+    order = data.draw(st.permutations(range(len(contents))))
+    again = heldout_documents([contents[i] for i in order], share, 0)
+    assert {order[i] for i in again} == heldout  # it depends on the contents, not on their order
+
+
+def test_held_out_is_exact_without_shared_images_and_depends_on_the_seed() -> None:
+    contents = [[f"image {n}"] for n in range(1000)]
+    chosen = {seed: heldout_documents(contents, 0.1, seed) for seed in range(5)}
+    assert {len(found) for found in chosen.values()} == {100}
+    assert all(len(chosen[a] & chosen[b]) < 30 for a in chosen for b in chosen if a < b)  # 10 are expected
+
+
 # --- time ---
 
 
@@ -534,4 +573,14 @@ def test_four_times_the_input_costs_at_most_five_times_the_calls(tmp_path: Path,
 
     cost("warm", 2)
     small, large = cost("small", 10), cost("large", 40)
+    assert large <= 5 * small
+
+
+def test_a_split_of_four_times_the_documents_costs_at_most_five_times_the_calls(tmp_path: Path) -> None:
+    def cost(name: str, count: int) -> int:
+        run(toy(tmp_path / name, f=",".join(f"text {n}" for n in range(count))), tmp_path / f"{name}-data", TEXT_ONLY)
+        return calls(lambda: split(tmp_path / f"{name}-data", tmp_path / f"{name}-out", quiet=True))
+
+    cost("warm", 10)
+    small, large = cost("small", 40), cost("large", 160)
     assert large <= 5 * small
