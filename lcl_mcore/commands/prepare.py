@@ -48,6 +48,8 @@ class PrepareDataOptions:
     """Drop images used in more documents than this; 0: no limit."""
     max_duplicates: NonNegativeInt = 0
     """omnicorpus: largest allowed *_dup_count."""
+    max_line_mb: PositiveInt = 128
+    """mmc4: longer lines are dropped; images as base64 take a third more than their files."""
     keep_text_only: tyro.conf.FlagCreatePairsOff[bool] = False
     """Keep documents left without an image."""
     heldout_share: Annotated[float, Field(gt=0, lt=1)] = 0.1
@@ -111,7 +113,7 @@ def build_reader(options: PrepareDataOptions) -> Reader:
     from lcl_mcore.data.prepare.parquet import ParquetReader
 
     if options.format == "mmc4":
-        return Mmc4Reader(options.input, options.images)
+        return Mmc4Reader(options.input, options.images, max_line_bytes=options.max_line_mb << 20)
     if options.format in ("obelics", "omnicorpus"):
         return ParquetReader(options.input, options.images, max_duplicates=options.max_duplicates)
     return PairReader(options.input) if options.format == "pairs" else HtmlReader(options.input)

@@ -168,8 +168,10 @@ def test_parquet_with_urls(tmp_path: Path) -> None:
     assert (first.texts, [image.text_index for image in first.images]) == (("between",), [0, 1])
     assert (second.texts, [image.text_index for image in second.images]) == (("b", "c"), [1])
     (tmp_path / "in" / "b.parquet").write_bytes(b"PAR1 nonsense")
-    with pytest.raises(DataError, match=r"b\.parquet: is not a readable parquet"):
-        run(ParquetReader(tmp_path / "in"), tmp_path / "out2")
+    manifest = run(ParquetReader(tmp_path / "in"), tmp_path / "out2")
+    assert manifest["dropped_documents"]["file cannot be read"] == 1
+    example = manifest["examples_of_dropped"]["documents"]["file cannot be read"]
+    assert example.startswith("b.parquet: is not a readable parquet file")
 
 
 def make_tar(path: Path, members: list[tuple[str, bytes]]) -> None:

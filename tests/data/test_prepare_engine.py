@@ -39,6 +39,7 @@ from lcl_mcore.data.prepare.records import (
 )
 from lcl_mcore.data.prepare.split import heldout_documents, split, wanted_documents
 from lcl_mcore.errors import DataError
+from lcl_mcore.untrusted import open_regular
 from test_data_prepare import files, make_tar
 
 TOOL = "tools/prepare_data.py"
@@ -127,7 +128,7 @@ def test_every_line_and_every_image_is_kept_or_counted(
     folder = new_folder(tmp_path)
     source = write_mmc4(folder / "in", corpus)
     options = replace(OPTIONS, require_image=require_image, max_repeats=max_repeats)
-    lines = {f"{name}.jsonl": len(content) for name, content in corpus.items() if content}
+    lines = {f"{name}.jsonl": len(content) for name, content in corpus.items()}
     entries = sum(len(line) for content in corpus.values() for line in content if isinstance(line, list))
     usable = {"0.jpg", "1.jpg", "2.jpg"} if require_image and not max_repeats else set()
     if not any(isinstance(line, list) and usable & {*line} for content in corpus.values() for line in content):
@@ -330,7 +331,8 @@ class ToyReader:
 
     def parts(self, file: InputFile) -> Sequence[InputPart]:
         """The whole file."""
-        return [InputPart(str(file.paths[0]))]
+        with open_regular(file.paths[0]):
+            return [InputPart(str(file.paths[0]))]
 
     def documents(self, part: InputPart) -> Iterator[RawDocument | Dropped]:
         """One per line."""
@@ -397,22 +399,43 @@ def test_a_bug_stays_a_bug_and_names_its_place(tmp_path: Path) -> None:
     assert not list((tmp_path / "out").glob("*.tar*"))
 
 
+def test_damaged_files_are_counted_and_alone_prepared_again(tmp_path: Path) -> None:
+    """What precedes the damage is kept; the mended file is noticed."""
+    reader = toy(tmp_path / "in", a="one", b="two,torn,three", d="torn", e="five")
+    (tmp_path / "in" / "f.txt").symlink_to("f.txt")
+    os.mkfifo(tmp_path / "in" / "g.txt")
+    (tmp_path / "in" / "._a.txt").write_text("of a Mac")
+    manifest = run(reader, tmp_path / "out")
+    require_sums(manifest)
+    assert manifest["dropped_documents"] == {"file cannot be read": 3, "file is damaged here": 1, "system file": 1}
+    assert manifest["examples_of_dropped"]["documents"] == {
+        "file cannot be read": "f.txt: Too many levels of symbolic links",
+        "file is damaged here": "b.txt, after line 1: is cut at byte 7. Download it again.",
+        "system file": "._a.txt",
+    }
+    assert stored_documents(tmp_path / "out") == [("one",), ("two",), ("five",)]
+    before = {path.name[0]: path.stat().st_ino for path in (tmp_path / "out").glob("*.tar")}
+    (tmp_path / "in" / "b.txt").write_text("two\nthree")
+    with pytest.raises(DataError, match=r"was prepared before its input changed: b\.txt changed\. --update prepares"):
+        run(reader, tmp_path / "out")
+    assert run(reader, tmp_path / "out", update=True)["documents"] == 4
+    after = {path.name[0]: path.stat().st_ino for path in (tmp_path / "out").glob("*.tar")}
+    assert {name for name in before if before[name] != after[name]} == {"b"}
+
+
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("workers", [1, 2])
-def test_damaged_files_are_named_and_alone_prepared_again(tmp_path: Path, workers: int) -> None:
-    reader = toy(tmp_path / "in", a="one", b="two,torn", c="disk", d="four")
+def test_what_may_pass_is_an_error_and_tried_again(tmp_path: Path, workers: int) -> None:
+    reader = toy(tmp_path / "in", a="one", c="two,disk", d="four")
     with pytest.raises(DataError) as refusal:
         prepare(reader, tmp_path / "out", OPTIONS, workers=workers, quiet=True)
     assert str(refusal.value).splitlines() == [
-        "b.txt, after line 1: is cut at byte 7. Download it again.",
-        "c.txt: cannot be read further: Input/output error. Download it again.",
-        "2 problems with input files. The others are prepared and stay: "
-        "run the same command again when they are mended.",
+        "c.txt, after line 1: Input/output error",
+        "Some input could not be read now. The others are prepared and stay: run the same command again.",
     ]
     before = {path.name[0]: path.stat().st_ino for path in (tmp_path / "out").glob("*.tar")}
     assert set(before) == {"a", "d"}
-    (tmp_path / "in" / "b.txt").write_text("two\nthree")
-    (tmp_path / "in" / "c.txt").unlink()
+    (tmp_path / "in" / "c.txt").write_text("two\nthree")
     assert run(reader, tmp_path / "out")["documents"] == 4
     after = {path.name[0]: path.stat().st_ino for path in (tmp_path / "out").glob("*.tar")}
     assert (after["a"], after["d"]) == (before["a"], before["d"])
@@ -429,8 +452,7 @@ def test_a_process_that_dies_is_named_and_its_job_tried_once_more(tmp_path: Path
     assert str(refusal.value).splitlines() == [
         "b.txt: the process that prepared it died twice, killed by signal 9 (SIGKILL). "
         "If memory was short, free some; or take the file out of the input.",
-        "An input file cannot be read. The others are prepared and stay: "
-        "run the same command again when they are mended.",
+        "Some input could not be read now. The others are prepared and stay: run the same command again.",
     ]
     (tmp_path / "in" / "b.txt").unlink()
     assert run(reader, tmp_path / "new")["documents"] == 2

@@ -2,13 +2,16 @@
 
 A reader of one public format divides its input into files and parts. A job prepares one part: it writes shards under
 names of its own, then a record of what it saw, kept and dropped. A job without a valid record is simply done again.
-A file that cannot be read does not keep the others from being prepared. When all jobs are recorded, the manifest is
-written.
+Of a damaged file what precedes the damage is kept, and the damage counted. What may pass (no permission, an error of
+the disk, a process that dies) is an error at the end, when all others are prepared, and tried again by the next run.
+When all jobs are recorded, the manifest is written.
 """
 
 from __future__ import annotations
 
+import errno
 import hashlib
+import os
 import re
 import shutil
 import sys
@@ -16,7 +19,7 @@ import tarfile
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -27,11 +30,12 @@ from tqdm import tqdm
 from lcl_mcore.data.format import MAX_IMAGES, CannotWriteError, Document, ImageEntry, ShardWriter, write_manifest
 from lcl_mcore.data.images import BadImageError
 from lcl_mcore.data.prepare.counts import UnitCounts, explain_drops
+from lcl_mcore.data.prepare.input_files import is_system_file
 from lcl_mcore.data.prepare.job_records import JobRecords, JobResult
 from lcl_mcore.data.prepare.normalise import ImageLimits, entry_for, normalise
 from lcl_mcore.data.prepare.plan import PreparePlan, make_plan
 from lcl_mcore.data.prepare.records import Dropped, InputFile, InputPart, RawDocument, Reader
-from lcl_mcore.data.prepare.repeated import image_key, repeated_keys, write_keys
+from lcl_mcore.data.prepare.repeated import image_key, images_of, repeated_keys, write_keys
 from lcl_mcore.data.prepare.workers import WorkerDied, run_jobs
 from lcl_mcore.data.untrusted_json import BadJsonError, clean_text
 from lcl_mcore.errors import DataError, explain
@@ -39,6 +43,10 @@ from lcl_mcore.errors import DataError, explain
 T = TypeVar("T")
 BAD_FILE = (DataError, OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile)
 """What readers raise about a file that they cannot read further."""
+LASTING = (None, errno.EFBIG, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENXIO)
+"""Of `OSError`, what is so until the file changes: no regular file, links in a circle, content that does not unpack."""
+DAMAGED = "file is damaged here"
+UNREADABLE = "file cannot be read"
 SHOWN_FILES = 3
 DROPPED_WITH = "in a dropped document"
 
@@ -87,7 +95,7 @@ class PrepareJob:
 
 @dataclass(frozen=True)
 class BadFile:
-    """The outcome of a job whose file cannot be read: the message, which names it."""
+    """The outcome of a job that may succeed another time: the message, which names its file."""
 
     message: str
 
@@ -109,7 +117,7 @@ def prepare(
         output: the data set's folder.
         options: what is kept, and how large shards are.
         workers: processes.
-        quiet: no progress bar, and no list of what was dropped.
+        quiet: no progress bar.
         update: a finished data set whose input has changed is brought up to date.
         **more: stored in the manifest.
 
@@ -117,8 +125,8 @@ def prepare(
         The manifest.
 
     Raises:
-        DataError: no document is usable, a file cannot be read, `output` cannot be written or was prepared with other
-            settings, or is finished and its input has changed.
+        DataError: no document is usable, a file cannot be read now, `output` cannot be written or was prepared with
+            other settings, or is finished and its input has changed.
     """
     files = _outside(reader.files(), output)
     plan = make_plan({**reader.describe(), **asdict(options)}, files, reader.image_root, output)
@@ -131,7 +139,7 @@ def prepare(
         if finished is not None:
             return finished
         changes = records.begin()
-        if changes and not quiet:
+        if changes:
             print(f"since the last attempt {'; '.join(changes)}: prepared again", file=sys.stderr)
         return _prepare(reader, output, options, files, plan, records, workers=workers, quiet=quiet, more=more)
 
@@ -149,7 +157,7 @@ def _prepare(
     more: dict[str, Any],
 ) -> dict[str, Any]:
     """All jobs that are not finished, then the manifest."""
-    jobs, bad = _jobs(reader, files, plan)
+    jobs, unused, bad = _jobs(reader, files, plan)
     if options.max_repeats and not bad:
         keys = [records.folder / f"{job.name}.{job.identity}.keys.npy" for job in jobs]
         work = partial(_write_keys, reader, records.folder)
@@ -157,8 +165,8 @@ def _prepare(
         bad = _run(work, waiting, workers, "hashing images", lambda images: {"images": images}, quiet=quiet)
         if not bad:
             jobs = [_without(job, own) for job, own in zip(jobs, repeated_keys(keys, options.max_repeats), strict=True)]
-    if bad and options.max_repeats:  # which images are repeated is known when all are read
-        raise DataError(_unreadable(bad, "Nothing is prepared before all can be read"))
+    if bad and options.max_repeats:
+        raise DataError(_unreadable(bad, "Which images are repeated is known when all are read"))
     records.keep_only({records.path(job.name, job.identity) for job in jobs})
     waiting = [job for job in jobs if records.read(job.name, job.identity) is None]
     bad += _run(
@@ -166,7 +174,7 @@ def _prepare(
     )
     if bad:
         raise DataError(_unreadable(bad, "The others are prepared and stay"))
-    results = [result for job in jobs if (result := records.read(job.name, job.identity)) is not None]
+    results = unused + [result for job in jobs if (result := records.read(job.name, job.identity)) is not None]
     documents = UnitCounts.total(result.documents for result in results)
     images = UnitCounts.total(result.images for result in results)
     drops = explain_drops(documents, images, reader.image_root)
@@ -179,30 +187,40 @@ def _prepare(
     records.finish([records.path(job.name, job.identity) for job in jobs], shards)
     manifest = write_manifest(output, shards, **_counts(results, documents, images), **more)
     shutil.rmtree(records.folder)
-    if drops and not quiet:
+    if drops:
         print("\n".join(drops), file=sys.stderr)
     return manifest
 
 
 def _outside(files: Sequence[InputFile], output: Path) -> list[InputFile]:
     """The input without what lies in the output's folder, which may be one of the input's."""
-    folder = output.resolve()
-    found = [file for file in files if not any(path.resolve().is_relative_to(folder) for path in file.paths)]
+    folder = os.path.realpath(output) + os.sep
+    found = [file for file in files if not any(os.path.realpath(path).startswith(folder) for path in file.paths)]
     if files and not found:
         rule = "holds the input"
         raise DataError(explain(output, rule, "Choose another output folder."))
     return found
 
 
-def _jobs(reader: Reader, files: Sequence[InputFile], plan: PreparePlan) -> tuple[list[PrepareJob], list[BadFile]]:
-    """The parts of all files; and the files that cannot be read at all."""
+def _jobs(
+    reader: Reader, files: Sequence[InputFile], plan: PreparePlan
+) -> tuple[list[PrepareJob], list[JobResult], list[BadFile]]:
+    """The parts of all files; what is said of files without a part; and files that cannot be read now."""
     jobs: list[PrepareJob] = []
+    unused: list[JobResult] = []
     bad: list[BadFile] = []
     for file in files:
+        if len(file.paths) == 1 and is_system_file(file.name):
+            unused.append(_unused(file.name, "system file", file.name))
+            continue
         try:
             parts = reader.parts(file)
         except BAD_FILE as error:
-            bad.append(_bad_file(file.name, error))
+            message = _joined(file.name, _what(error))
+            if _lasts(error):
+                unused.append(_unused(file.name, UNREADABLE, message))
+            else:
+                bad.append(BadFile(message))
             continue
         stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(file.name).name.partition(".")[0])[:40] or "input"
         digest = hashlib.sha256(file.name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
@@ -211,7 +229,27 @@ def _jobs(reader: Reader, files: Sequence[InputFile], plan: PreparePlan) -> tupl
             jobs.append(
                 PrepareJob(f"{stem}-{digest}-{number:04d}", identity, file.name, part, grouped=len(file.paths) > 1)
             )
-    return jobs, bad
+    return jobs, unused, bad
+
+
+def _unused(file: str, reason: str, example: str) -> JobResult:
+    """A file of which nothing is read counts as one document."""
+    result = JobResult(file)
+    result.documents.seen = 1
+    result.documents.drop(reason, example)
+    return result
+
+
+def _lasts(error: BaseException) -> bool:
+    """Whether the file itself is bad, so that reading it again would end in the same way."""
+    return not isinstance(error, OSError) or error.errno in LASTING
+
+
+def _what(error: BaseException) -> str:
+    """What is wrong with a file that cannot be read further."""
+    if isinstance(error, DataError):
+        return str(error)
+    return getattr(error, "strerror", None) or f"{type(error).__name__} {error}".strip()
 
 
 def _without(job: PrepareJob, repeated: frozenset[int]) -> PrepareJob:
@@ -247,21 +285,12 @@ def _run(
     return bad
 
 
-def _bad_file(where: str, error: BaseException) -> BadFile:
-    """The message about a file that cannot be read further."""
-    if isinstance(error, DataError):
-        return BadFile(f"{where}: {error}")
-    detail = getattr(error, "strerror", None) or f"{type(error).__name__} {error}".strip()
-    return BadFile(explain(where, f"cannot be read further: {detail}", "Download it again."))
-
-
 def _unreadable(bad: Sequence[BadFile], others: str) -> str:
     """The message about all files that cannot be read."""
     messages = sorted({item.message for item in bad})
     shown = messages[:SHOWN_FILES]
-    count = f"{len(messages)} problems with input files" if len(messages) > 1 else "An input file cannot be read"
-    more = f", {len(shown)} of them shown" if len(shown) < len(messages) else ""
-    return "\n".join([*shown, f"{count}{more}. {others}: run the same command again when they are mended."])
+    more = f" ({len(messages)} in all)" if len(shown) < len(messages) else ""
+    return "\n".join([*shown, f"Some input could not be read now{more}. {others}: run the same command again."])
 
 
 def _counts(results: Sequence[JobResult], documents: UnitCounts, images: UnitCounts) -> dict[str, Any]:
@@ -292,11 +321,20 @@ def _counts(results: Sequence[JobResult], documents: UnitCounts, images: UnitCou
 def _write_keys(reader: Reader, folder: Path, job: PrepareJob) -> int | BadFile:
     """Write the keys of one job's images."""
     try:
-        return write_keys(reader, job.part, folder / f"{job.name}.{job.identity}.keys.npy")
+        return write_keys(_until_damage(images_of(reader, job.part)), folder / f"{job.name}.{job.identity}.keys.npy")
     except CannotWriteError:
         raise
+    except OSError as error:
+        return BadFile(_joined(job.file, _what(error)))
+
+
+def _until_damage(items: Iterator[T]) -> Iterator[T]:
+    """The items that come before the file's damage, which is counted when it is prepared."""
+    try:
+        yield from items
     except BAD_FILE as error:
-        return _bad_file(job.file, error)
+        if not _lasts(error):
+            raise
 
 
 def _prepare_job(
@@ -305,26 +343,14 @@ def _prepare_job(
     """Write the shards of one job, then its record."""
     result = JobResult(job.file)
     shards = _JobShards(output, job.name, options, result)
-    place = ""
     try:
-        for ordinal, raw in enumerate(reader.documents(job.part)):
-            place = raw.where
-            result.documents.seen += 1
-            if isinstance(raw, Dropped):
-                result.documents.drop(raw.reason, _joined(job.place(raw.where), raw.detail))
-            else:
-                result.images.seen += len(raw.images)
-                _add(shards, f"{job.name}-{ordinal:08d}", raw, options, job, result)
+        bad = _read_part(reader, job, options, shards, result)
+        if bad is not None:
+            shards.discard()
+            return bad
         shards.close()
-    except CannotWriteError:
+    except BaseException:
         shards.discard()
-        raise
-    except BAD_FILE as error:
-        shards.discard()
-        return _bad_file(job.place(f"after {place}" if place else ""), error)
-    except BaseException as error:
-        shards.discard()
-        error.add_note(f"while {job.place(f'after {place}' if place else '')} was prepared")
         raise
     result.documents.kept = sum(shard.documents for shard in result.shards)
     result.images.kept = sum(shard.images for shard in result.shards)
@@ -332,6 +358,37 @@ def _prepare_job(
     result.images.require_complete(f"images of {job.name}")
     records.write(job.name, job.identity, result)
     return result
+
+
+def _read_part(
+    reader: Reader, job: PrepareJob, options: PrepareOptions, shards: _JobShards, result: JobResult
+) -> BadFile | None:
+    """Store or count every document of a part, up to the file's damage if there is one."""
+    last = ""
+
+    def place() -> str:
+        return job.place(f"after {last}" if last else "")
+
+    try:
+        for ordinal, raw in enumerate(reader.documents(job.part)):
+            last = raw.where
+            result.documents.seen += 1
+            if isinstance(raw, Dropped):
+                result.documents.drop(raw.reason, _joined(job.place(raw.where), raw.detail))
+            else:
+                result.images.seen += len(raw.images)
+                _add(shards, f"{job.name}-{ordinal:08d}", raw, options, job, result)
+    except CannotWriteError:
+        raise
+    except BAD_FILE as error:
+        if not _lasts(error):
+            return BadFile(_joined(place(), _what(error)))
+        result.documents.seen += 1
+        result.documents.drop(DAMAGED if last else UNREADABLE, _joined(place(), _what(error)))
+    except Exception as error:
+        error.add_note(f"while {place()} was prepared")
+        raise
+    return None
 
 
 def _add(

@@ -34,10 +34,10 @@ def images_of(reader: Reader, part: InputPart) -> Iterator[Sequence[RawImage]]:
             yield raw.images
 
 
-def write_keys(reader: Reader, part: InputPart, path: Path) -> int:
-    """Write the sorted keys of one part's images, each once per document; returns their number."""
+def write_keys(documents: Iterator[Sequence[RawImage]], path: Path) -> int:
+    """Write the sorted keys of the images of some documents, each once per document; returns their number."""
     keys: list[int] = []
-    for images in images_of(reader, part):
+    for images in documents:
         found = set()
         for image in images:
             try:
