@@ -21,6 +21,10 @@ class CheckpointError(LclError):
     """A checkpoint that is missing, incomplete, damaged, or does not fit this run."""
 
 
+class LeaseError(LclError):
+    """The folder of a run belongs to another process."""
+
+
 class NonFiniteError(LclError):
     """A loss or gradient that is NaN or Inf; raised before the parameters change."""
 

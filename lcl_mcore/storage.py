@@ -261,6 +261,24 @@ class RemoteStorage:
         """Write a small file; the object appears at once or not at all."""
         self._send(name, len(data), lambda target: self._system.pipe_file(target, data))
 
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a small file unless there is one of this name, by the store's conditional put; whether it was written.
+
+        After a lost answer a try that succeeded is followed by one that does not: look at the content.
+        """
+
+        def request() -> bool:
+            try:
+                self._system.pipe_file(self._path(name), data, mode="create")
+            except Exception:  # every back end says in its own way that the object is there
+                self._system.invalidate_cache()
+                if self._system.exists(self._path(name)):
+                    return False
+                raise
+            return True
+
+        return self._retried(name, request)
+
     def remove(self, name: str) -> None:
         """Remove a file, or a folder with all that is in it, if there is one."""
         if self.has(name):

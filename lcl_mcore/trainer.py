@@ -20,6 +20,7 @@ from lcl_mcore.errors import DataError, LclError
 from lcl_mcore.evaluation.heldout import periodic_evaluation
 from lcl_mcore.fault_tolerance.events import EventLog
 from lcl_mcore.fault_tolerance.goodput import Goodput
+from lcl_mcore.fault_tolerance.lease import RunLease
 from lcl_mcore.fault_tolerance.recovery import Action, Recovery, batches_seen, skipped_ranges
 from lcl_mcore.fault_tolerance.signals import StopRequest
 from lcl_mcore.fault_tolerance.watchdog import Watchdog, explained
@@ -36,13 +37,16 @@ class Trainer:
     """One run on this rank, from its folder's newest checkpoint or from the start.
 
     Args:
+        lease: says whether this job is still the one that may write.
         resume: continue from the newest complete checkpoint.
         init_from: weights to start from instead of random ones.
     """
 
     @explained
-    def __init__(self, config: RunConfig, context: Context, *, resume: bool, init_from: Path | None = None) -> None:
-        self.config, self.context = config, context
+    def __init__(
+        self, config: RunConfig, context: Context, lease: RunLease, *, resume: bool, init_from: Path | None = None
+    ) -> None:
+        self.config, self.context, self.lease = config, context, lease
         self.stop = StopRequest(context.log)
         self.watchdog = Watchdog(config, context)
         training = build_training(config, context, init_from=init_from, observer=self.watchdog.stragglers)
@@ -50,7 +54,7 @@ class Trainer:
         self.step, self.choices = training.step, training.choices
 
         tensors = TrainingTensors(self.model, self.optimizer, context.groups.tp)
-        self.checkpoints = open_checkpoints(config, context, tensors, resume)
+        self.checkpoints = open_checkpoints(config, context, tensors, resume, lease.require)
         restored = self.checkpoints.resume() if resume else None
         self.state = restored or TrainState(0, None, "", config_digest(config))
         self.recovery = Recovery(
@@ -62,6 +66,7 @@ class Trainer:
         self.finished = self.state.step >= config.train.steps
 
         # Whatever may refuse has not refused: from here on the folder is written to.
+        lease.clear()
         self.checkpoints.begin()
         if context.rank == 0 and not self.finished:
             self.write_config()
@@ -185,6 +190,7 @@ class Trainer:
         mfu = self.flops.mfu(record.batch, self.speed.step_seconds)
         metrics = step_metrics(self.config, done, self.speed, mfu)
         slowest = self.watchdog.stragglers.metrics(self.log.info, self.events)
+        self.lease.require_here()
         self.log.step({**metrics, "ettr": self.goodput.total().ettr, **slowest})
 
     def log_finished(self) -> None:
@@ -270,6 +276,7 @@ class Trainer:
         """Begin a checkpoint of the present state; the last one of a run is also completed."""
         final, self.saving = self.stopping or self.state.step == self.config.train.steps, False
         self.watchdog.set_phase("save", self.state.step - 1)
+        self.lease.require_here()
         if self.state.position is not None:  # something was trained on
             position = self.recovery.position(self.state.position)
             digest = config_digest(self.config)

@@ -1,6 +1,6 @@
 """When a run saves, how saves end, and where it goes on.
 
-What the training loop uses is one `CheckpointManager` from `open_checkpoints(config, context, tensors, resume)`:
+What the training loop uses is one `CheckpointManager` from `open_checkpoints(config, context, tensors, ...)`:
 
     state = checkpoints.resume()             newest intact checkpoint, loaded and logged; None at step 0
     checkpoints.begin()                      nothing refuses any more: the folder may be changed
@@ -137,6 +137,7 @@ class Checkpointer:
         config: str = "",
         changes: Callable[[Path], dict[str, str]] = lambda folder: {},
         node: tuple[int, int] = (0, 1),
+        require_lease: Callable[[], None] = lambda: None,
     ) -> None:
         """
         Args:
@@ -145,9 +146,12 @@ class Checkpointer:
             config: text of `config.yaml`, stored in every checkpoint.
             changes: `differences` between the configuration of a verified checkpoint and this run's.
             node: (index, number) of this process among those of its machine.
+            require_lease: raises unless this job is the one that may write; called before everything that changes
+                the store.
         """
         self.store, self.tensors, self.control, self.background = store, tensors, control, background
         self.keep, self.keep_every, self.config, self.node = keep, keep_every, config, node
+        self.require_lease = require_lease
         self.compare, self.changes = changes, dict[str, str]()
         self.rank = control.rank()
         self.run = ""
@@ -208,6 +212,7 @@ class Checkpointer:
 
         def prepare() -> None:
             if self.rank == 0:
+                self.require_lease()
                 self.store.prepare(name)
 
         def write() -> None:
@@ -220,6 +225,7 @@ class Checkpointer:
 
         def commit() -> None:
             if self.rank == 0:
+                self.require_lease()
                 self.run = self.run or self._run_of(checkpoint_names(self.store.location)) or secrets.token_hex(8)
                 self.store.commit(name, Manifest(self.run, state.step, state.config_digest, everything))
                 self.good.add(name)
@@ -236,7 +242,7 @@ class Checkpointer:
                 kept = self._remove_outdated(name)
         except RuntimeError as error:  # the ranks cannot agree: one of them is gone
             problem = f"rank {self.rank}: {_reason(error)}"
-        if (problem and self.rank == 0) or not self.store.shared:
+        if not self.store.shared or (problem and self.rank == 0 and not self._attempt(self.require_lease)):
             shutil.rmtree(self.store.staging(name), ignore_errors=True)
         path = child(self.store.location, name)
         self._outcome = Outcome(state.step, path, problem, time.perf_counter() - began, kept)
@@ -259,6 +265,7 @@ class Checkpointer:
             if self.rank == 0:
                 gone = outdated(names, self.good, self.keep, self.keep_every)
                 gone = [name for name in gone if name not in (committed, self.origin)]
+                self.require_lease()
                 self.store.remove(gone)
                 self.good.difference_update(gone)
 
@@ -443,6 +450,7 @@ class Checkpointer:
         """Remove this run's checkpoints of later steps; what prevented it. No save may be under way."""
         if self.rank != 0:
             return ""
+        self.require_lease()
         return self._attempt(
             lambda: self.store.remove(
                 [
@@ -690,8 +698,13 @@ class CheckpointManager:
         return state
 
 
-def open_checkpoints(config: RunConfig, context: Context, tensors: Tensors, resume: bool) -> CheckpointManager:
+def open_checkpoints(
+    config: RunConfig, context: Context, tensors: Tensors, resume: bool, require_lease: Callable[[], None]
+) -> CheckpointManager:
     """The checkpoints of a run. Collective.
+
+    Args:
+        require_lease: see `Checkpointer`.
 
     Raises:
         CheckpointError: there are checkpoints already, and the run is not meant to resume.
@@ -709,6 +722,7 @@ def open_checkpoints(config: RunConfig, context: Context, tensors: Tensors, resu
         config=config_text(config),
         changes=lambda folder: differences(written_config(folder, context.log), config),
         node=node,
+        require_lease=require_lease,
     )
     held = checkpointer.names()
     if held and not resume:

@@ -10,7 +10,7 @@ import traceback
 import warnings
 from collections.abc import Callable
 
-from lcl_mcore.errors import ConfigError, LclError
+from lcl_mcore.errors import ConfigError, LclError, LeaseError
 
 
 def run_main(main: Callable[[], int]) -> None:
@@ -25,8 +25,8 @@ def run_main(main: Callable[[], int]) -> None:
     try:
         code, failed = main(), False
     except LclError as error:
-        # A refused configuration is the same on every rank: one of them says it.
-        if not isinstance(error, ConfigError) or os.environ.get("RANK", "0") == "0":
+        # What is refused at the start is the same on every rank: one of them says it.
+        if not isinstance(error, ConfigError | LeaseError) or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr, flush=True)
         code = error.exit_code
     except KeyboardInterrupt:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +12,7 @@ from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config.base import config_dataclass
 from lcl_mcore.config.cli import RunOptions, parse_run
 from lcl_mcore.config.run_folder import check_folder
+from lcl_mcore.distributed.launcher import refuse_tasks_without_ranks, world_size
 from lcl_mcore.fault_tolerance.events import is_restart
 
 
@@ -42,7 +42,8 @@ def main() -> int:
     """Parse the command line, start the processes, train."""
     options = parse_options()
     config = options.run
-    config.check_processes(int(os.environ.get("WORLD_SIZE", "1")))
+    refuse_tasks_without_ranks()
+    config.check_processes(world_size())
     folder = options.out or Path("runs") / config.recipe
     resume = options.resume or is_restart(folder)  # torchrun repeats the same command after a failure
     check_folder(folder, resume)
@@ -54,9 +55,11 @@ def main() -> int:
     from lcl_mcore.distributed.context import start
 
     context = start(config, folder)
+    from lcl_mcore.fault_tolerance.lease import hold
     from lcl_mcore.trainer import Trainer  # after `start`: see `lcl_mcore.distributed.cpu`
 
-    return Trainer(config, context, resume=resume, init_from=options.init_from).train()
+    with hold(config, context) as lease:
+        return Trainer(config, context, lease, resume=resume, init_from=options.init_from).train()
 
 
 if __name__ == "__main__":

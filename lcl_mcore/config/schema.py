@@ -566,6 +566,8 @@ class FaultConfig:
     """The run ends when it would go back more often than this without getting past the same step."""
     skip_batches: tuple[tuple[NonNegativeInt, NonNegativeInt], ...] = ()
     """Ranges FIRST LAST of batches that are read but never trained on."""
+    lease_seconds: Annotated[PositiveFloat, Field(le=3600)] = 60.0
+    """One folder has one writer; after so long without a sign of life from it, another job may take the folder over."""
     straggler_ratio: Annotated[float, Field(gt=1)] = 1.5
     """The slowest rank is named when its own time exceeds this many times the median of the others."""
 

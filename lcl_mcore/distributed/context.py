@@ -15,7 +15,7 @@ import torch.distributed as dist
 from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.distributed.device import Device, init_process_group, pick_device
 from lcl_mcore.distributed.flight_recorder import record_collectives
-from lcl_mcore.distributed.launcher import job_id
+from lcl_mcore.distributed.launcher import job_id, world_size
 from lcl_mcore.terminal import say
 
 if TYPE_CHECKING:
@@ -55,8 +55,7 @@ def start(config: RunConfig, run_folder: Path) -> Context:
     Raises:
         ConfigError: the processes or the global batch cannot be split evenly, or the device is not there.
     """
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    config.check_processes(world)
+    config.check_processes(world_size())
     _limit_threads()
     if os.environ.get("LOCAL_RANK") == "0":
         _end_orphans()

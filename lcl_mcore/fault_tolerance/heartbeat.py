@@ -55,8 +55,9 @@ class Heartbeat:
 
 
 def process_namespace() -> str:
-    """Identity of the process namespace that /proc shows."""
-    return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    """Identity of the process namespace that /proc shows, until the machine starts anew."""
+    boot = Path("/proc/sys/kernel/random/boot_id").read_text(encoding="ascii").strip()
+    return f"{socket.gethostname()} {boot} {os.readlink('/proc/self/ns/pid')}"
 
 
 def process_state(pid: int) -> str:

@@ -82,11 +82,12 @@ def carry_out(job: dict[str, Any], workspace: Path) -> dict[str, Any]:
     script, arguments = words[0], words[1:]
     until, world = job["until"], job["world"]
     result: dict[str, Any] = {"code": None, "reached": False, "started": []}
+    launched = {"RANK": "0", "WORLD_SIZE": str(world), "MASTER_ADDR": "n1", "MASTER_PORT": "1"} if world > 1 else {}
     output = io.StringIO()
     path_before = list(sys.path)
     os.chdir(workspace)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(mock.patch.dict(os.environ, environment | {"WORLD_SIZE": str(world)}))
+        stack.enter_context(mock.patch.dict(os.environ, environment | launched))
         stack.enter_context(mock.patch.object(sys, "argv", [script, *arguments]))
         stack.enter_context(contextlib.redirect_stdout(output))
         stack.enter_context(contextlib.redirect_stderr(output))
@@ -117,7 +118,7 @@ def step(words: list[str]) -> dict[str, Any]:
     if words[1:3] != ["-m", "torch.distributed.run"]:
         return {"words": words, "until": READ, "world": 1}
     count = int(words[words.index("--nproc-per-node") + 1])
-    return {"words": ["torchrun", *words[3:]], "until": "lcl_mcore.distributed.context.start", "world": count}
+    return {"words": ["torchrun", *words[3:]], "until": "lcl_mcore.data.inputs.check_inputs", "world": count}
 
 
 def main() -> None:

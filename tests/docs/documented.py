@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 ARGUMENTS = "the command line is read"
-START = "lcl_mcore.distributed.context.start"
+START = "lcl_mcore.data.inputs.check_inputs"
 # A model of seconds; the flags of the documents stay as they are.
 TINY = (
     "--set",

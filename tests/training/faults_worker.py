@@ -32,6 +32,7 @@ from lcl_mcore.config.run_folder import check_folder
 from lcl_mcore.data.loader import StepReader
 from lcl_mcore.errors import DataError
 from lcl_mcore.fault_tolerance.events import is_restart
+from lcl_mcore.fault_tolerance.lease import hold
 from lcl_mcore.fault_tolerance.watchdog import Watchdog
 from lcl_mcore.trainer import Trainer
 
@@ -129,10 +130,11 @@ def main() -> int:
     inject_signals(faults)
     slow_reading(faults)
     kill_the_writer(faults)
-    trainer = Trainer(config, context, resume=resume)
-    spoil(trainer, faults)
-    dist.barrier(group=context.groups.host_control)
-    return trainer.train()
+    with hold(config, context) as lease:
+        trainer = Trainer(config, context, lease, resume=resume)
+        spoil(trainer, faults)
+        dist.barrier(group=context.groups.host_control)
+        return trainer.train()
 
 
 if __name__ == "__main__":

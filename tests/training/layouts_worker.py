@@ -18,6 +18,7 @@ from lcl_mcore.commands.pretrain import parse_options
 from lcl_mcore.distributed.context import Context
 from lcl_mcore.distributed.device import init_process_group, pick_device
 from lcl_mcore.distributed.groups import make_groups
+from lcl_mcore.fault_tolerance.lease import RunLease
 from lcl_mcore.trainer import Trainer
 
 
@@ -54,7 +55,7 @@ def main() -> None:
         dist.barrier(group=groups.host_control)
         note = print if rank == 0 else lambda text: None
         context = Context(device, groups, rank, world, out, note, dist.PrefixStore(out.name, store))
-        trainer = Trainer(config, context, resume=options.init_from is None, init_from=options.init_from)
+        trainer = Trainer(config, context, RunLease(), resume=options.init_from is None, init_from=options.init_from)
         assert trainer.train() == 0
         leave_parameters(trainer, out / f"rank{rank}.pt")
         parallel_state.destroy_model_parallel()

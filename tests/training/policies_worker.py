@@ -25,6 +25,7 @@ from lcl_mcore.commands.pretrain import parse_options
 from lcl_mcore.config.schema import FaultConfig
 from lcl_mcore.errors import NonFiniteError
 from lcl_mcore.fault_tolerance.events import read_events
+from lcl_mcore.fault_tolerance.lease import RunLease
 from lcl_mcore.fused_adam import FusedAdam, build_adam
 from lcl_mcore.trainer import Trainer
 
@@ -94,7 +95,7 @@ def main() -> int:
         own = dataclasses.replace(context, run_folder=Path(folder) / name, log=lines.append)
         own.run_folder.mkdir(parents=True, exist_ok=True)
         optimizer.build_adam = partial(FusedAdam, ApexLike) if name == "fused" else build_adam
-        trainer = Trainer(config, own, resume=False)
+        trainer = Trainer(config, own, RunLease(), resume=False)
         trainer.log.info = lines.append  # type: ignore[method-assign]
         spoil(trainer, [f for f in faults if f.get("rank", context.rank) == context.rank])
         unchanged: list[bool] = []

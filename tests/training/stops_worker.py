@@ -24,6 +24,7 @@ from lcl_mcore.checkpoint.store import TrainState
 from lcl_mcore.commands.entry import run_main
 from lcl_mcore.commands.pretrain import parse_options
 from lcl_mcore.distributed.groups import gather_objects
+from lcl_mcore.fault_tolerance.lease import RunLease
 from lcl_mcore.fault_tolerance.signals import StopRequest
 from lcl_mcore.trainer import Trainer
 
@@ -64,7 +65,7 @@ def main() -> int:
         stop.received = None
         lines: list[str] = []
         outcomes: list[tuple[int, str]] = []
-        trainer = Trainer(config, replace(context, log=lines.append), resume=number > 0)
+        trainer = Trainer(config, replace(context, log=lines.append), RunLease(), resume=number > 0)
         settle = trainer.checkpoints._settle
 
         def settled(outcome: Outcome | None, final: bool, settle: Any = settle, outcomes: Any = outcomes) -> None:
