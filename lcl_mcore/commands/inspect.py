@@ -12,7 +12,7 @@ from pydantic import Field, NonNegativeInt, PositiveInt
 from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config import arguments
 from lcl_mcore.config.base import config_dataclass
-from lcl_mcore.config.schema import DataConfig, SourceConfig, TokenizerConfig
+from lcl_mcore.config.schema import DataConfig, Packing, SourceConfig, TokenizerConfig
 from lcl_mcore.errors import DataError, explain
 
 
@@ -28,6 +28,8 @@ class InspectOptions:
     """Whose special ids."""
     sequence_length: Annotated[int, Field(ge=8)] = 2048
     """Tokens per packed sequence."""
+    packing: Literal[Packing, "by_kind"] = "best_fit"
+    """How documents share sequences, as data.packing; by_kind is that of the paper's recipes."""
     tokens_per_image: PositiveInt = 196
     """Tokens that an image takes."""
     sample: PositiveInt = 1000
@@ -48,7 +50,7 @@ def main() -> int:
     from lcl_mcore.data.tokenizer import build_tokenizer
 
     tokenizer = build_tokenizer(TokenizerConfig(kind=options.tokenizer_kind, path=options.tokenizer))
-    config = DataConfig(sequence_length=options.sequence_length)
+    config = DataConfig(sequence_length=options.sequence_length, packing=options.packing)
     inspector = Inspector(config, SourceConfig(path=options.data), tokenizer, options.tokens_per_image)
     try:
         if options.document is None:

@@ -272,7 +272,7 @@ class DataConfig:
     tokenizer: TokenizerConfig = TokenizerConfig()
     sequence_length: Annotated[int, Field(ge=8)] = 2048
     """Tokens per packed sequence."""
-    packing: Packing | Literal["by_kind"] = "best_fit"
+    packing: Literal[Packing, "by_kind"] = "best_fit"
     """best_fit: whole documents are chosen so that sequences are full, and one is split between segments when min_fill
     needs it; whole: the same, but none is ever split, and an image stays with its sentence; windows: documents end to
     end, cut every sequence_length tokens, images moved whole (OBELICS in the paper); off: one document per sequence;

@@ -111,7 +111,7 @@ def _packing(config: DataConfig, source: SourceConfig, dataset: NativeDataset) -
     asked = source.packing or config.packing
     if asked != "by_kind":
         return asked
-    windows = dataset.document(0)[0].kind == "sequence"
+    windows = len(dataset) > 0 and dataset.document(0)[0].kind == "sequence"
     require(
         windows or source.long_documents != "split",
         f"data.sources: {source.label} has long_documents = split with data.packing = by_kind",

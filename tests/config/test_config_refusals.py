@@ -150,6 +150,12 @@ OF_DEMO = {
         "data.sources named x/a, b, x/a: a source stands twice. "
         "Give every data set and every `name` once; how often one is read is its weight."
     ),
+    "--data.packing tight": "data.packing = tight: must be one of best_fit, whole, windows, off, by_kind. For example "
+    "best_fit.",
+    "--set data.sources=[{path:_a,packing:_by_kind}]": (
+        "data.sources.0.packing = by_kind: must be one of best_fit, whole, windows, off. See --help, or any run's "
+        "config.yaml."
+    ),
     "--data.crop-scale 0.5 0.4": "data.crop_scale = 0.5 0.4: low <= high <= 1. OpenCLIP uses 0.9 1.",
     "--data.crop-ratio 2 1": "data.crop_ratio = 2.0 1.0: low <= high. OpenCLIP uses 0.75 1.3333.",
     "--faults.skip-batches 5 4": ("faults.skip_batches holds 5 4: a range reads FIRST LAST. Exchange the two."),

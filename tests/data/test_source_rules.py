@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import random
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from corpora import config, image_bytes, make_dataset, open_loader, small_tokenizer
+from lcl_mcore.batch import StepBatch
 from lcl_mcore.commands.pretrain import parse_options
 from lcl_mcore.config.base import from_dict
 from lcl_mcore.config.run_folder import read_config
@@ -24,7 +27,7 @@ from lcl_mcore.data.order import SampleIndex
 from lcl_mcore.data.packing import SampleStream, Span
 from lcl_mcore.data.prepare.normalise import entry_for
 from lcl_mcore.data.tokenized import DocumentTokenizer, Segment, TokenizedDocument
-from lcl_mcore.errors import ConfigError
+from lcl_mcore.errors import ConfigError, DataError
 
 TOKENIZER = small_tokenizer()
 P, IMAGE, LENGTH = 9, 11, 128
@@ -275,6 +278,40 @@ def test_whole_documents_do_not_go_on(tmp_path: Path) -> None:
         "data.sources: x has long_documents = split with data.packing = by_kind: its documents are matched or pairs, "
         "which by_kind keeps whole. Give the source packing = best_fit, or long_documents = cut."
     )
+
+
+def test_positions_of_earlier_versions_fit_where_nothing_changed(tmp_path: Path) -> None:
+    """They have neither packings of sources nor how images were counted; only a rule that is another now is refused."""
+
+    def first_steps(data: DataConfig, position: dict[str, Any] | None = None) -> list[StepBatch]:
+        loader = open_loader(data, position)
+        try:
+            return [next(loader) for _ in range(4)]
+        finally:
+            loader.close()
+
+    data = config(make_dataset(tmp_path / "matched", "matched", 40))
+    steps = first_steps(data)
+    old = json.loads(json.dumps(steps[1].position))
+    assert old.pop("ftfy") is None
+    assert [old["sources"]["matched"].pop(name) for name in ("packing", "images_counted")] == [None, None]
+    assert [step.order_hash for step in first_steps(data, old)[:2]] == [step.order_hash for step in steps[2:]]
+    counted = dataclasses.replace(data, sources=(dataclasses.replace(data.sources[0], min_images=1),))
+    old["sources"]["matched"]["min_images"] = 1
+    with pytest.raises(DataError) as caught:
+        first_steps(counted, old)
+    assert str(caught.value) == (
+        "saved data position: was made with other data or settings: sources.matched.images_counted was None, is after "
+        "cutting. Resume with the former ones, or start a new run (weights can be kept, the order cannot)."
+    )
+
+
+def test_a_source_without_documents_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "none"
+    folder.mkdir()
+    write_manifest(folder, [])
+    with pytest.raises(DataError, match="source none: holds no documents"):
+        used_documents(config(folder, packing="by_kind"), 0)
 
 
 def test_each_source_is_packed_as_it_says(tmp_path: Path) -> None:
