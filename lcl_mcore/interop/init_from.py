@@ -73,7 +73,7 @@ def read_encoder(path: Path, shape: VisionConfig) -> tuple[dict[str, Tensor], st
         rule = "is neither a consolidated state dict of lcl_mcore nor a ViT of timm, open_clip or transformers"
         raise CheckpointError(explain(files[0], rule, "See docs/export.md for what can be read."))
     naming, prefix = found
-    pixels = require_same_function(files[0].parent, naming, shape)
+    pixels = require_same_function(files[0], naming, shape)
     encoder, done = from_format(state, shape, naming, prefix, pixels)
     unknown = "; pixel statistics not stated, taken to be CLIP's" if pixels is None else ""
     return encoder, naming.format + done + unknown

@@ -10,9 +10,9 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, Field, FiniteFloat, PositiveInt, ValidationError
 
 from lcl_mcore.config.schema import VisionConfig
 from lcl_mcore.errors import CheckpointError, explain
@@ -30,9 +30,14 @@ class Stated:
     pixels: Pixels | None
 
 
+_Means = tuple[FiniteFloat, FiniteFloat, FiniteFloat]
+_Deviation = Annotated[FiniteFloat, Field(gt=0)]
+_Deviations = tuple[_Deviation, _Deviation, _Deviation]
+
+
 class _Normalisation(BaseModel):
-    mean: tuple[float, float, float] | None = None
-    std: tuple[float, float, float] | None = None
+    mean: _Means | None = None
+    std: _Deviations | None = None
 
     def pixels(self) -> Pixels | None:
         return (self.mean, self.std) if self.mean and self.std else None
@@ -68,7 +73,7 @@ def _timm(config: _TimmConfig, width: int) -> Stated:
 
 
 class _OpenClipVision(BaseModel):
-    head_width: int = 64
+    head_width: PositiveInt = 64
     norm_kwargs: dict[str, float] = {}
     act_kwargs: dict[str, Any] | None = None
 
@@ -111,8 +116,8 @@ class _HfConfig(_HfVision):
 
 
 class _HfProcessor(BaseModel):
-    image_mean: tuple[float, float, float] | None = None
-    image_std: tuple[float, float, float] | None = None
+    image_mean: _Means | None = None
+    image_std: _Deviations | None = None
 
 
 def _transformers(config: _HfConfig, processor: _HfProcessor, naming: Naming) -> Stated:
@@ -126,12 +131,13 @@ def _transformers(config: _HfConfig, processor: _HfProcessor, naming: Naming) ->
     )
 
 
-def stated_by(folder: Path, naming: Naming, width: int) -> tuple[Path, Stated]:
-    """The configuration that a format keeps beside its tensors, and what it states.
+def stated_by(weights: Path, naming: Naming, width: int) -> tuple[Path, Stated]:
+    """The configuration that a format keeps beside its file of weights, and what it states.
 
     Raises:
         CheckpointError: it is missing or cannot be understood.
     """
+    folder = weights.parent
     path = folder / ("open_clip_config.json" if naming is OPEN_CLIP else "config.json")
     remedy = f"Put the {path.name} of its package beside it."
     try:
@@ -144,8 +150,10 @@ def stated_by(folder: Path, naming: Naming, width: int) -> tuple[Path, Stated]:
         processor = _HfProcessor.model_validate_json(beside.read_text("utf-8") if beside.is_file() else "{}")
         return path, _transformers(_HfConfig.model_validate_json(text), processor, naming)
     except FileNotFoundError:
-        rule = "is not there, and the weights alone do not tell activation, epsilon of the norms and heads"
-        raise CheckpointError(explain(path, rule, remedy)) from None
+        rule = (
+            f"no {path.name} beside it states activation, epsilon of the norms and heads, which the weights do not tell"
+        )
+        raise CheckpointError(explain(weights, rule, remedy)) from None
     except (OSError, UnicodeDecodeError) as error:
         raise CheckpointError(explain(path, f"cannot be read ({error})", remedy)) from None
     except ValidationError as error:
@@ -154,7 +162,7 @@ def stated_by(folder: Path, naming: Naming, width: int) -> tuple[Path, Stated]:
         raise CheckpointError(explain(path, f"{where}: {first['msg']}".lstrip(": "), remedy)) from None
 
 
-def require_same_function(folder: Path, naming: Naming, shape: VisionConfig) -> Pixels | None:
+def require_same_function(weights: Path, naming: Naming, shape: VisionConfig) -> Pixels | None:
     """Refuse weights that another function belongs to than this encoder's, or an unknown one.
 
     Returns:
@@ -163,7 +171,7 @@ def require_same_function(folder: Path, naming: Naming, shape: VisionConfig) -> 
     Raises:
         CheckpointError: another or no activation, epsilon of the norms or number of heads is stated.
     """
-    path, stated = stated_by(folder, naming, shape.width)
+    path, stated = stated_by(weights, naming, shape.width)
     for what, value, ours in (
         ("activation", stated.activation, "gelu"),
         ("epsilon of the norms", stated.norm_eps, shape.norm_eps),

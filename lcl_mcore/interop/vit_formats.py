@@ -320,10 +320,10 @@ def from_format(
         result[f"{ours}.bias"] = take(f"{theirs}.bias", size[0])
     for i in range(layers):
         for ours, theirs, last in _branches(naming, i):
-            gamma = take(theirs, h) if theirs and prefix + theirs in state else torch.ones(h)
+            gamma = take(theirs, h) if theirs and prefix + theirs in state else None
             if shape.layer_scale is not None:
-                result[ours] = gamma
-            else:
+                result[ours] = torch.ones(h) if gamma is None else gamma
+            elif gamma is not None:
                 result[f"{last}.weight"] = result[f"{last}.weight"] * gamma[:, None]
                 result[f"{last}.bias"] = result[f"{last}.bias"] * gamma
     trunk = (key for key in state if key.startswith(prefix) and not _NO_TRUNK.match(key, len(prefix)))

@@ -6,6 +6,7 @@ import dataclasses
 import json
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,18 @@ from lcl_mcore.errors import CheckpointError
 from lcl_mcore.export.encoder import own_features, random_images
 from lcl_mcore.export.formats import FORMATS
 from lcl_mcore.interop.init_from import read_encoder, start_from
-from lcl_mcore.interop.vit_formats import fit_positions, interpolate_positions
+from lcl_mcore.interop.stated import require_same_function, stated_by
+from lcl_mcore.interop.vit_formats import (
+    NAMINGS,
+    OPEN_CLIP,
+    TIMM,
+    Naming,
+    fit_positions,
+    from_format,
+    interpolate_positions,
+    recognise,
+    to_format,
+)
 from lcl_mcore.models.lcl import LclModel
 
 Make = Callable[..., LclModel]
@@ -123,9 +135,55 @@ def test_what_the_tensors_do_not_tell_must_be_stated(make_model: Make, tmp_path:
     assert "config.json: model_args: Input should be an object" in refusal(timm, SHAPE)
     (timm / "config.json").unlink()
     assert refusal(timm, SHAPE) == (
-        "FOLDER/config.json: is not there, and the weights alone do not tell activation, epsilon of the norms and "
-        "heads. Put the config.json of its package beside it."
+        "FOLDER/model.safetensors: no config.json beside it states activation, epsilon of the norms and heads, "
+        "which the weights do not tell. Put the config.json of its package beside it."
     )
+
+
+FIELDS = (
+    *(
+        "architecture",
+        "model_args",
+        "num_heads",
+        "pretrained_cfg",
+        "mean",
+        "std",
+        "model_cfg",
+        "quick_gelu",
+        "vision_cfg",
+    ),
+    *(
+        "head_width",
+        "norm_kwargs",
+        "eps",
+        "act_kwargs",
+        "preprocess_cfg",
+        "vision_config",
+        "hidden_act",
+        "layer_norm_eps",
+    ),
+    *("num_attention_heads", "image_mean", "image_std"),
+)
+VALUES = (
+    st.none() | st.booleans() | st.integers(-2, 70) | st.floats() | st.sampled_from(["gelu", "vit_base_patch16_224"])
+)
+PLAUSIBLE = st.recursive(
+    VALUES,
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(FIELDS), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+@given(content=PLAUSIBLE, beside=PLAUSIBLE, naming=st.sampled_from(NAMINGS))
+def test_whatever_a_configuration_says_is_understood_or_refused(content: Any, beside: Any, naming: Naming) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        for file, value in (("config", content), ("open_clip_config", content), ("preprocessor_config", beside)):
+            Path(name, f"{file}.json").write_text(json.dumps(value))
+        try:
+            pixels = require_same_function(Path(name, "model.safetensors"), naming, SHAPE)
+        except CheckpointError:
+            return
+        assert pixels is None or (torch.tensor(pixels).isfinite().all() and min(pixels[1]) > 0)
 
 
 ASK_TIMM = """
@@ -142,8 +200,6 @@ for name in sys.argv[1:]:
 
 
 def test_what_timms_names_stand_for(tmp_path: Path) -> None:
-    from lcl_mcore.interop.stated import stated_by
-    from lcl_mcore.interop.vit_formats import TIMM
 
     names = [
         "vit_tiny_patch16_224",
@@ -156,7 +212,7 @@ def test_what_timms_names_stand_for(tmp_path: Path) -> None:
     done = subprocess.run([sys.executable, "-c", ASK_TIMM, *names], capture_output=True, text=True, check=True)
     for name, line in zip(names, done.stdout.splitlines(), strict=True):
         (tmp_path / "config.json").write_text(json.dumps({"architecture": name}))
-        _, stated = stated_by(tmp_path, TIMM, 0)
+        _, stated = stated_by(tmp_path / "model.safetensors", TIMM, 0)
         activation, epsilon, heads = json.loads(line)
         assert activation == {"gelu": "GELU", "quick_gelu": "QuickGELU"}[str(stated.activation)], name
         assert (stated.norm_eps, stated.heads) == (epsilon, heads), name
@@ -187,6 +243,60 @@ def test_other_pixel_statistics_are_folded_into_the_patches(make_model: Make, tm
 def plain_bicubic(square: Tensor, grid: int) -> Tensor:
     """timm's: antialiased, on [h, rows, columns]."""
     return F.interpolate(square[None], (grid, grid), mode="bicubic", antialias=True, align_corners=False)[0]
+
+
+def bits(*size: int, seed: int) -> Tensor:
+    """Any fp32 numbers, NaN and denormal ones included."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-(2**31), 2**31, size, generator=generator, dtype=torch.int64).int().view(torch.float32)
+
+
+def encoder_of(shape: VisionConfig) -> dict[str, Tensor]:
+    h, m = shape.width, shape.mlp_width
+    sizes: dict[str, tuple[int, ...]] = {
+        "patch_embedding": (h, 3 * shape.patch_size**2),
+        "position_embedding": (shape.tokens, h),
+    }
+    if shape.class_token:
+        sizes["class_token"] = (h,)
+    modules = {"norm_post": (h,)} | ({"norm_pre": (h,)} if shape.pre_norm else {})
+    for i in range(shape.layers):
+        block = f"blocks.layers.{i}."
+        modules |= {f"{block}{norm}": (h,) for norm in ("input_layernorm", "pre_mlp_layernorm")}
+        modules |= {f"{block}self_attention.linear_qkv": (3 * h, h), f"{block}self_attention.linear_proj": (h, h)}
+        modules |= {f"{block}mlp.linear_fc1": (m, h), f"{block}mlp.linear_fc2": (h, m)}
+        if shape.layer_scale is not None:
+            sizes |= {f"{block}{branch}.gamma": (h,) for branch in ("self_attn_bda", "mlp_bda")}
+    for name, size in modules.items():
+        sizes |= {f"{name}.weight": size, f"{name}.bias": size[:1]}
+    return {f"vision.{name}": bits(*size, seed=i) for i, (name, size) in enumerate(sizes.items())}
+
+
+SHAPES = st.builds(
+    lambda grid, patch, heads, channels, mlp, **more: VisionConfig(
+        image_size=grid * patch, patch_size=patch, width=heads * channels, heads=heads, mlp_width=mlp, **more
+    ),
+    *(st.integers(1, 3) for _ in range(3)),
+    channels=st.integers(1, 2),
+    mlp=st.integers(1, 5),
+    layers=st.integers(1, 3),
+    class_token=st.booleans(),
+    pre_norm=st.booleans(),
+    layer_scale=st.sampled_from([None, 0.1]),
+)
+
+
+@given(shape=SHAPES)
+def test_every_number_of_any_shape_comes_back(shape: VisionConfig) -> None:
+    """In timm's names, which have a place for all of it, and in open_clip's, where there is a class token."""
+    state = encoder_of(shape)
+    for naming in (TIMM, OPEN_CLIP) if shape.class_token else (TIMM,):
+        written = to_format(state, shape, naming)
+        assert recognise(written) == (naming, "")
+        back, done = from_format(written, shape, naming, "")
+        assert (back.keys(), done) == (state.keys(), "")
+        for name, value in state.items():
+            assert torch.equal(back[name].view(torch.int32), value.view(torch.int32)), name
 
 
 @given(old=st.integers(1, 6), new=st.integers(1, 6), leading=st.integers(0, 1))

@@ -1,8 +1,8 @@
-"""Builds a run in bf16 from a weights file, in several layouts of one launch, and compares this rank's master weights.
+"""Builds runs in bf16 from files, in several layouts of one launch, and compares this rank's master weights.
 
-Arguments: the folder with `model.safetensors` and `config.yaml`. The first rank prints, per layout, how many
-elements of masters were compared over all ranks, how many differ from the file, how many parameters are not their
-master rounded, and how many masters bf16 could hold.
+Arguments: a folder with `model.safetensors` and `config.yaml`, and one with an encoder of timm. The first rank prints,
+per layout, first for the model and then for the encoder, how many elements of masters were compared over all ranks, how
+many differ from the file, how many parameters are not their master rounded, and how many masters bf16 could hold.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from lcl_mcore.config.schema import ParallelConfig
 from lcl_mcore.distributed.context import detached
 from lcl_mcore.distributed.device import init_process_group, pick_device
 from lcl_mcore.distributed.groups import make_groups
+from lcl_mcore.interop.init_from import read_encoder
 
 LAYOUTS = {
     "dp4": ParallelConfig(),
@@ -32,17 +33,17 @@ LAYOUTS = {
 }
 
 
-def compare(folder: Path, parallel: ParallelConfig) -> list[int]:
+def compare(folder: Path, source: Path, parallel: ParallelConfig) -> list[int]:
     device = pick_device("cpu")
     groups = make_groups(parallel.tensor_parallel_size, parallel.pipeline_parallel_size, 60, 1)
     config = read_config(folder / "config.yaml")
     config = replace(config, parallel=parallel, train=replace(config.train, precision="bf16"))
-    training = build_training(config, detached(device, groups), init_from=folder)
-    stored = read_consolidated(folder)
+    training = build_training(config, detached(device, groups), init_from=source)
+    stored = read_consolidated(source) if source == folder else read_encoder(source, config.model.vision)[0]
     counts = torch.zeros(4, dtype=torch.int64)
     for shard in training_shards(training.model, training.optimizer, (groups.tp.rank(), groups.tp.size())):
         name = shard.key.removeprefix(WEIGHTS)
-        if name not in stored:  # a moment
+        if name not in stored:  # a moment, or not the encoder's
             continue
         for box in shard.boxes(shard.flat):
             whole = stored[name]
@@ -61,10 +62,11 @@ def compare(folder: Path, parallel: ParallelConfig) -> list[int]:
 
 def main() -> None:
     init_process_group(pick_device("cpu"), 60)
-    found = {}
+    found: dict[str, list[list[int]]] = {}
     for name, parallel in LAYOUTS.items():
-        found[name] = compare(Path(sys.argv[1]), parallel)
-        parallel_state.destroy_model_parallel()
+        for source in map(Path, sys.argv[1:]):
+            found.setdefault(name, []).append(compare(Path(sys.argv[1]), source, parallel))
+            parallel_state.destroy_model_parallel()
     if dist.get_rank() == 0:
         print(json.dumps(found))
     dist.destroy_process_group()
