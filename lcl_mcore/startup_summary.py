@@ -7,6 +7,8 @@ from collections.abc import Sequence
 import torch
 from lcl_kernels.infonce import select_engine
 
+from lcl_mcore.config.recipes import RECIPES
+from lcl_mcore.config.run_folder import changes_of_recipe, listed
 from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.distributed.context import Context
 from lcl_mcore.models.backends import Choice
@@ -36,6 +38,9 @@ def startup_summary(config: RunConfig, context: Context, model: LclModel, choice
         how = "whole on each rank, images shared" if model.vision_data else "matrices split"
         lines.append(f"  ViT        {how} over tp{chosen}")
     lines += [f"  {choice.part:<10} {choice.backend:<16} {choice.reason}" for choice in choices]
+    changes = listed(changes_of_recipe(config)) or "none"
+    lines.append(f"  changes    of {'the recipe' if config.recipe in RECIPES else 'the defaults'}: {changes}")
+    lines += [f"WARNING {caution}" for caution in config.never_happens()]
     return [*lines, f"  loss       {_losses(config, context)}", f"  folder     {context.run_folder}"]
 
 

@@ -35,7 +35,9 @@ class PretrainOptions(RunOptions):
 
 def parse_options(arguments: Sequence[str] | None = None) -> PretrainOptions:
     """Read the command line."""
-    return parse_run(PretrainOptions, arguments)
+    options = parse_run(PretrainOptions, arguments)
+    options.run.check_schedule()
+    return options
 
 
 def main() -> int:

@@ -96,6 +96,14 @@ def differences(before: RunConfig, now: RunConfig) -> dict[str, str]:
     }
 
 
+def changes_of_recipe(config: RunConfig) -> dict[str, str]:
+    """`differences` from the recipe of its name, or from the defaults if it has none; data sets do not count."""
+    base = to_dict(load_recipe(config.recipe) if config.recipe in RECIPES else RunConfig())
+    sources = [{"path": source.path, "weight": source.weight, "name": source.name} for source in config.data.sources]
+    base |= {"recipe": config.recipe, "data": base["data"] | {"sources": sources}}
+    return differences(from_dict(RunConfig, with_source_options(base)), config)
+
+
 def change_of_model_or_objective(changes: dict[str, str]) -> str:
     """Those of the `differences` that make another model or objective, as one line: weights must not change sides."""
     return listed(

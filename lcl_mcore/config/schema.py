@@ -6,6 +6,7 @@ writes them as `config.yaml`. Types bound single values, so `__post_init__` hold
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import replace
 from typing import Annotated, Literal
@@ -37,6 +38,9 @@ Recompute = Annotated[str, AfterValidator(_known_recompute)]
 # The embedding table is padded to this multiple, whatever the tensor-parallel size, so that a
 # checkpoint has the same shapes in every layout. Padded rows stay out of the softmax.
 VOCAB_MULTIPLE = 128
+
+TRIAL_STEPS = 100
+"""Shorter runs are trials: their warm-up may be longer than they are."""
 
 VISION_TENSOR_PARAMETERS = 10**9
 """From this size on the ViT's matrices are split over tensor-parallel ranks by default."""
@@ -751,6 +755,57 @@ class RunConfig:
         weights = vision.layers * vision.width * (4 * vision.width + 2 * vision.mlp_width)
         large = weights >= VISION_TENSOR_PARAMETERS
         return "tensor" if large and divides else "data"
+
+    def check_schedule(self) -> None:
+        """Refuse a run whose learning rate never reaches its peak, unless it is a trial of a few steps.
+
+        Raises:
+            ConfigError: the warm-up is not shorter than the run.
+        """
+        require(
+            self.optim.warmup_steps < self.train.steps or self.train.steps < TRIAL_STEPS,
+            self._unreached_peak,
+            "a run is longer than its warm-up",
+            f"Use --warmup-steps {self.train.steps // 10}, say, or more --steps.",
+        )
+
+    @property
+    def _unreached_peak(self) -> str:
+        warmup, steps, peak = self.optim.warmup_steps, self.train.steps, self.optim.lr
+        last = peak * steps / max(warmup, 1)
+        return (
+            f"optim.warmup_steps = {warmup} with train.steps = {steps}: the learning rate ends at {last:.3g} and "
+            f"never reaches its peak of {peak:.3g}"
+        )
+
+    def never_happens(self) -> list[str]:
+        """What was asked for and cannot come about in this run, one sentence each, without a full stop."""
+        steps, every, keep = self.train.steps, self.checkpoint.every, self.checkpoint.keep_every
+        evaluation, faults = self.evaluation, self.faults
+        goes_back = [name for name in ("nonfinite", "spike") if getattr(faults, name) == "rollback"]
+        skipped = sum(last - first + 1 for first, last in faults.skip_batches)
+        late = [f"{first} {last}" for first, last in faults.skip_batches if first >= steps + skipped]
+        cautions = {
+            self._unreached_peak: self.optim.warmup_steps >= steps,
+            f"evaluation.every = {evaluation.every} with train.steps = {steps}: nothing is evaluated": (
+                evaluation.every > steps
+            ),
+            f"evaluation.data = {evaluation.data} with evaluation.every = 0: nothing is evaluated": (
+                bool(evaluation.data) and not evaluation.every
+            ),
+            f"checkpoint.every = {every} with train.steps = {steps}: only the last step writes a checkpoint": (
+                every > steps and not self.checkpoint.minutes
+            ),
+            f"checkpoint.keep_every = {keep} with checkpoint.every = {every} and train.steps = {steps}: no regular "
+            "checkpoint is kept for good": keep > 0 and (every == 0 or math.lcm(keep, every) > steps),
+            f"faults.{' and faults.'.join(goes_back)} = rollback with checkpoint.every = 0: there is no checkpoint to "
+            "go back to": bool(goes_back) and not every and not self.checkpoint.minutes,
+            f"faults.spike_warmup = {faults.spike_warmup} with train.steps = {steps}: no spike is looked for": (
+                faults.spike != "off" and faults.spike_warmup >= steps
+            ),
+            f"faults.skip_batches holds {', '.join(late)} with train.steps = {steps}: the run ends before": bool(late),
+        }
+        return [text for text, applies in cautions.items() if applies]
 
     def check_processes(self, world_size: int) -> int:
         """Split a job of `world_size` processes.

@@ -9,6 +9,8 @@ from typing import Any
 import yaml
 
 from lcl_mcore.config.base import to_dict
+from lcl_mcore.config.recipes import RECIPES
+from lcl_mcore.config.run_folder import changes_of_recipe
 from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.evaluation.load import LoadedModel
 from lcl_mcore.export.formats import FORMATS, use_llava
@@ -49,6 +51,8 @@ def write_card(loaded: LoadedModel, summary: dict[str, Any], out: Path) -> None:
         else "",
         fingerprints=data_fingerprints(loaded.config),
         results=[{"name": name, "numbers": numbers(content)} for name, content in results(loaded).items()],
+        origin=f"the recipe `{recipe}`" if (recipe := loaded.config.recipe) in RECIPES else "the defaults",
+        changes=changes_of_recipe(loaded.config),
         config=yaml.safe_dump(to_dict(loaded.config), sort_keys=False).rstrip(),
     )
     atomic_write(out / "README.md", text)

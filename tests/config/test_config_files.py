@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from lcl_mcore.commands.pretrain import parse_options
 from lcl_mcore.config.base import from_dict, to_dict
-from lcl_mcore.config.recipes import load_recipe
-from lcl_mcore.config.run_folder import change_of_model_or_objective, differences, read_config
+from lcl_mcore.config.recipes import RECIPES, load_recipe
+from lcl_mcore.config.run_folder import change_of_model_or_objective, changes_of_recipe, differences, read_config
 from lcl_mcore.config.schema import OptimConfig, RunConfig, TrainConfig
 
 OLD = Path(__file__).parent / "config-02e64cf.yaml"
@@ -134,3 +134,14 @@ def test_sources_are_compared_setting_by_setting() -> None:
     assert differences(one, two)["data.sources.0.weight"] == "2.0 -> 1.0"
     assert differences(one, two)["data.sources.2.path"] == "None -> c"
     assert "data.sources.1.path" not in differences(one, two)
+
+
+def test_changes_of_the_recipe_are_the_settings_and_not_the_data() -> None:
+    for name in RECIPES:
+        assert changes_of_recipe(parse_options(["--recipe", name, "--data", "a:2", "b"]).run) == {}
+    config = parse_options(["--recipe", "paper-b16", "--data", "a", "--lr", "0.5", "--tokenizer", "t"]).run
+    assert changes_of_recipe(config) == {"data.tokenizer.path": "facebook/opt-125m -> t", "optim.lr": "0.0003 -> 0.5"}
+    source = dataclasses.replace(config.data.sources[0], min_similarity=0.5)
+    config = dataclasses.replace(config, data=dataclasses.replace(config.data, sources=(source,)))
+    assert changes_of_recipe(config)["data.sources.0.min_similarity"] == "0.24 -> 0.5"
+    assert changes_of_recipe(RunConfig(train=TrainConfig(steps=7))) == {"train.steps": "1000 -> 7"}

@@ -267,3 +267,64 @@ def test_processes_and_batches_must_divide() -> None:
         assert str(caught.value) == message
     assert config.check_processes(4) == 2
     assert load_recipe("large-g14").check_processes(64) == 8
+
+
+def test_a_run_that_never_reaches_its_peak_rate_is_refused(tmp_path: Path) -> None:
+    """From flags and from a file; a trial of a few steps is warned."""
+    message = (
+        "optim.warmup_steps = 2000 with train.steps = 500: the learning rate ends at 7.5e-05 and never reaches its "
+        "peak of 0.0003: a run is longer than its warm-up. Use --warmup-steps 50, say, or more --steps."
+    )
+    assert refusal("--recipe", "paper-b16", "--steps", "500") == message
+    file = tmp_path / "c.yaml"
+    file.write_text("recipe: paper-b16\ntrain: {steps: 500}\n")
+    assert refusal("--config", str(file)) == message
+    assert refusal("--recipe", "paper-b16", "--set", "train.steps=500") == message
+    assert refusal("--recipe", "paper-b16", "--steps", "2000").startswith("optim.warmup_steps = 2000 with")
+    assert parse_options(["--recipe", "paper-b16", "--steps", "2001"]).run.never_happens() == []
+    trial = parse_options(["--recipe", "paper-b16", "--steps", "20", "--checkpoint-every", "10"]).run
+    assert trial.never_happens() == [
+        "optim.warmup_steps = 2000 with train.steps = 20: the learning rate ends at 3e-06 and never reaches its peak "
+        "of 0.0003"
+    ]
+
+
+# Flags of a demo of 200 steps with a checkpoint every 50 -> what does not come about.
+NEVER = {
+    "": "",
+    "--evaluation.every 201 --evaluation.data d": (
+        "evaluation.every = 201 with train.steps = 200: nothing is evaluated"
+    ),
+    "--evaluation.every 200 --evaluation.data d": "",
+    "--evaluation.data d": "evaluation.data = d with evaluation.every = 0: nothing is evaluated",
+    "--checkpoint-every 201": ("checkpoint.every = 201 with train.steps = 200: only the last step writes a checkpoint"),
+    "--checkpoint-every 201 --checkpoint-minutes 5": "",
+    "--checkpoint-every 0": "",
+    "--checkpoint.keep-every 100": "",
+    "--checkpoint.keep-every 120": (
+        "checkpoint.keep_every = 120 with checkpoint.every = 50 and train.steps = 200: no regular checkpoint is kept "
+        "for good"
+    ),
+    "--checkpoint-every 0 --checkpoint.keep-every 10": (
+        "checkpoint.keep_every = 10 with checkpoint.every = 0 and train.steps = 200: no regular checkpoint is kept "
+        "for good"
+    ),
+    "--faults.nonfinite rollback --checkpoint-every 0": (
+        "faults.nonfinite = rollback with checkpoint.every = 0: there is no checkpoint to go back to"
+    ),
+    "--faults.spike rollback": "",
+    "--faults.spike rollback --faults.spike-warmup 200": (
+        "faults.spike_warmup = 200 with train.steps = 200: no spike is looked for"
+    ),
+    "--faults.spike-warmup 200": "",
+    "--faults.skip-batches 3 9 206 207": "",
+    "--faults.skip-batches 3 9 209 209": (
+        "faults.skip_batches holds 209 209 with train.steps = 200: the run ends before"
+    ),
+}
+
+
+@pytest.mark.parametrize("words", NEVER)
+def test_what_cannot_come_about_is_named(words: str) -> None:
+    config = parse_options(["--recipe", "demo", "--steps", "200", "--checkpoint-every", "50", *words.split()]).run
+    assert "; ".join(config.never_happens()) == NEVER[words]
