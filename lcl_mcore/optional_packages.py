@@ -170,12 +170,13 @@ def installed(name: str, module: str, distribution: str) -> Probe:
 
 
 def export_packages() -> tuple[Probe, ...]:
-    """What tools/export_encoder.py checks its files with, and what scores captions."""
+    """What tools/export_encoder.py checks its files with, and what evaluation fits and scores with."""
     return (
         installed("timm", "timm", "timm"),
         installed("open_clip", "open_clip", "open_clip_torch"),
         installed("transformers", "transformers", "transformers"),
         installed("pycocoevalcap", "pycocoevalcap", "pycocoevalcap"),
+        installed("scikit-learn", "sklearn", "scikit-learn"),
     )
 
 

@@ -164,7 +164,13 @@ def main() -> int:
     out = options.out or free_name(loaded.results, result)
     out.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(out, json.dumps(result, indent=1) + "\n")
-    _print({name: value for name, value in result.items() if name not in ("options", "names", "warnings")})
+    hidden = {"options", "names", "warnings"}
+    if "chosen probes" in result["task"]:
+        from lcl_mcore.evaluation.classification import probe_table
+
+        hidden |= {"trained", "random_init", "pixels"}
+        print("\n".join(probe_table(result)))
+    _print({name: value for name, value in result.items() if name not in hidden})
     for line in result.get("warnings", ()):
         print(f"warning: {line}")
     print(out)

@@ -41,6 +41,12 @@ class FitConfig:
 class ProbeConfig(FitConfig):
     """A classifier: attention pool, norm and linear layer."""
 
+    probe: Literal["auto", "chosen", "paper"] = "auto"
+    """chosen: logistic regression, nearest neighbours and an attention probe, their settings chosen on a validation
+    part of the training images. paper: the attention probe with the settings here, by default the paper's. auto: chosen
+    for a frozen encoder and up to 100,000 training images, unless a setting of the training is given."""
+    seeds: PositiveInt = 1
+    """Repetitions with --probe chosen: validation part, order, initial heads, the baseline's random weights."""
     warmup: ShareBelowOne = 0.107
     """Linear warm-up, as a share of the steps (paper: 1,500 of 14,000)."""
     epochs: PositiveFloat = 90.0

@@ -149,9 +149,13 @@ def evaluation_config(config: RunConfig) -> RunConfig:
 
 
 @torch.no_grad()
-def reset_weights(loaded: LoadedModel) -> None:
-    """Give the model the random weights that the run started from: the baseline of every evaluation."""
-    initialize(loaded.model, loaded.config.model, loaded.config.train.seed, 0, 1)
+def reset_weights(loaded: LoadedModel, repetition: int = 0) -> None:
+    """Give the model the random weights that the run started from: the baseline of every evaluation.
+
+    Args:
+        repetition: others, of another seed, for 1 and so on.
+    """
+    initialize(loaded.model, loaded.config.model, loaded.config.train.seed + repetition, 0, 1)
     for name, parameter in loaded.model.named_parameters():
         if name.endswith(".gamma"):  # layer scale: a constant, which `initialize` leaves to the layer
             parameter.fill_(loaded.config.model.vision.layer_scale)

@@ -10,7 +10,7 @@ import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -50,12 +50,14 @@ class ImageEncoder:
         encode: uint8 [n, 3, S, S] and a seed for drop-path -> fp32 [n, P, h].
         device: where it computes.
         module: what learns in full transfer; None: frozen.
+        vectors: by name, tokens [n, P, h] -> one vector per image, fp32 [n, d].
     """
 
     width: int
     encode: Callable[[Tensor, int], Tensor]
     device: torch.device
     module: nn.Module | None = None
+    vectors: Mapping[str, Callable[[Tensor], Tensor]] = field(default_factory=dict)
 
     @property
     def parameters(self) -> list[nn.Parameter]:

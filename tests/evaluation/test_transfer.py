@@ -17,13 +17,15 @@ from torch import Tensor
 
 from lcl_mcore.commands.evaluate import RetrievalOptions, both_pairs, parse_options, transfer_settings
 from lcl_mcore.config.base import from_dict
-from lcl_mcore.config.evaluation import CaptionConfig, RetrievalConfig
+from lcl_mcore.config.evaluation import CaptionConfig, ProbeConfig, RetrievalConfig
 from lcl_mcore.config.recipes import load_recipe
 from lcl_mcore.config.schema import LanguageConfig, ModelConfig, TokenizerConfig, VisionConfig
 from lcl_mcore.errors import ConfigError, NonFiniteError
-from lcl_mcore.evaluation import captioning, retrieval
+from lcl_mcore.evaluation import attention_probe, captioning, retrieval
 from lcl_mcore.evaluation.caption_data import CaptionDataset
+from lcl_mcore.evaluation.classification import FrozenImages, classify, with_pixels, without_repeated_channels
 from lcl_mcore.evaluation.load import LoadedModel, reset_weights
+from lcl_mcore.evaluation.probes import LabelledFeatures
 from lcl_mcore.evaluation.transfer import ImageEncoder, drop_path, require_disjoint, vit
 
 SHAPE = ModelConfig(
@@ -148,6 +150,52 @@ def test_retrieval_is_perfect_where_colours_are_seen_and_chance_where_not(loaded
     retrieval.train_dual_encoder(dual, constant(32), train, RETRIEVAL)
     found = retrieval.score_dual_encoder(dual, constant(32), test)
     assert (found["TR@1"], found["IR@1"]) == (1 / 8, 0.0)  # ties count against a query
+
+
+@pytest.mark.slow
+def test_classification_with_chosen_probes(
+    loaded: LoadedModel, labelled: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every probe beside its baselines, twice."""
+    monkeypatch.setattr(attention_probe, "FIRST_STEPS", 10)
+    monkeypatch.setattr(attention_probe, "MOST_STEPS", 40)
+    result = classify(loaded, labelled, ProbeConfig(seeds=2))
+    assert result["task"] == "classification, frozen transfer, chosen probes"
+    vectors = {"trained": ("mean tokens", "pooled"), "random_init": ("mean tokens", "pooled"), "pixels": ("pixels",)}
+    for name, features in vectors.items():
+        found = result[name]["probes"]
+        assert set(found) == {
+            *(f"{kind}, {feature}" for kind in ("logistic regression", "nearest neighbours") for feature in features),
+            "attention probe, tokens",
+        }
+        assert set(result[name]["effective_rank"]) == set(features)
+        for probe, numbers in found.items():
+            assert len(numbers["seeds"]) == 2
+            assert 0 <= numbers["top1"] <= 1, probe
+            assert numbers["seed_interval"][0] <= numbers["top1"] <= numbers["seed_interval"][1]
+    assert result["pixels"]["probes"]["logistic regression, pixels"]["top1"] > 0.95
+    # The fixture's weights are the random ones of the run's seed, so the first seed of the baseline is the encoder.
+    own, baseline = (
+        [seed["top1"] for seed in result[name]["probes"]["logistic regression, pooled"]["seeds"]]
+        for name in ("trained", "random_init")
+    )
+    assert own[0] == baseline[0]
+    assert result["random_init"]["effective_rank"] != result["trained"]["effective_rank"]
+    for parameter, value in zip(loaded.model.vision.parameters(), weights(loaded), strict=True):
+        assert torch.equal(parameter, value)
+    reset_weights(loaded)
+
+
+def test_pixels_are_the_image(loaded: LoadedModel) -> None:
+    """Averaged to 32 pixels a side at most, in one channel where all images are grey."""
+    encoder = with_pixels(loaded.model)
+    images = torch.randint(0, 256, (3, 3, 32, 32), generator=torch.Generator().manual_seed(0)).byte()
+    seen = encoder.vectors["pixels"](encoder.encode(images, 0))
+    torch.testing.assert_close(seen, images.float().flatten(1) / 255, atol=1e-5, rtol=0)
+    grey, labels = seen.view(3, 3, -1)[:, :1].expand(-1, 3, -1).flatten(1), torch.zeros(3, dtype=torch.int64)
+    for vectors, width in ((seen, 3072), (grey, 1024)):
+        split = FrozenImages(lambda i: (i, i), {"pixels": LabelledFeatures(vectors, labels)}, labels)
+        assert without_repeated_channels(split)[0].vectors["pixels"].vectors.shape == (3, width)
 
 
 def test_full_transfer_moves_the_encoder_and_gives_it_back(loaded: LoadedModel) -> None:
