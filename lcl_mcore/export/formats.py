@@ -260,12 +260,14 @@ def _write_transformers(state: Mapping[str, Tensor], shape: VisionConfig, folder
     }
     config = {
         CLIP_VISION.format: {"model_type": "clip_vision_model", **common},
-        VIT.format: {"model_type": "vit", "qkv_bias": True, **common},
+        VIT.format: {"model_type": "vit", "qkv_bias": True, "pooler_act": "linear", **common},
         SIGLIP_VISION.format: {"model_type": "siglip_vision_model", "vision_use_head": False, **common},
         TIMM.format: {"model_type": "timm_wrapper", **_timm_config(shape)},
     }[naming.format]
     prefix = naming.prefixes[0]
     tensors = {prefix + name: tensor for name, tensor in to_format(state, shape, naming).items()}
+    if naming is VIT:  # which otherwise makes up a random one: this gives the class token as it is
+        tensors |= {"pooler.dense.weight": torch.eye(shape.width), "pooler.dense.bias": torch.zeros(shape.width)}
     _save(tensors, folder / "model.safetensors")
     _write_json(folder / "config.json", {"architectures": [_CLASSES[naming.format]], "dtype": "float32", **config})
     side = {"height": shape.image_size, "width": shape.image_size}
@@ -293,10 +295,7 @@ def _features_transformers(shape: VisionConfig, folder: Path, images: Tensor) ->
     side = images.shape[-1]
     naming = _transformers_naming(shape)
     cls = getattr(transformers, _CLASSES[naming.format])
-    options = {"add_pooling_layer": False} if naming is VIT else {}
-    model, report = cls.from_pretrained(
-        folder, output_loading_info=True, local_files_only=True, dtype=torch.float32, **options
-    )
+    model, report = cls.from_pretrained(folder, output_loading_info=True, local_files_only=True, dtype=torch.float32)
     problems = {key: value for key, value in report.items() if value and key != "error_msgs"}
     if problems:
         raise CheckpointError(
@@ -318,11 +317,10 @@ def _features_transformers(shape: VisionConfig, folder: Path, images: Tensor) ->
 
 def _use_transformers(shape: VisionConfig) -> str:
     naming = _transformers_naming(shape)
-    options = ", add_pooling_layer=False" if naming is VIT else ""
     lines = [
         'processor = transformers.AutoImageProcessor.from_pretrained("FOLDER")',
         'pixels = processor(images, return_tensors="pt")["pixel_values"]',
-        f'model = transformers.{_CLASSES[naming.format]}.from_pretrained("FOLDER"{options}).eval()',
+        f'model = transformers.{_CLASSES[naming.format]}.from_pretrained("FOLDER").eval()',
         f"tokens = model(pixel_values=pixels).last_hidden_state[:, {shape.tokens - shape.patches}:]",
     ]
     if naming is not TIMM:
@@ -340,10 +338,9 @@ def use_llava(shape: VisionConfig) -> str | None:
     naming = _transformers_naming(shape)
     if naming is TIMM:
         return None
-    options = ", add_pooling_layer=False" if naming is VIT else ""
     strategy = "default" if shape.class_token else "full"
     lines = [
-        f'tower = transformers.{_CLASSES[naming.format]}.from_pretrained("FOLDER"{options})',
+        f'tower = transformers.{_CLASSES[naming.format]}.from_pretrained("FOLDER")',
         "llava = transformers.LlavaForConditionalGeneration(transformers.LlavaConfig(",
         f"    vision_config=tower.config, text_config=text_config, image_seq_length={shape.patches},",
         f'    vision_feature_layer=-1, vision_feature_select_strategy="{strategy}"))',
