@@ -285,6 +285,22 @@ def test_every_row_is_kept_or_counted(
     assert len(found) == len(rows)
 
 
+@COMMON
+@given(changes=changes)
+def test_damaged_parquet_ends_at_the_boundary(changes: list[tuple[float, int, int]]) -> None:
+    columns = {
+        "images": pyarrow.array([[None, "u"]] * 30, pyarrow.list_(pyarrow.string())),
+        "texts": pyarrow.array([[f"text {n}", None] for n in range(30)], pyarrow.list_(pyarrow.string())),
+    }
+    stream = io.BytesIO()
+    parquet.write_table(pyarrow.table(columns), stream, row_group_size=10)
+    with written("a.parquet", change(stream.getvalue(), changes)) as folder:
+        try:
+            outcomes(ParquetReader(folder))
+        except BAD_FILE:
+            return
+
+
 # --- pages ---
 
 ENCODINGS = {

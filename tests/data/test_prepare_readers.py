@@ -121,6 +121,12 @@ def test_damage_costs_what_lies_in_it(tmp_path: Path) -> None:
     assert dropped(reader) == ["the tar is cut or damaged here", "no image in the sample"]
 
 
+@pytest.mark.parametrize("content", [b"", tar_bytes(pair("x" * 300))[:1024]])
+def test_a_tar_that_ends_before_its_first_member_is_counted(tmp_path: Path, content: bytes) -> None:
+    (item,) = found(pairs_in(tmp_path, content))
+    assert item == Dropped("the tar is cut or damaged here", f"byte {len(content)}", "the file ends here")
+
+
 def test_what_is_no_pair_is_counted(tmp_path: Path) -> None:
     stream = io.BytesIO()
     with tarfile.open(fileobj=stream, mode="w") as archive:

@@ -204,7 +204,9 @@ class _Content:
             (self.images if self._hiding is None else self.hidden_images).append((len(self.texts), attributes["src"]))
         if self._hiding is not None:
             self._inner += bool(LISTS_AND_TABLES.fullmatch(tag))
-        elif SKIPPED.fullmatch(tag) or SKIPPED_CLASSES.search(" ".join(attributes.get(name, "") for name in MARKS)):
+        elif SKIPPED.fullmatch(tag) or (
+            attributes and SKIPPED_CLASSES.search(" ".join(attributes.get(name, "") for name in MARKS))
+        ):
             self._hiding, self._inner = (tag, self._depth), 0
 
     def end(self, tag: str) -> None:
@@ -229,6 +231,8 @@ class _Content:
 
     def _end_text(self) -> None:
         """The running text becomes one of the document's texts, or several if it is very long."""
+        if not self._words:
+            return
         text = " ".join("".join(self._words).replace("¶", " ").split())
         self._words = []
         for start in range(0, len(text), MAX_TEXT):

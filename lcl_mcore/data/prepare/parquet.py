@@ -43,8 +43,6 @@ END_OF_DOCUMENT = "END_OF_DOCUMENT_TOKEN_TO_BE_REPLACED"
 EXTENSIONS = ("", ".jpg", ".jpeg", ".png", ".webp", ".gif")
 ROWS_PER_BATCH = 256
 ROWS_WITH_IMAGES = 16
-MAX_VALUES = 50_000_000
-"""Places in one row group: some bytes of a file can stand for any number of empty ones."""
 WANTED = "images (a list of URLs, or of structs of bytes and path) and texts (a list of strings)"
 DUPLICATE_COUNTS = ("d_hash_dup_count", "p_hash_dup_count")
 
@@ -78,13 +76,8 @@ class ParquetReader:
         (path,) = file.paths
         with _opened(path) as opened:
             self._columns(opened)
-            groups = [opened.metadata.row_group(number) for number in range(opened.num_row_groups)]
-            for number, group in enumerate(groups):
-                values = max(group.column(column).num_values for column in range(group.num_columns))
-                if values > MAX_VALUES:
-                    rule = f"row group {number} has {values} places, at most {MAX_VALUES} are read"
-                    raise DataError(f"{rule}. Write it with smaller row groups.")
-            return [InputPart((path, number), max(group.num_rows, 1)) for number, group in enumerate(groups)]
+            rows = [opened.metadata.row_group(number).num_rows for number in range(opened.num_row_groups)]
+        return [InputPart((path, number), max(count, 1)) for number, count in enumerate(rows)]
 
     def documents(self, part: InputPart) -> Iterator[RawDocument | Dropped]:
         """The documents of one row group. `END_OF_DOCUMENT...` inside a text begins a new document."""

@@ -110,6 +110,8 @@ def walk(stream: IO[bytes], wanted: Callable[[str, int], bool]) -> Iterator[TarM
             yield Damage(begin, f"the file ends inside {_shown(extension.name or header.name)[:200]}")
             return
         extension = _Extension()
+    if extension.met or not source.position:
+        yield Damage(source.position, "the file ends here")
 
 
 class _CutError(Exception):
@@ -147,16 +149,19 @@ class _Extension:
     """What headers of their own say about the member that follows them.
 
     Attributes:
+        met: whether there are any.
         bad: why they cannot be used; then neither can the member.
     """
 
     def __init__(self) -> None:
+        self.met = False
         self.name = ""
         self.size: int | None = None
         self.holes = False
         self.bad = ""
 
     def read(self, header: TarInfo, source: _Source) -> None:
+        self.met = True
         if header.type in (GNUTYPE_LONGLINK, XGLTYPE):
             source.skip(header.size)
         elif header.size > MAX_EXTENSION:
