@@ -377,6 +377,12 @@ def test_a_compressed_bomb_stops(tmp_path: Path) -> None:
         found(Mmc4Reader(tmp_path))
 
 
+def test_other_encodings_of_lines_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_bytes(LINES.decode().encode("utf-16"))
+    with pytest.raises(DataError, match=r"^is UTF-16\. Write it as UTF-8\.$"):
+        found(Mmc4Reader(tmp_path))
+
+
 # --- parquet ---
 
 URL = "https://example.org/p.jpg"
@@ -539,22 +545,14 @@ def test_an_omitted_end_tag_hides_nothing(tmp_path: Path, hidden: str) -> None:
 
 def test_marked_sections_and_bad_addresses(tmp_path: Path) -> None:
     (tmp_path / "p.png").write_bytes(image_bytes(0))
-    addresses = [
-        "p.png",
-        "%00",
-        "p%00.png",
-        "a" * 5000,
-        "../x.png",
-        "http://[no",
-        "data:image/png;base64,AA",
-        "/etc/passwd",
-    ]
+    shown_as = ["p.png", " %70.png?x ", ".\\sub\\..\\p.png"]
+    hostile = ["%00", "p%00.png", "a" * 5000, "../x.png", "http://[no", "data:image/png;base64,AA", "/etc/passwd"]
     loop = tmp_path / "loop.png"
     loop.symlink_to(loop)
-    shown = "".join(f"<img src='{address}'>" for address in [*addresses, "loop.png"])
+    shown = "".join(f"<img src='{address}'>" for address in [*shown_as, *hostile, "loop.png"])
     item = page_in(tmp_path, f"<![<![<![CDATA[x]]>{shown}<p>{WORDS}")
     assert isinstance(item, RawDocument)
-    assert item.images[0].read() == image_bytes(0)
+    assert [image.read() for image in item.images[:3]] == [image_bytes(0)] * 3
     assert bad_images(item) == [
         "not an address",
         "not an address",

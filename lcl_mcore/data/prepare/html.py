@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from lxml.etree import HTMLParser
+from lxml.etree import HTMLParser, LxmlError
 
 from lcl_mcore.data.format import MAX_IMAGES, MAX_TEXTS
 from lcl_mcore.data.prepare.html_encoding import EncodingError, decode_page
@@ -127,6 +127,8 @@ class HtmlReader:
         try:
             page.feed(decode_page(read_regular(path, MAX_PAGE_BYTES)))
             page.close()
+        except LxmlError as error:
+            raise BadRecordError("page cannot be parsed", str(error)) from None
         except OSError as error:
             raise BadRecordError("page cannot be read", str(error.strerror)) from None
         except EncodingError as error:
@@ -143,7 +145,7 @@ class HtmlReader:
     def _image(self, path: Path, place: int, address: str) -> RawImage:
         source = address[:500]
         try:
-            address_parts = urlsplit(address)
+            address_parts = urlsplit(address.strip().replace("\\", "/"))  # as browsers do
             if address_parts.scheme or address_parts.netloc:
                 return bad_image("not beside the page", source=source)
             local = os.path.realpath(path.parent / unquote(address_parts.path))

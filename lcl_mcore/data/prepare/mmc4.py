@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import codecs
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
@@ -84,6 +85,8 @@ class Mmc4Reader:
             size = os.fstat(stream.fileno()).st_size
             if compression(stream):
                 return [InputPart((path, "", 0, None), max(1, size // PART_BYTES))]
+            if stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
+                raise DataError("is UTF-16. Write it as UTF-8.")
         starts = range(0, max(size, 1), PART_BYTES)
         return [InputPart((path, "", start, start + PART_BYTES)) for start in starts]
 
