@@ -390,7 +390,7 @@ class NativeDataset:
         where = f"{path}/{MANIFEST}"
         manifest = parse_manifest(where, self.storage.read_whole(MANIFEST))
         self._shards = listed_shards(where, manifest)
-        self.manifest = {name: value for name, value in manifest.items() if name != "shards"}
+        self.manifest = {name: value for name, value in manifest.items() if name not in ("shards", "inputs")}
         self.fingerprint: str = manifest["fingerprint"]
         self._ends = np.cumsum([shard.documents for shard in self._shards], dtype=np.int64)
         self._require_files()

@@ -311,6 +311,32 @@ def test_only_the_changed_file_is_prepared_again(tmp_path: Path) -> None:
     assert (last["b"], last["c"]) == (after["b"], after["c"])
 
 
+@FAST
+@given(st.booleans(), st.floats(0, 1), st.binary(max_size=3), st.data())
+def test_torn_records_cost_work_but_no_data(
+    tmp_path: Path, finished: bool, place: float, end: bytes, data: st.DataObject
+) -> None:
+    folder = new_folder(tmp_path)
+    source = write_mmc4(folder / "in", {"a": [["0.jpg"], "{"], "b": [["1.jpg"]]})
+    whole, out = run(Mmc4Reader(source), folder / "whole"), folder / "out"
+    if finished:
+        run(Mmc4Reader(source), out)
+        (out / "dataset.json").unlink()
+        torn = out / "prepare.jsonl"
+    else:
+        in_a_fork(lambda: void(run(Mmc4Reader(source), out)), kill_at=data.draw(st.integers(10, 70)))
+        torn = data.draw(
+            st.sampled_from(sorted(path for path in out.rglob("*") if path.is_file()) or [folder / "none"])
+        )
+    content = torn.read_bytes() if torn.exists() else b""
+    torn.write_bytes(content[: int(place * len(content))] + end)
+    if torn.name == "dataset.json":
+        with pytest.raises(DataError, match=r"dataset\.json: is damaged: .*delete this file and prepare again"):
+            run(Mmc4Reader(source), out)
+        torn.unlink()
+    assert run(Mmc4Reader(source), out) == whole
+
+
 # --- files that cannot be read, processes that die, folders that cannot be written ---
 
 
@@ -402,6 +428,7 @@ def test_a_bug_stays_a_bug_and_names_its_place(tmp_path: Path) -> None:
 def test_damaged_files_are_counted_and_alone_prepared_again(tmp_path: Path) -> None:
     """What precedes the damage is kept; the mended file is noticed."""
     reader = toy(tmp_path / "in", a="one", b="two,torn,three", d="torn", e="five")
+    os.rename(tmp_path / "in" / "e.txt", os.fsencode(tmp_path / "in") + b"/e\xe9.txt")  # no UTF-8
     (tmp_path / "in" / "f.txt").symlink_to("f.txt")
     os.mkfifo(tmp_path / "in" / "g.txt")
     (tmp_path / "in" / "._a.txt").write_text("of a Mac")
@@ -414,6 +441,7 @@ def test_damaged_files_are_counted_and_alone_prepared_again(tmp_path: Path) -> N
         "system file": "._a.txt",
     }
     assert stored_documents(tmp_path / "out") == [("one",), ("two",), ("five",)]
+    assert manifest["inputs"][-1]["file"] == "e\\xe9.txt"
     before = {path.name[0]: path.stat().st_ino for path in (tmp_path / "out").glob("*.tar")}
     (tmp_path / "in" / "b.txt").write_text("two\nthree")
     with pytest.raises(DataError, match=r"was prepared before its input changed: b\.txt changed\. --update prepares"):

@@ -44,11 +44,6 @@ class UnitCounts:
         return {**counts, "examples": dict(sorted(self.examples.items()))} if examples else counts
 
     @staticmethod
-    def from_json(data: dict[str, Any]) -> UnitCounts:
-        """The inverse of `to_json`."""
-        return UnitCounts(data["seen"], data["kept"], Counter(data["dropped"]), dict(data["examples"]))
-
-    @staticmethod
     def total(parts: Iterable[UnitCounts]) -> UnitCounts:
         """The sum; the first example of each reason."""
         result = UnitCounts()

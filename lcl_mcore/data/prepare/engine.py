@@ -33,7 +33,7 @@ from lcl_mcore.data.prepare.counts import UnitCounts, explain_drops
 from lcl_mcore.data.prepare.input_files import is_system_file
 from lcl_mcore.data.prepare.job_records import JobRecords, JobResult
 from lcl_mcore.data.prepare.normalise import ImageLimits, entry_for, normalise
-from lcl_mcore.data.prepare.plan import PreparePlan, make_plan
+from lcl_mcore.data.prepare.plan import PreparePlan, make_plan, printable
 from lcl_mcore.data.prepare.records import Dropped, InputFile, InputPart, RawDocument, Reader
 from lcl_mcore.data.prepare.repeated import image_key, images_of, repeated_keys, write_keys
 from lcl_mcore.data.prepare.workers import WorkerDied, run_jobs
@@ -128,7 +128,7 @@ def prepare(
         DataError: no document is usable, a file cannot be read now, `output` cannot be written or was prepared with
             other settings, or is finished and its input has changed.
     """
-    files = _outside(reader.files(), output)
+    files = _outside([replace(file, name=printable(file.name)) for file in reader.files()], output)
     plan = make_plan({**reader.describe(), **asdict(options)}, files, reader.image_root, output)
     records = JobRecords(output, plan)
     finished = records.finished(update=update)
@@ -223,7 +223,7 @@ def _jobs(
                 bad.append(BadFile(message))
             continue
         stem = re.sub(r"[^A-Za-z0-9_-]+", "_", Path(file.name).name.partition(".")[0])[:40] or "input"
-        digest = hashlib.sha256(file.name.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+        digest = hashlib.sha256(file.name.encode()).hexdigest()[:8]
         for number, part in enumerate(parts):
             identity = plan.identity(file, number, len(parts))
             jobs.append(
@@ -304,7 +304,7 @@ def _counts(results: Sequence[JobResult], documents: UnitCounts, images: UnitCou
             "documents": UnitCounts.total(part.documents for part in parts).to_json(examples=False),
             "images": UnitCounts.total(part.images for part in parts).to_json(examples=False),
         }
-        inputs.append({"file": clean_text(name), **counts})
+        inputs.append({"file": name, **counts})
     return {
         "seen_documents": documents.seen,
         "seen_images": images.seen,

@@ -10,19 +10,19 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
-import json
 import os
 import re
 import shutil
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
+
+from pydantic import TypeAdapter, ValidationError
 
 from lcl_mcore.data.format import MANIFEST, ShardInfo, index_name, parse_manifest, writing_to
 from lcl_mcore.data.prepare.counts import UnitCounts
 from lcl_mcore.data.prepare.plan import PreparePlan
-from lcl_mcore.data.untrusted_json import BadJsonError, parse_object
 from lcl_mcore.errors import DataError, explain
 from lcl_mcore.storage import atomic_file, atomic_write
 
@@ -36,7 +36,6 @@ OURS = re.compile(
 RECORDS = "*.*.json"
 RECORD = re.compile(r"[\w-]+\.[0-9a-f]+\.json")
 LOCK = "lock"
-NEW_FOLDER = "Choose another output folder."
 
 
 @dataclass
@@ -48,19 +47,17 @@ class JobResult:
     documents: UnitCounts = field(default_factory=UnitCounts)
     images: UnitCounts = field(default_factory=UnitCounts)
 
-    def to_json(self) -> bytes:
-        """The content of the job's record."""
-        shards = [asdict(shard) for shard in self.shards]
-        counts = {"documents": self.documents.to_json(), "images": self.images.to_json()}
-        return json.dumps({"file": self.file, "shards": shards, **counts}).encode()
 
-    @staticmethod
-    def from_json(content: bytes) -> JobResult:
-        """The inverse of `to_json`."""
-        data = parse_object(content)
-        shards = [ShardInfo(**item) for item in data["shards"]]
-        documents, images = (UnitCounts.from_json(data[name]) for name in ("documents", "images"))
-        return JobResult(data["file"], shards, documents, images)
+@dataclass(frozen=True)
+class StoredRecord:
+    """A line of `prepare.jsonl`: the name of a job's record and its content."""
+
+    name: str
+    record: JobResult
+
+
+RESULT, PLAN, STORED = TypeAdapter(JobResult), TypeAdapter(PreparePlan), TypeAdapter(StoredRecord)
+"""How the records are written, and read: nothing but what was written so is accepted."""
 
 
 class JobRecords:
@@ -85,11 +82,10 @@ class JobRecords:
         path = self._output / MANIFEST
         if not path.exists():
             return None
-        history = self._history()
-        if history is None:
+        earlier = _read_plan(self._history()[0])
+        if earlier is None:
             rule = "holds a data set that another tool or an earlier version made"
-            raise DataError(explain(self._output, rule, NEW_FOLDER))
-        earlier = _plan(history[0])
+            raise DataError(explain(self._output, rule, "Choose another output folder."))
         self._require_settings(earlier)
         changes = self._plan.other_input(earlier)
         if not changes:
@@ -124,17 +120,18 @@ class JobRecords:
         """
         path = self.folder / "plan.json"
         with writing_to(self._output):
-            history = self._history()
-            if not path.exists() and history is not None:
-                for line in history[1:]:
-                    data = parse_object(line, max_bytes=len(line))
-                    if RECORD.fullmatch(data["name"]):
-                        atomic_write(self.folder / data["name"], json.dumps(data["record"]))
-                atomic_write(path, history[0])
-            earlier = _plan(path.read_bytes()) if path.exists() else self._plan
+            if not path.exists():
+                plan, *lines = self._history()
+                for line in lines:
+                    with contextlib.suppress(ValidationError):  # damaged: that job is done again
+                        stored = STORED.validate_json(line)
+                        if RECORD.fullmatch(stored.name):
+                            atomic_write(self.folder / stored.name, RESULT.dump_json(stored.record))
+                atomic_write(path, plan)
+            earlier = _read_plan(path.read_bytes()) or self._plan
             if any(self.folder.glob(RECORDS)):
                 self._require_settings(earlier)
-            atomic_write(path, json.dumps(self._plan.to_json()))
+            atomic_write(path, PLAN.dump_json(self._plan))
             for name in (HISTORY, MANIFEST):
                 (self._output / name).unlink(missing_ok=True)
         return self._plan.other_input(earlier)
@@ -146,19 +143,19 @@ class JobRecords:
     def write(self, job: str, identity: str, result: JobResult) -> None:
         """Record a finished job."""
         with writing_to(self._output):
-            atomic_write(self.path(job, identity), result.to_json())
+            atomic_write(self.path(job, identity), RESULT.dump_json(result))
 
     def read(self, job: str, identity: str) -> JobResult | None:
         """The result of a job that is finished, with all its shards."""
         try:
-            result = JobResult.from_json(self.path(job, identity).read_bytes())
+            result = RESULT.validate_json(self.path(job, identity).read_bytes())
             if all(
                 (self._output / shard.file).stat().st_size == shard.bytes
                 and (self._output / index_name(shard.file)).exists()
                 for shard in result.shards
             ):
                 return result
-        except (OSError, BadJsonError, KeyError, TypeError):
+        except (OSError, ValidationError):
             pass  # none, or torn: it is done again
         return None
 
@@ -179,20 +176,21 @@ class JobRecords:
         """Keep plan and records beside the data set, and remove what jobs wrote that do not belong to it."""
         listed = {name for shard in shards for name in (shard.file, index_name(shard.file))}
         with writing_to(self._output):
-            with atomic_file(self._output / HISTORY) as unfinished, unfinished.open("w") as stream:
-                stream.write(json.dumps(self._plan.to_json()) + "\n")
+            with atomic_file(self._output / HISTORY) as unfinished, unfinished.open("wb") as stream:
+                stream.write(PLAN.dump_json(self._plan) + b"\n")
                 for path in paths:
-                    stream.write(f'{{"name": {json.dumps(path.name)}, "record": {path.read_text()}}}\n')
+                    record = StoredRecord(path.name, RESULT.validate_json(path.read_bytes()))
+                    stream.write(STORED.dump_json(record) + b"\n")
             for path in self._output.iterdir():
                 if OURS.fullmatch(path.name) and path.name not in listed:
                     path.unlink()
 
-    def _history(self) -> list[bytes] | None:
-        """The lines of `prepare.jsonl`."""
+    def _history(self) -> list[bytes]:
+        """The lines of `prepare.jsonl`, the first of which is the plan; it is empty if there is none."""
         try:
-            return (self._output / HISTORY).read_bytes().splitlines() or None
+            return (self._output / HISTORY).read_bytes().split(b"\n")
         except FileNotFoundError:
-            return None
+            return [b""]
 
     def _lock(self) -> IO[bytes]:
         self.folder.mkdir(parents=True, exist_ok=True)
@@ -211,8 +209,11 @@ class JobRecords:
             raise DataError(explain(self._output, rule, "Give the same ones, or choose another output folder."))
 
 
-def _plan(content: bytes) -> PreparePlan:
-    return PreparePlan.from_json(parse_object(content, max_bytes=len(content)))
+def _read_plan(content: bytes) -> PreparePlan | None:
+    try:
+        return PLAN.validate_json(content)
+    except ValidationError:
+        return None
 
 
 def _is_at(lock: IO[bytes], path: Path) -> bool:

@@ -12,7 +12,7 @@ import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -24,33 +24,33 @@ SHOWN_CHANGES = 3
 
 
 @dataclass(frozen=True)
+class ImageListing:
+    """What lies in the images' folder: number of files, and a digest of their names, sizes and times."""
+
+    root: str
+    files: int
+    digest: str
+
+
+@dataclass(frozen=True)
 class PreparePlan:
     """What goes into a data set.
 
     Attributes:
         settings: format, the reader's settings and the options.
-        images: root, number of files and digest of the images' folder; None if there is none.
+        images: what lies in the images' folder; None if there is none.
         files: the state of every input file by its name.
     """
 
     settings: dict[str, Any]
-    images: dict[str, Any] | None
+    images: ImageListing | None
     files: dict[str, FileState]
 
     def identity(self, file: InputFile, part: int, parts: int) -> str:
         """Changes whenever something changes from which this part of a file is prepared."""
-        images = self.images["digest"] if self.images else ""
+        images = self.images.digest if self.images else ""
         content = [self.settings, images, file.name, self.files[file.name], part, parts]
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
-
-    def to_json(self) -> dict[str, Any]:
-        """For the record."""
-        return asdict(self)
-
-    @staticmethod
-    def from_json(data: dict[str, Any]) -> PreparePlan:
-        """The inverse of `to_json`."""
-        return PreparePlan(data["settings"], data["images"], data["files"])
 
     def other_settings(self, earlier: PreparePlan) -> list[str]:
         """What was asked for otherwise, setting by setting."""
@@ -73,13 +73,18 @@ class PreparePlan:
                 changes.append(f"{name} changed")
         if len(changes) > SHOWN_CHANGES:
             changes[SHOWN_CHANGES:] = [f"{len(changes) - SHOWN_CHANGES} more input files too"]
-        old, new = earlier.images or {}, self.images or {}
-        if old.get("digest") != new.get("digest"):
-            if old.get("root") == new.get("root"):
-                changes.append(f"the images in {new['root']} changed ({old['files']} files, now {new['files']})")
+        old, new = earlier.images, self.images
+        if old and new and old.digest != new.digest:
+            if old.root == new.root:
+                changes.append(f"the images in {new.root} changed ({old.files} files, now {new.files})")
             else:
-                changes.append(f"the images were those of {old.get('root')}, now of {new.get('root')}")
+                changes.append(f"the images were those of {old.root}, now of {new.root}")
         return changes
+
+
+def printable(name: str) -> str:
+    """A file's name with bytes that are not UTF-8 written out, so that it can be stored and shown."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def make_plan(
@@ -97,13 +102,13 @@ def file_state(file: InputFile) -> FileState:
     for path in file.paths:
         try:
             found = path.stat()
-            states.append([path.name, found.st_size, found.st_mtime_ns])
+            states.append([printable(path.name), found.st_size, found.st_mtime_ns])
         except OSError:
-            states.append([path.name, None, None])
+            states.append([printable(path.name), None, None])
     return states
 
 
-def list_images(root: Path, output: str, apart: set[str]) -> dict[str, Any]:
+def list_images(root: Path, output: str, apart: set[str]) -> ImageListing:
     """Number of files and digest of names, sizes and times below `root`, except `output` and the paths `apart`."""
     digest = hashlib.sha256()
     count = 0
@@ -116,7 +121,7 @@ def list_images(root: Path, output: str, apart: set[str]) -> dict[str, Any]:
                 found = entry.stat(follow_symlinks=False)
                 digest.update(b"%s\0%d %d\0" % (os.fsencode(entry.name), found.st_size, found.st_mtime_ns))
                 count += 1
-    return {"root": str(root), "files": count, "digest": digest.hexdigest()}
+    return ImageListing(printable(str(root)), count, digest.hexdigest())
 
 
 def _folders(root: Path, output: str) -> Iterator[tuple[bytes, list[os.DirEntry[str]]]]:
