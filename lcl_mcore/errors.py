@@ -37,6 +37,12 @@ class PeerError(LclError):
     exit_code = 4
 
 
+def printable(text: str, limit: int = 200) -> str:
+    """What somebody else wrote, for a message: on one line, at most so long, with nothing that a terminal obeys."""
+    whole = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[:limit])
+    return f"{whole[: limit - 3]}..." if len(text) > limit or len(whole) > limit else whole
+
+
 def explain(value: object, rule: str, remedy: str) -> str:
     """Join the three parts every message has: what was given, what must hold, what to do."""
     return f"{value}: {rule}. {remedy}"

@@ -18,6 +18,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from lcl_mcore.checkpoint.dcp import SafeReader, read_boxes
 from lcl_mcore.checkpoint.shards import WEIGHTS, TensorBox
 from lcl_mcore.checkpoint.store import (
+    MANIFEST,
     checkpoint_names,
     child,
     open_store,
@@ -50,6 +51,17 @@ def resolve(location: str) -> list[str]:
     raise CheckpointError(
         explain(location, "holds no checkpoints", "Give a run's folder, a folder of checkpoints, or one checkpoint.")
     )
+
+
+def newest(location: str) -> str:
+    """The newest checkpoint at a path or URL; one without a manifest is still being uploaded, or never was to its end.
+
+    Raises:
+        CheckpointError: there are none.
+    """
+    paths = resolve(location)
+    complete = (path for path in reversed(paths) if open_storage(path).sizes([MANIFEST]))
+    return next(complete, paths[-1])
 
 
 def list_checkpoints(location: str) -> list[dict[str, Any]]:
@@ -87,7 +99,7 @@ def intact(location: str) -> Iterator[Path]:
     Raises:
         CheckpointError: there is none, or it is damaged.
     """
-    path = resolve(location)[-1]
+    path = newest(location)
     if "://" not in path:
         require_intact(path)
         yield Path(path)
@@ -113,7 +125,7 @@ def info(location: str) -> dict[str, Any]:
             total["boxes"] += len(entry.chunks)
         config = written_config(folder, lambda line: None)
         return {
-            "path": resolve(location)[-1],
+            "path": newest(location),
             **asdict(read_state(folder)),
             "recipe": config.recipe,
             "written_by": {"tp": config.parallel.tensor_parallel_size, "pp": config.parallel.pipeline_parallel_size},

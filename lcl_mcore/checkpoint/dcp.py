@@ -13,10 +13,10 @@ import io
 import math
 import os
 import pickle
-import zipfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -39,19 +39,12 @@ from torch.distributed.checkpoint.planner_helpers import create_read_items_for_c
 from lcl_mcore.checkpoint.hashing import start_hash
 from lcl_mcore.checkpoint.shards import TensorBox, current_name
 from lcl_mcore.checkpoint.store import Entries
-from lcl_mcore.errors import CheckpointError, explain
+from lcl_mcore.errors import CheckpointError, explain, printable
+from lcl_mcore.storage import LocalStorage
 
 METADATA = ".metadata"
-_DAMAGE = (
-    OSError,
-    ValueError,
-    KeyError,
-    AssertionError,
-    RuntimeError,
-    EOFError,
-    pickle.UnpicklingError,
-    zipfile.BadZipFile,
-)
+MAX_METADATA_BYTES = 64 << 20  # ten thousand ranks need less
+MAX_DIMENSIONS = 8
 
 
 def _chunk(box: TensorBox) -> ChunkStorageMetadata:
@@ -196,27 +189,45 @@ class SafeReader(FileSystemReader):
         """
         path = Path(self.path) / METADATA
         try:
-            with open(path, "rb") as file:
-                return _checked(_MetadataUnpickler(file).load())
+            with closing(LocalStorage(path.parent)) as files:
+                sizes = files.sizes()
+                if METADATA not in sizes:
+                    raise ValueError("missing")
+                if sizes[METADATA] > MAX_METADATA_BYTES:
+                    raise ValueError(f"larger than {MAX_METADATA_BYTES} bytes")
+                data = files.read(METADATA, 0, sizes[METADATA])
+            return _checked(_MetadataUnpickler(io.BytesIO(data)).load(), sizes)
         except Exception as error:  # a damaged or forged pickle can raise anything
-            rule = f"cannot be used: {str(error) or type(error).__name__}"
+            rule = f"cannot be used: {printable(str(error)) or type(error).__name__}"
             raise CheckpointError(explain(path, rule, "Use another checkpoint.")) from None
 
 
-def _checked(metadata: object) -> Metadata:
+def _checked(metadata: object, sizes: Mapping[str, int]) -> Metadata:
     """The metadata, under today's names of the tensors.
+
+    Args:
+        sizes: of the checkpoint's files, which bound what tensors may claim.
 
     Raises:
         ValueError: it holds something else than tensors in files of its own folder.
     """
     if not isinstance(metadata, Metadata) or not isinstance(metadata.storage_data, dict):
         raise ValueError("it does not describe a checkpoint")
-    for name, entry in metadata.state_dict_metadata.items():
-        if not isinstance(entry, TensorStorageMetadata):
-            raise ValueError(f"`{name}` is not a tensor")
     for place in metadata.storage_data.values():
-        if Path(place.relative_path).name != place.relative_path:
+        if place.relative_path not in sizes:
             raise ValueError(f"it refers to `{place.relative_path}`, outside the checkpoint")
+        if not _counts((place.offset, place.length)) or place.offset + place.length > sizes[place.relative_path]:
+            raise ValueError(f"it refers to bytes that `{place.relative_path}` does not have")
+        if place.transform_descriptors:
+            raise ValueError(f"`{place.relative_path}` is encoded")
+    spans = sorted((place.relative_path, place.offset, place.length) for place in metadata.storage_data.values())
+    for (file, start, length), (other, after, _) in pairwise(spans):
+        if file == other and start + length > after:
+            raise ValueError(f"it refers twice to bytes of `{file}`")
+    for name, entry in metadata.state_dict_metadata.items():
+        if not isinstance(name, str) or not isinstance(entry, TensorStorageMetadata):
+            raise ValueError(f"`{name}` is not a tensor")
+        _check_chunks(name, entry, metadata.storage_data)
     tensors = {current_name(name): entry for name, entry in metadata.state_dict_metadata.items()}
     if len(tensors) != len(metadata.state_dict_metadata):
         raise ValueError("it holds a tensor under an old and under its present name")
@@ -225,6 +236,33 @@ def _checked(metadata: object) -> Metadata:
         for index, place in metadata.storage_data.items()
     }
     return replace(metadata, state_dict_metadata=tensors, storage_data=places)
+
+
+def _counts(values: Sequence[object]) -> bool:
+    """Whether these are sizes or offsets."""
+    return all(type(value) is int and 0 <= value < 1 << 60 for value in values)
+
+
+def _check_chunks(name: str, entry: TensorStorageMetadata, places: Mapping[MetadataIndex, Any]) -> None:
+    """Refuse a tensor that claims more than its bytes in the files.
+
+    Raises:
+        ValueError: its chunks are not a division of it, or one has no place.
+    """
+    dtype, shape, elements = entry.properties.dtype, tuple(entry.size), 0
+    if not isinstance(dtype, torch.dtype) or not _counts(shape) or len(shape) > MAX_DIMENSIONS:
+        raise ValueError(f"`{name}` is no tensor of {str(dtype)[:40]}")
+    for chunk in entry.chunks:
+        offset, size = tuple(chunk.offsets), tuple(chunk.sizes)
+        inside = len(offset) == len(size) == len(shape) and _counts(offset) and _counts(size)
+        if not inside or any(o + n > whole for o, n, whole in zip(offset, size, shape, strict=True)):
+            raise ValueError(f"`{name}` has a chunk outside of it")
+        place = places.get(MetadataIndex(name, chunk.offsets))
+        if place is None or place.length < math.prod(size) * dtype.itemsize:
+            raise ValueError(f"`{name}` has a chunk without its bytes")
+        elements += math.prod(size)
+    if elements != math.prod(shape):
+        raise ValueError(f"`{name}` has gaps")
 
 
 class _LoadPlanner(dcp.DefaultLoadPlanner):
@@ -268,8 +306,8 @@ def read_boxes(folder: Path, boxes: Sequence[TensorBox]) -> None:
         planner.set_up_planner({}, metadata, is_coordinator=False)
         reader.set_up_storage_reader(metadata, is_coordinator=False)
         reader.read_data(planner.create_local_plan(), planner).wait()
-    except _DAMAGE as error:
-        reason = (str(error) or type(error).__name__).strip().splitlines()[0]
+    except Exception as error:  # a damaged or forged tensor can raise anything
+        reason = printable((str(error).strip() or type(error).__name__).splitlines()[0], 400)
         raise CheckpointError(
             explain(
                 folder,

@@ -309,12 +309,13 @@ class Checkpointer:
     # --- restoring ---
 
     def names(self) -> list[str]:
-        """All checkpoint folders, complete or not, oldest first; what the first rank sees.
+        """All checkpoints, damaged or not, oldest first; what the first rank sees.
 
         Raises:
             CheckpointError: it cannot see; raised on every rank.
         """
-        return self._first(lambda: checkpoint_names(self.store.location))
+        store = self.store
+        return self._first(lambda: [n for n in checkpoint_names(store.location) if not store.unfinished(n)])
 
     def _first(self, ask: Callable[[], T]) -> T:
         """What the first rank finds, on every rank.

@@ -37,7 +37,7 @@ from typing_extensions import TypedDict
 from lcl_mcore.checkpoint.hashing import Algorithm, hash_of
 from lcl_mcore.config.run_folder import read_config
 from lcl_mcore.config.schema import RunConfig
-from lcl_mcore.errors import CheckpointError, DataError, explain
+from lcl_mcore.errors import CheckpointError, DataError, explain, printable
 from lcl_mcore.storage import (
     PARTIAL,
     LocalStorage,
@@ -254,10 +254,9 @@ def _parse(kind: TypeAdapter[T], data: bytes) -> T:
         if error.error_count() > 1000:  # to spell them out takes a kilobyte each
             raise ValueError(f"unreadable ({error.error_count()} wrong values)") from None
         problem = error.errors(include_url=False)[0]
-        place = ".".join(str(part) for part in problem["loc"])
-        value = repr(problem["input"])
-        shown = value if len(value) <= 40 else f"{value[:40]}..."
-        raise ValueError(f"unreadable ({place or 'content'} = {shown}: {problem['msg']})") from None
+        place = printable(".".join(str(part) for part in problem["loc"]), 80) or "content"
+        value = printable(repr(problem["input"]), 40)
+        raise ValueError(f"unreadable ({place} = {value}: {problem['msg']})") from None
 
 
 # --- manifest ---
@@ -469,6 +468,9 @@ class CheckpointStore(Protocol):
     def clean(self) -> None:
         """Remove what killed saves left behind."""
 
+    def unfinished(self, name: str) -> bool:
+        """Whether this is what a save left that did not end, and no checkpoint, damaged or not."""
+
     def staging(self, name: str) -> Path:
         """Local folder in which ranks write a checkpoint."""
 
@@ -533,6 +535,9 @@ class FolderStore:
             for leftover in self.folder.glob(pattern):
                 _delete(leftover)
 
+    def unfinished(self, name: str) -> bool:
+        return False  # it has another name until it is complete
+
     def staging(self, name: str) -> Path:
         return self.folder / (name + PARTIAL)
 
@@ -587,9 +592,10 @@ class ObjectStore:
 
     def clean(self) -> None:
         shutil.rmtree(self.local, ignore_errors=True)
-        for name in checkpoint_names(self.location):
-            if not self.storage.has(f"{name}/{MANIFEST}"):
-                self.remove([name])
+        self.remove([name for name in checkpoint_names(self.location) if self.unfinished(name)])
+
+    def unfinished(self, name: str) -> bool:
+        return not self.storage.has(f"{name}/{MANIFEST}")
 
     def staging(self, name: str) -> Path:
         return self.local / (name + PARTIAL)

@@ -131,6 +131,52 @@ def test_failing_requests_are_tried_again(monkeypatch: pytest.MonkeyPatch) -> No
         storage.read("x.tar", 8, 9)
 
 
+@pytest.mark.parametrize(
+    ("answers", "problem"),
+    [
+        ([b"012", b"0123456789abc", b"0123456789"], ""),
+        ([b"012"] * 3, "x.tar: ends 7 bytes too early (wanted 10 bytes from 0): the file is damaged"),
+        ([b"0123456789abc"] * 3, "x.tar: 13 bytes came for the 10 from 0. Use a server that answers range requests."),
+    ],
+)
+def test_answers_of_another_length_are_tried_again(
+    monkeypatch: pytest.MonkeyPatch, answers: list[bytes], problem: str
+) -> None:
+    monkeypatch.setattr(RemoteStorage, "FIRST_PAUSE", 0.01)
+    storage = RemoteStorage("memory://bucket/set", retries=2, cache_bytes=1 << 20)
+    storage.write("x.tar", b"0123456789")
+    for read in (lambda: storage.read("x.tar", 0, 10), lambda: storage.read_whole("x.tar")):
+        left = iter(answers)
+        monkeypatch.setattr(storage._system, "cat_file", lambda *_, left=left, **__: next(left))
+        if problem:
+            with pytest.raises(DataError) as refused:
+                read()
+            assert problem in str(refused.value)
+        else:
+            assert read() == b"0123456789"
+        assert next(left, None) is None
+
+
+def test_uploads_that_arrive_cut_are_sent_again(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(RemoteStorage, "FIRST_PAUSE", 0.01)
+    storage = RemoteStorage("memory://bucket/sent", retries=2, cache_bytes=1 << 20)
+    (tmp_path / "x").write_bytes(b"0123456789")
+    whole, cuts = storage._system.pipe_file, iter([3, 5])
+
+    def cut(path: str, data: bytes, **_: object) -> None:
+        whole(path, data[: next(cuts, None)])
+
+    monkeypatch.setattr(storage._system, "pipe_file", cut)
+    monkeypatch.setattr(storage._system, "put_file", lambda local, path: cut(path, Path(local).read_bytes()))
+    for send in (lambda: storage.write("x", b"0123456789"), lambda: storage.upload(tmp_path / "x", "x", 10)):
+        cuts = iter([3, 5])
+        send()
+        assert storage.read_whole("x") == b"0123456789"
+        cuts = iter([3, 5, 7])
+        with pytest.raises(DataError, match="sent/x: arrived with 7 bytes of 10"):
+            send()
+
+
 def test_cache_is_bounded() -> None:
     cache = ByteCache(1000)
     for n in range(50):

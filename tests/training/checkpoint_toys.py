@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +15,10 @@ import torch
 import torch.distributed as dist
 
 from lcl_mcore.checkpoint.dcp import _HashingFile
-from lcl_mcore.checkpoint.manager import Checkpointer
+from lcl_mcore.checkpoint.manager import Checkpointer, CheckpointManager
 from lcl_mcore.checkpoint.shards import Shard
-from lcl_mcore.checkpoint.store import TrainState, checkpoint_names, open_store
+from lcl_mcore.checkpoint.store import RUN, TrainState, checkpoint_names, open_store
+from lcl_mcore.config.schema import CheckpointConfig
 
 SHAPES = {"weights/a": (64, 48), "exp_avg/a": (64, 48), "weights/b": (7,), "weights/c": (2, 5, 33)}
 
@@ -101,6 +102,51 @@ def restore(location: str, staging: Path) -> dict[str, Any]:
 
 def _equal(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(one[key], other[key]) for key in SHAPES)
+
+
+class Run:
+    """A run of small tensors in this process: its manager, its log, and a clock that stands still."""
+
+    def __init__(
+        self,
+        folder: Path,
+        config: CheckpointConfig,
+        rank: int = 0,
+        seconds_left: float | None = None,
+        *,
+        location: str = "",
+        groups: Sequence[dist.ProcessGroup] = (),
+    ) -> None:
+        """
+        Args:
+            folder: where checkpoints go, or are prepared for the URL `location`.
+            groups: two of this process alone; new ones if none are given.
+        """
+        groups = groups or [dist.new_group([0], backend="gloo") for _ in range(2)]
+        self.folder, self.lines, self.now = folder, list[str](), 1000.0
+        self.toys = Toys(0)
+        checkpointer = Checkpointer(
+            open_store(location or str(folder), folder),
+            self.toys,
+            *groups,
+            keep=config.keep,
+            keep_every=config.keep_every,
+            config="x: 1\n",
+        )
+        self.manager = CheckpointManager(checkpointer, config, rank, self.lines.append, seconds_left, lambda: self.now)
+
+    def save(self, step: int, *, final: bool = False) -> None:
+        """Save the values of `step`."""
+        for key, tensor in values(step).items():
+            self.toys.tensors[key].copy_(tensor)
+        self.manager.save(TrainState(step, {"at": step}, "hash", "digest"), final=final)
+
+    def holds(self, step: int) -> bool:
+        """Whether every value is that step's."""
+        return all(bool((self.toys.tensors[key] == values(step)[key]).all()) for key in SHAPES)
+
+    def names(self) -> list[str]:
+        return sorted(path.name for path in self.folder.iterdir() if path.name != RUN)
 
 
 def count_operations(folder: Path, limit: int | None) -> list[int]:

@@ -13,46 +13,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 
-from checkpoint_toys import SHAPES, Toys, values
-from lcl_mcore.checkpoint.manager import Checkpointer, CheckpointManager, slurm_seconds_left
-from lcl_mcore.checkpoint.store import TrainState, open_store, parse_manifest, step_of, verify
+from checkpoint_toys import Run
+from lcl_mcore.checkpoint.manager import slurm_seconds_left
+from lcl_mcore.checkpoint.store import TrainState, parse_manifest, step_of, verify
 from lcl_mcore.config.schema import CheckpointConfig
 from lcl_mcore.errors import CheckpointError
-
-
-class Run:
-    """A run of small tensors in this process: its manager, its log, and a clock that stands still."""
-
-    def __init__(
-        self, folder: Path, config: CheckpointConfig, rank: int = 0, seconds_left: float | None = None
-    ) -> None:
-        groups = [dist.new_group([0], backend="gloo") for _ in range(2)]
-        self.folder, self.lines, self.now = folder, list[str](), 1000.0
-        self.toys = Toys(0)
-        checkpointer = Checkpointer(
-            open_store(str(folder), folder),
-            self.toys,
-            *groups,
-            keep=config.keep,
-            keep_every=config.keep_every,
-            config="x: 1\n",
-        )
-        self.manager = CheckpointManager(checkpointer, config, rank, self.lines.append, seconds_left, lambda: self.now)
-
-    def save(self, step: int, *, final: bool = False) -> None:
-        """Save the values of `step`."""
-        for key, tensor in values(step).items():
-            self.toys.tensors[key].copy_(tensor)
-        self.manager.save(TrainState(step, {"at": step}, "hash", "digest"), final=final)
-
-    def holds(self, step: int) -> bool:
-        """Whether every value is that step's."""
-        return all(bool((self.toys.tensors[key] == values(step)[key]).all()) for key in SHAPES)
-
-    def names(self) -> list[str]:
-        return sorted(path.name for path in self.folder.iterdir() if path.name != "run-id")
 
 
 @pytest.fixture

@@ -13,10 +13,24 @@ from typing import Any
 
 import pytest
 
-from lcl_mcore.checkpoint.consolidate import list_checkpoints
+from faulty_proxy import FAULTS, FaultyProxy
+from lcl_mcore.checkpoint.consolidate import list_checkpoints, verify_checkpoints
 from lcl_mcore.checkpoint.store import verify
+from training_runs import records
 
 pytestmark = pytest.mark.slow
+
+
+def use_server(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have S3 clients that are started from now on use this one."""
+    for name, value in (
+        ("AWS_ACCESS_KEY_ID", "a"),
+        ("AWS_SECRET_ACCESS_KEY", "b"),
+        ("AWS_DEFAULT_REGION", "us-east-1"),
+        ("AWS_ENDPOINT_URL", url),
+        ("FSSPEC_S3_ENDPOINT_URL", url),
+    ):
+        monkeypatch.setenv(name, value)
 
 
 @pytest.fixture
@@ -28,14 +42,7 @@ def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     url = f"http://127.0.0.1:{port}"
-    for name, value in (
-        ("AWS_ACCESS_KEY_ID", "a"),
-        ("AWS_SECRET_ACCESS_KEY", "b"),
-        ("AWS_DEFAULT_REGION", "us-east-1"),
-        ("AWS_ENDPOINT_URL", url),
-        ("FSSPEC_S3_ENDPOINT_URL", url),
-    ):
-        monkeypatch.setenv(name, value)
+    use_server(url, monkeypatch)
     command = [sys.executable, "-m", "moto.server", "-H", "127.0.0.1", "-p", str(port)]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
@@ -86,3 +93,47 @@ def test_object_store(server: Any, tmp_path: Path, run_tool: Callable[..., Any])
     assert len(kept) == 7
     server.delete_object(Bucket="ckpt", Key="run/step-00000002/manifest.json")
     assert "not complete" in verify(f"{url}/step-00000002")[0]
+
+
+@pytest.mark.timeout(280)
+def test_a_run_with_an_object_store_that_fails(
+    server: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    arguments: Callable[..., list[str]],
+    run_tool: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    """Every fourth request meets 500, 503, half an answer, a late one, one cut off or one too long: nothing is lost.
+
+    What an upload left behind, in parts that were never joined or without a manifest, is no checkpoint.
+    """
+    proxy = FaultyProxy(int(server.meta.endpoint_url.rsplit(":", 1)[1]), every=4)
+    use_server(proxy.url, monkeypatch)
+    out, remote = tmp_path / "run", ("--checkpoint-folder", "s3://ckpt/run", "--keep", "9")
+    done = run_tool(*arguments(out, *remote), timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "WARNING" not in done.stdout
+    before = records(out)
+    saved = dict(proxy.struck)
+    assert {fault for _, fault in saved} == set(FAULTS)
+    assert {method for method, _ in saved} >= {"GET", "PUT", "HEAD"}
+
+    use_server(server.meta.endpoint_url, monkeypatch)
+    names = [f"s3://ckpt/run/step-{step:08d}" for step in (3, 6, 8)]
+    assert verify_checkpoints("s3://ckpt/run") == {name: [] for name in names}
+    key = "run/step-00000008/manifest.json"
+    server.delete_object(Bucket="ckpt", Key=key)
+    part = server.create_multipart_upload(Bucket="ckpt", Key=key)
+    server.upload_part(Bucket="ckpt", Key=key, UploadId=part["UploadId"], PartNumber=1, Body=b"{}" * 100)
+    server.create_multipart_upload(Bucket="ckpt", Key="run/step-00000009/manifest.json")
+    assert [bool(found["problem"]) for found in list_checkpoints("s3://ckpt/run")] == [False, False, True]
+
+    use_server(proxy.url, monkeypatch)
+    done = run_tool(*arguments(out, "--resume", *remote), timeout=240)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "resume: s3://ckpt/run/step-00000006, 6 steps done" in done.stdout
+    assert proxy.struck["GET", "short"] > saved.get(("GET", "short"), 0)
+    after = records(out)
+    assert [after[step]["loss"] for step in range(1, 9)] == [before[step]["loss"] for step in range(1, 9)]
+    use_server(server.meta.endpoint_url, monkeypatch)
+    assert verify_checkpoints("s3://ckpt/run") == {name: [] for name in names}
