@@ -17,17 +17,16 @@ if TYPE_CHECKING:
 
 def measure(loaded: LoadedModel, heldout: str, labelled: Path, probe: ProbeConfig) -> dict[str, Any]:
     """Accuracy of a frozen probe on `labelled`, and what the model makes of held-out documents."""
-    from lcl_mcore.config.schema import SourceConfig
     from lcl_mcore.evaluation.classification import frozen_transfer
     from lcl_mcore.evaluation.classification_data import open_splits
     from lcl_mcore.evaluation.embedding_metrics import chance, effective_rank, mean_cosine, recall_at
-    from lcl_mcore.evaluation.heldout import generation_losses, heldout_batches, pair_embeds
+    from lcl_mcore.evaluation.heldout import generation_losses, heldout_batches, heldout_source, pair_embeds
 
     image_size = loaded.config.model.vision.image_size
     train, test = open_splits(labelled, image_size)
     train, test = train.subset(probe.train_limit, probe.seed), test.subset(probe.test_limit, probe.seed)
     loaded.model.float()
-    source, tokenizer = SourceConfig(path=heldout, max_images=1000), loaded.tokenizer()
+    source, tokenizer = heldout_source(heldout), loaded.tokenizer()
     batches = heldout_batches(loaded.config, loaded.context, source, tokenizer, "text_first")
     embeds = pair_embeds(loaded.model, batches)
     recall = recall_at(embeds.image, embeds.text, (1, 5, 10))

@@ -161,7 +161,8 @@ def main() -> int:
         "command": shlex.join(sys.argv),
         "date": datetime.now(UTC).date().isoformat(),
     }
-    out = options.out or free_name(loaded.results, result)
+    task = result["task"].replace(", ", "-").replace(" ", "-")
+    out = options.out or free_name(loaded.results, task, result, ("weights", "options"))
     out.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(out, json.dumps(result, indent=1) + "\n")
     hidden = {"options", "names", "warnings"}
@@ -182,19 +183,19 @@ def settings(options: Options) -> dict[str, Any]:
     return {name: value for name, value in to_dict(options).items() if name not in ("model", "out")}
 
 
-def free_name(folder: Path, result: dict[str, Any]) -> Path:
-    """TASK.json, or TASK-2.json and so on where a file holds the answer to another question.
+def free_name(folder: Path, stem: str, result: dict[str, Any], question: Sequence[str]) -> Path:
+    """STEM.json, or STEM-2.json and so on where a file holds the answer to another question.
 
-    The same question is the same weights and the same options: its older answer is replaced.
+    Args:
+        question: names of the values that are equal when two results answer the same, of which the newer replaces.
     """
-    task = result["task"].replace(", ", "-").replace(" ", "-")
     for number in itertools.count(1):
-        path = folder / (f"{task}.json" if number == 1 else f"{task}-{number}.json")
+        path = folder / (f"{stem}.json" if number == 1 else f"{stem}-{number}.json")
         if not path.exists():
             return path
         with contextlib.suppress(ValueError, AttributeError):  # not JSON, or no object: not ours
             before = json.loads(path.read_text(encoding="utf-8"))
-            if all(before.get(name) == result[name] for name in ("weights", "options")):
+            if all(before.get(name) == result[name] for name in question):
                 return path
     raise AssertionError("the numbers do not end")
 
@@ -218,9 +219,10 @@ def _heldout(options: HeldoutOptions, loaded: LoadedModel) -> None:
     from lcl_mcore.metrics import read_steps
 
     result = evaluate_heldout(loaded, options.data)
-    write_report(loaded.folder, result, read_steps(loaded.folder / "metrics.jsonl", CURVES))
+    path = free_name(loaded.folder, "report", result.summary, ("heldout",))
+    write_report(path, result, read_steps(loaded.folder / "metrics.jsonl", CURVES))
     print_table(result.summary)
-    print(f"\nreport: {loaded.folder / 'report.html'}")
+    print(f"\nreport: {path.with_suffix('.html')}")
 
 
 def _classify(options: ClassifyOptions, loaded: LoadedModel) -> dict[str, Any]:

@@ -167,6 +167,6 @@ def chosen_attention_probe(
         "train_top1": top1(probe, train, len(train_labels)),
         "converged": converged,
         "chosen": {"lr": rate, "steps": steps, "batch_size": min(BATCH, len(train_labels))},
-        "validation_top1": {f"lr {r:.1e}, {s} steps": value for (r, s), value in tried.items()},
+        "tried": [{"lr": r, "steps": s, "validation_top1": value} for (r, s), value in tried.items()],
         "warnings": notes,
     }

@@ -20,6 +20,7 @@ from lcl_mcore.data.tokenizer import Tokenizer
 from lcl_mcore.distributed.context import Context
 from lcl_mcore.distributed.cpu import make_torchvision_importable
 from lcl_mcore.errors import ConfigError, explain
+from lcl_mcore.evaluation.embedding_metrics import require_finite
 from lcl_mcore.evaluation.transfer import TransferHead, pack
 from lcl_mcore.losses.generation import generation_loss_sum
 from lcl_mcore.optional_packages import installed
@@ -63,7 +64,7 @@ def greedy(
     generated = torch.zeros(n, 0, dtype=torch.int64, device=device)
     done = torch.zeros(n, dtype=torch.bool, device=device)
     for _ in range(max_tokens):
-        scores = logits(generated)
+        scores = require_finite(logits(generated), "next-token logits")
         scores[:, never] = -torch.inf
         chosen = torch.where(done, tokenizer.eos, scores.argmax(1))
         done |= (chosen == tokenizer.eos) | (chosen == tokenizer.boi)

@@ -84,9 +84,10 @@ def scores(generated: Sequence[str], references: Sequence[Sequence[str]]) -> dic
 def scores_with_examples(generated: Sequence[str], data: CaptionDataset) -> dict[str, Any]:
     """Scores, the scores of the same captions against the next image's references, and examples of both."""
     references = list(data.captions)
+    others = scores(generated, references[1:] + references[:1]) if len(references) > 1 else None
     return {
         **scores(generated, references),
-        "wrong_images": scores(generated, references[1:] + references[:1]),
+        "wrong_images": others,
         "examples": [
             {"written": text, "reference": texts[0]}
             for text, texts in zip(generated[:EXAMPLES], references[:EXAMPLES], strict=True)

@@ -19,6 +19,7 @@ from torch import Tensor
 from lcl_mcore.batch import MicroBatch
 from lcl_mcore.config.schema import RunConfig, SourceConfig
 from lcl_mcore.data.evaluation_data import eval_documents, with_blank_images, with_shuffled_images
+from lcl_mcore.data.format import NativeDataset
 from lcl_mcore.data.loader import DataContext
 from lcl_mcore.data.tokenizer import Tokenizer, build_tokenizer
 from lcl_mcore.distributed.context import Context
@@ -60,6 +61,11 @@ class PairEmbeds:
     image: Tensor
     text: Tensor
     images: Tensor
+
+
+def heldout_source(path: str) -> SourceConfig:
+    """A held-out data set, of whose documents all images are used."""
+    return SourceConfig(path=path, max_images=1000)
 
 
 def heldout_batches(
@@ -164,7 +170,7 @@ class HeldoutResult:
 def evaluate_heldout(loaded: LoadedModel, heldout: str) -> HeldoutResult:
     """Retrieval and generation loss over a prepared data set; leaves the model with random weights."""
     config, model, tokenizer = loaded.config, loaded.model, loaded.tokenizer()
-    source = SourceConfig(path=heldout)
+    source = heldout_source(heldout)
     embeds = pair_embeds(model, heldout_batches(config, loaded.context, source, tokenizer, "text_first"))
     if not len(embeds.image):
         remedy = "Give documents with text before an image."
@@ -173,8 +179,13 @@ def evaluate_heldout(loaded: LoadedModel, heldout: str) -> HeldoutResult:
     reset_weights(loaded)
     untrained = pair_embeds(model, heldout_batches(config, loaded.context, source, tokenizer, "text_first"))
     trained, count = _retrieval(embeds), len(embeds.image)
+    captions, documents = _captions(loaded, source, tokenizer)
+    found = len(NativeDataset(heldout))
     summary = {
         "run": str(loaded.folder),
+        "weights": str(loaded.weights),
+        "documents": documents,
+        "left_out": {"too long for a sequence, or not readable": found - documents} if found > documents else {},
         "steps": loaded.state.step,
         "images_seen": loaded.state.images_seen,
         "heldout": heldout,
@@ -188,7 +199,7 @@ def evaluate_heldout(loaded: LoadedModel, heldout: str) -> HeldoutResult:
         "generation": generation,
         "hardware": loaded.context.device.name,
     }
-    return HeldoutResult(summary, embeds, _captions(loaded, source, tokenizer))
+    return HeldoutResult(summary, embeds, captions)
 
 
 def _retrieval(embeds: PairEmbeds) -> dict[str, Any]:
@@ -201,17 +212,19 @@ def _retrieval(embeds: PairEmbeds) -> dict[str, Any]:
     }
 
 
-def _captions(loaded: LoadedModel, source: SourceConfig, tokenizer: Tokenizer) -> tuple[str, ...]:
-    """The text before each image, in the order of `pair_embeds`."""
-    captions = []
+def _captions(loaded: LoadedModel, source: SourceConfig, tokenizer: Tokenizer) -> tuple[tuple[str, ...], int]:
+    """The text before each image, in the order of `pair_embeds`; and the number of documents."""
+    captions: list[str] = []
+    documents: set[str] = set()
     for batch in heldout_batches(loaded.config, loaded.context, source, tokenizer, "text_first"):
+        documents.update(batch.documents)
         starts = [0]
         for length in batch.lengths:
             starts.append(starts[-1] + length)
         for position in batch.context_positions.tolist():
             start = max(start for start in starts if start <= position)
             captions.append(tokenizer.decode(batch.tokens[start:position].tolist()).strip())
-    return tuple(captions)
+    return tuple(captions), len(documents)
 
 
 # --- during training
@@ -293,7 +306,7 @@ class PeriodicEvaluation:
         batches = heldout_batches(
             self.config,
             self.context,
-            SourceConfig(path=evaluation.data, max_images=1000),
+            heldout_source(evaluation.data),
             self.tokenizer,
             order,
             micro_batch_size=self.config.train.micro_batch_size,

@@ -48,18 +48,21 @@ def print_table(summary: dict[str, Any]) -> None:
     print("Held-out generation loss, nats per token")
     for name, label in GENERATION.items():
         print(f"  {label:<42}{summary['generation'][name]:>9.3f}")
+    for reason, count in summary["left_out"].items():
+        print(f"{count} of {count + summary['documents']} documents left out: {reason}.")
     print(f"R@5 is {summary['r5_over_chance']:.1f} times chance.")
 
 
-def write_report(folder: Path, result: HeldoutResult, records: list[dict[str, Any]]) -> None:
-    """Write `report.json` and `report.html` into a folder.
+def write_report(path: Path, result: HeldoutResult, records: list[dict[str, Any]]) -> None:
+    """Write a JSON file, and a page of the same name.
 
     Args:
+        path: of the JSON file.
         records: lines of `metrics.jsonl` that have all `CURVES`.
     """
     curves = [{name: r[name] for name in ("step", *CURVES)} for r in records]
     summary = {**result.summary, "curves": curves}
-    atomic_write(folder / "report.json", json.dumps(summary, indent=1))
+    atomic_write(path, json.dumps(summary, indent=1))
     page = render(
         "report.html.j2",
         **result.summary,
@@ -68,7 +71,7 @@ def write_report(folder: Path, result: HeldoutResult, records: list[dict[str, An
         curves_svg=loss_curves(records),
         cards=cards(result),
     )
-    atomic_write(folder / "report.html", page)
+    atomic_write(path.with_suffix(".html"), page)
 
 
 def cards(result: HeldoutResult) -> list[dict[str, Any]]:

@@ -162,7 +162,7 @@ def logistic_regression(train: LabelledFeatures, test: LabelledFeatures, classes
         "converged": converged,
         "iterations": iterations,
         "chosen": {"C": 10.0**chosen},
-        "validation_top1": {f"1e{exponent}": value for exponent, value in tried.items()},
+        "tried": [{"C": 10.0**exponent, "validation_top1": value} for exponent, value in tried.items()],
         "warnings": notes,
     }
 

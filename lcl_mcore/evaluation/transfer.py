@@ -240,8 +240,16 @@ def fit_head(
     final = float(history[-max(steps // 10, 1) :].mean())
     if not math.isfinite(final):
         raise NonFiniteError(explain(f"mean loss {final}", "training has diverged", "Lower --lr, or raise --warmup."))
-    second, third = (float(history[i * steps // 4 : max((i + 1) * steps // 4, 1)].mean()) for i in (1, 2))
-    return Fit(final, 1 - third / second if steps >= 4 else 1.0)
+    return Fit(final, share_lost(history))
+
+
+def share_lost(history: Tensor) -> float:
+    """Share by which the mean of the third quarter of losses is below that of the second; 1 of fewer than four."""
+    quarter = len(history) / 4
+    if quarter < 1:
+        return 1.0
+    second, third = (float(history[round(i * quarter) : round((i + 1) * quarter)].mean()) for i in (1, 2))
+    return 1 - third / second if second > 0 else 0.0
 
 
 # --- training on images with captions

@@ -18,6 +18,9 @@ from lcl_mcore.models.vision import PIXEL_MEAN, PIXEL_STD
 from lcl_mcore.storage import atomic_write
 from lcl_mcore.templates import render
 
+NO_RESULTS = ("curves", "options", "probe", "training")
+"""Parts of a result that are no measurements."""
+
 
 def write_card(loaded: LoadedModel, summary: dict[str, Any], out: Path) -> None:
     """Write `out/README.md`.
@@ -71,12 +74,12 @@ def data_fingerprints(config: RunConfig) -> dict[str, str]:
 
 
 def results(loaded: LoadedModel) -> dict[str, Any]:
-    """Results that lie beside a run: `report.json` and `results/*.json`, by name."""
+    """Results of these weights that lie beside a run: `report*.json` and `results/*.json`, by name."""
     found = {}
-    for path in [loaded.folder / "report.json", *sorted(loaded.results.glob("*.json"))]:
-        if path.is_file():
-            content = json.loads(path.read_text(encoding="utf-8"))
-            found[path.stem] = {key: value for key, value in content.items() if key != "curves"}
+    for path in [*sorted(loaded.folder.glob("report*.json")), *sorted(loaded.results.glob("*.json"))]:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if Path(content.get("weights", "")).resolve() == loaded.weights.resolve():
+            found[path.stem] = {key: value for key, value in content.items() if key not in NO_RESULTS}
     return found
 
 

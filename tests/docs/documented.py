@@ -238,6 +238,7 @@ ENTRIES = (
     shown("pip install flash-attn --no-build-isolation", "pyproject.toml"),
     shown("pip install nvidia-dali-cuda130", "pyproject.toml"),
     shown("pip install 'lcl-mcore[captions]'", "pyproject.toml"),
+    shown("pip install 'lcl-mcore[evaluation]'", "pyproject.toml"),
     shown("pip install 'lcl-mcore[export]'", "pyproject.toml"),
     shown('pytest tests/kernels -m "not slow"', "make check"),
     shown("pytest tests/kernels", "make test"),

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ from lcl_mcore.evaluation.classification_data import ClassificationDataset, open
 from lcl_mcore.evaluation.embedding_metrics import chance, effective_rank, recall_at
 from lcl_mcore.evaluation.prompts import prompt_names, read_templates
 from lcl_mcore.evaluation.retrieval import chance_scores, retrieval_scores
+from lcl_mcore.export.model_card import results
 
 few = settings(max_examples=40, deadline=None, database=None)
 
@@ -375,6 +377,19 @@ def test_caption_files_that_are_refused(photographs: Path) -> None:
     )
 
 
+def test_a_card_has_the_results_of_its_own_weights(tmp_path: Path) -> None:
+    weights = tmp_path / "checkpoints" / "step-2"
+    loaded: Any = SimpleNamespace(folder=tmp_path, weights=weights, results=tmp_path / "results")
+    put(tmp_path / "report.json", json.dumps({"weights": str(weights), "R@1": 0.5, "curves": [1]}).encode())
+    put(tmp_path / "report-2.json", json.dumps({"weights": str(weights.with_name("step-1")), "R@1": 0.1}).encode())
+    put(tmp_path / "results" / "zeroshot.json", json.dumps({"weights": str(weights), "top1": 0.2}).encode())
+    found = results(loaded)
+    assert {name: content.keys() - {"weights"} for name, content in found.items()} == {
+        "report": {"R@1"},
+        "zeroshot": {"top1"},
+    }
+
+
 # --- what vectors say
 
 
@@ -407,18 +422,18 @@ def test_chance_is_the_mean_over_random_vectors(counts: tuple[int, ...]) -> None
 
 
 def test_another_question_gets_another_file(tmp_path: Path) -> None:
-    result = {"task": "classification, frozen transfer", "weights": "step-1", "options": {"data": "a"}, "top1": 0.5}
+    result: dict[str, object] = {"weights": "step-1", "options": {"data": "a"}, "top1": 0.5}
 
     def write(**more: object) -> str:
         asked = {**result, **more}
-        path = free_name(tmp_path, asked)
+        path = free_name(tmp_path, "zeroshot", asked, ("weights", "options"))
         path.write_text(json.dumps(asked))
         return path.name
 
     assert [write(), write(top1=0.6), write(options={"data": "b"}), write(weights="step-2"), write(), write()] == [
-        *["classification-frozen-transfer.json"] * 2,
-        *[f"classification-frozen-transfer-{n}.json" for n in (2, 3)],
-        *["classification-frozen-transfer.json"] * 2,
+        *["zeroshot.json"] * 2,
+        *[f"zeroshot-{n}.json" for n in (2, 3)],
+        *["zeroshot.json"] * 2,
     ]
     (tmp_path / "zeroshot.json").write_text("not JSON")
-    assert free_name(tmp_path, {**result, "task": "zeroshot"}).name == "zeroshot-2.json"
+    assert write() == "zeroshot-4.json"

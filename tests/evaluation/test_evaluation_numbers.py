@@ -27,6 +27,7 @@ from lcl_mcore.evaluation.embedding_metrics import effective_rank, mean_cosine, 
 from lcl_mcore.evaluation.heldout import HeldoutResult, PairEmbeds
 from lcl_mcore.evaluation.heldout_report import write_report
 from lcl_mcore.evaluation.retrieval import retrieval_scores
+from lcl_mcore.evaluation.transfer import Fit, convergence_warnings, share_lost
 from lcl_mcore.lr_schedule import cosine_with_warmup
 
 
@@ -173,6 +174,21 @@ def test_probe_learns_where_to_look() -> None:
     assert factors[99] < 0.001
 
 
+def test_whether_a_loss_still_falls() -> None:
+    assert share_lost(torch.tensor([9.0, 9.0, 4.0, 4.0, 3.0, 3.0, 0.0, 0.0])) == 0.25
+    assert share_lost(torch.tensor([5.0, 2.0, 1.0, 1.0, 0.0])) == pytest.approx(0.5)
+    assert share_lost(torch.zeros(8)) == 0.0
+    assert share_lost(torch.ones(3)) == 1.0
+    assert Fit(0.3, 0.019).converged
+    assert Fit(0.009, 0.5).converged
+    assert not Fit(0.3, 0.021).converged
+    falling = {"trained": {"top1": 0.5, **Fit(0.3, 0.25).facts()}, "pixels": {"linear": Fit(0.3, 0.0).facts()}}
+    assert convergence_warnings(falling) == [
+        "trained has not converged: its training loss still fell by 25% between the second and third quarter of its "
+        "steps. More steps would lower it further."
+    ]
+
+
 def test_the_report_escapes_what_it_shows(tmp_path: Path) -> None:
     """Captions come from data sets; two images are nearest to each other's caption."""
     texts = ("<script>alert(1)</script> & one", "two")
@@ -190,7 +206,7 @@ def test_the_report_escapes_what_it_shows(tmp_path: Path) -> None:
         "generation": {"right": 1.0, "shuffled": 2.0, "none": 3.0},
     }
     records = [{"step": i, "loss": 2.0, "contrastive": 1.0, "generation": 1.0, "lr": 0.1} for i in (1, 2)]
-    write_report(tmp_path, HeldoutResult(summary, embeds, texts), records)
+    write_report(tmp_path / "report.json", HeldoutResult(summary, embeds, texts), records)
     page = (tmp_path / "report.html").read_text()
     assert "<script>" not in page
     assert page.count("&lt;script&gt;alert(1)&lt;/script&gt; &amp; one") == 2
