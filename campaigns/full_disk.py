@@ -8,6 +8,7 @@ From SECONDS after its start on, for DURATION seconds, no file of this process m
 
 from __future__ import annotations
 
+import argparse
 import resource
 import signal
 import sys
@@ -28,8 +29,12 @@ def fill(seconds: float, duration: float, size: int) -> None:
 
 
 if __name__ == "__main__":
-    seconds, duration, size = sys.argv[1:4]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("seconds", type=float)
+    parser.add_argument("duration", type=float)
+    parser.add_argument("size", type=int)
+    options = parser.parse_args(sys.argv[1:4])
     del sys.argv[1:4]
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing fails instead, as on a full disk
-    threading.Thread(target=fill, args=(float(seconds), float(duration), int(size)), daemon=True).start()
+    threading.Thread(target=fill, args=(options.seconds, options.duration, options.size), daemon=True).start()
     run_main(main)

@@ -10,17 +10,18 @@ import errno
 import logging
 import os
 import stat
+import tempfile
 import threading
 import time
 from bisect import bisect_right, insort
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lcl_mcore.errors import DataError, explain
+from lcl_mcore.errors import ConfigError, DataError, explain
 
 T = TypeVar("T")
 REMOTE_SCHEMES = ("s3", "gs", "gcs", "az", "abfs", "hf", "https", "memory")
@@ -59,6 +60,50 @@ def atomic_write(path: Path, content: bytes | str) -> None:
     """
     with atomic_file(path) as unfinished:
         unfinished.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+def make_folder(folder: Path) -> list[Path]:
+    """Make a folder with its parents; returns those that were not there, the innermost first.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    folder.mkdir(parents=True, exist_ok=True)
+    return made
+
+
+def remove_empty(folders: list[Path]) -> None:
+    """Remove folders, as long as they are empty."""
+    with suppress(OSError):
+        for folder in folders:
+            folder.rmdir()
+
+
+def require_writable(path: Path, option: str, *, file: bool = False) -> None:
+    """Refuse an output that cannot be written, before any work is done for it; leaves nothing behind.
+
+    Args:
+        path: the folder, or with `file` the file.
+        option: how it was given, for the message.
+
+    Raises:
+        ConfigError: it cannot be written.
+    """
+    remedy = "Choose another place, or correct its rights."
+    if file and path.is_dir():
+        raise ConfigError(explain(f"{option} {path}", "is a folder, a file is written here", remedy))
+    if not file and path.exists() and not path.is_dir():
+        raise ConfigError(explain(f"{option} {path}", "is a file, a folder is written here", remedy))
+    folder, made = path.parent if file else path, list[Path]()
+    try:
+        made = make_folder(folder)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        raise ConfigError(explain(f"{option} {path}", f"cannot be written ({error.strerror})", remedy)) from None
+    finally:
+        remove_empty(made)
 
 
 def sync(path: Path) -> None:

@@ -7,6 +7,7 @@ concepts and writes runs/demo/report.html. Interrupted at any moment, it continu
 
 from __future__ import annotations
 
+import argparse
 import os
 import subprocess
 import sys
@@ -31,6 +32,7 @@ def torchrun(count: int, *arguments: str) -> list[str]:
 
 
 def main() -> int:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     os.chdir(ROOT)
     environment = os.environ | {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}
     corpus = [sys.executable, "tools/build_demo_corpus.py", str(CORPUS), "--quiet"]

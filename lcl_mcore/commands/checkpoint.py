@@ -11,6 +11,7 @@ import tyro
 from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config import arguments
 from lcl_mcore.config.base import config_dataclass, require
+from lcl_mcore.storage import require_writable
 
 
 @config_dataclass
@@ -37,6 +38,8 @@ class CheckpointOptions:
 def main() -> int:
     """Parse the command line and carry it out."""
     options = arguments.parse(CheckpointOptions)
+    if options.out is not None:
+        require_writable(options.out, "--out")
 
     from lcl_mcore.checkpoint import consolidate as checkpoints
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import multiprocessing
 import os
 import sys
 import traceback
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 
-from lcl_mcore.errors import ConfigError, LclError, LeaseError
+from lcl_mcore.errors import ConfigError, LclError, LeaseError, explain
 
 
 def run_main(main: Callable[[], int]) -> None:
@@ -31,6 +33,12 @@ def run_main(main: Callable[[], int]) -> None:
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
+    except OSError as error:
+        if text := _disk_fault(error):
+            print(f"error: {text}", file=sys.stderr, flush=True)
+            code = LclError.exit_code
+        else:
+            traceback.print_exc()
     except Exception:  # reported whole: a bug or a lost peer, not a mistake of the user
         traceback.print_exc()
     _flush()
@@ -42,6 +50,23 @@ def run_main(main: Callable[[], int]) -> None:
             os._exit(code)
         distributed.destroy_process_group()
     sys.exit(code)
+
+
+_DISK_FAULTS = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO, errno.ESTALE}
+_PATH_FAULTS = {
+    *(errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG),
+    *(errno.ELOOP, errno.ENOTEMPTY, errno.ENXIO, errno.EINVAL),
+}
+
+
+def _disk_fault(error: OSError) -> str:
+    """What a disk or a path of the user's refuses, in one sentence; empty for all else, and for files of our own."""
+    named = str(error.filename) if isinstance(error.filename, str | os.PathLike) else ""
+    ours = Path(__file__).resolve().parents[1] in Path(named).absolute().parents if named else False
+    if error.errno in _DISK_FAULTS or (named and not ours and error.errno in _PATH_FAULTS):
+        rule = f"cannot be used ({error.strerror})"
+        return explain(named or "the disk", rule, "Check the path, its rights and the room on its disk.")
+    return ""
 
 
 def _flush() -> None:

@@ -24,6 +24,7 @@ from lcl_mcore.config import arguments
 from lcl_mcore.config.base import config_dataclass, to_dict
 from lcl_mcore.config.evaluation import CaptionConfig, PairsConfig, ProbeConfig, RetrievalConfig
 from lcl_mcore.errors import ConfigError, explain
+from lcl_mcore.storage import atomic_write, require_writable
 
 if TYPE_CHECKING:
     from lcl_mcore.evaluation.caption_data import CaptionDataset
@@ -140,9 +141,10 @@ def parse_options(words: Sequence[str] | None = None) -> Options:
 def main() -> int:
     """Parse the command line and carry out one command: print its numbers and write them as JSON."""
     options = parse_options()
+    if not isinstance(options, HeldoutOptions) and options.out is not None:
+        require_writable(options.out, "--out", file=True)
 
     from lcl_mcore.evaluation.load import open_model
-    from lcl_mcore.storage import atomic_write
 
     loaded = open_model(options.model)
     if isinstance(options, HeldoutOptions):

@@ -10,6 +10,7 @@ import tyro
 from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config import arguments
 from lcl_mcore.config.base import config_dataclass
+from lcl_mcore.storage import require_writable
 
 
 @config_dataclass
@@ -27,6 +28,7 @@ class ExportOptions:
 def main() -> int:
     """Parse the command line, export, say what was written."""
     options = arguments.parse(ExportOptions)
+    require_writable(options.out, "--out")
 
     from lcl_mcore.export.encoder import export
 

@@ -13,6 +13,7 @@ from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config import arguments
 from lcl_mcore.config.base import config_dataclass
 from lcl_mcore.errors import DataError, explain
+from lcl_mcore.storage import require_writable
 
 PACKAGES = {
     "python-skimage-doc": "BSD-3-Clause, 46 MB: 141 pages with images",
@@ -38,6 +39,7 @@ class FetchOptions:
 def main() -> int:
     """Parse the command line and fetch."""
     options = arguments.parse(FetchOptions)
+    require_writable(options.output, "OUTPUT")
     for package in options.packages:
         print(fetch(package, options.output))
     return 0

@@ -15,6 +15,7 @@ from lcl_mcore.config.recipes import released_for
 from lcl_mcore.config.run_folder import FILE as CONFIG_FILE
 from lcl_mcore.config.run_folder import write_config
 from lcl_mcore.config.schema import RunConfig
+from lcl_mcore.storage import require_writable
 
 
 @config_dataclass
@@ -35,6 +36,7 @@ class ImportOptions:
 def main() -> int:
     """Parse the command line, convert, write."""
     options = arguments.parse(ImportOptions)
+    require_writable(options.out, "--out")
 
     from lcl_mcore.checkpoint.weights_file import write_consolidated
     from lcl_mcore.interop.released import from_released, read_released, shape_of_released

@@ -14,6 +14,7 @@ from lcl_mcore.config import arguments
 from lcl_mcore.config.base import config_dataclass
 from lcl_mcore.config.schema import DataConfig, Packing, SourceConfig, TokenizerConfig
 from lcl_mcore.errors import DataError, explain
+from lcl_mcore.storage import require_writable
 
 
 @config_dataclass
@@ -45,6 +46,8 @@ class InspectOptions:
 def main() -> int:
     """Parse the command line and show."""
     options = arguments.parse(InspectOptions)
+    if options.html is not None:
+        require_writable(options.html, "--html", file=True)
 
     from lcl_mcore.data.inspection import Inspector
     from lcl_mcore.data.tokenizer import build_tokenizer

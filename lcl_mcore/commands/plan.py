@@ -16,6 +16,7 @@ from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config.base import config_dataclass
 from lcl_mcore.config.cli import RunOptions, parse_run
 from lcl_mcore.planning.request import PlanRequest
+from lcl_mcore.storage import require_writable
 
 
 @config_dataclass
@@ -36,6 +37,8 @@ def parse_options(arguments: Sequence[str] | None = None) -> PlanOptions:
 def main() -> int:
     """Count, predict, print; 1 if the layout does not fit or could deadlock."""
     options = parse_options()
+    if options.out is not None:
+        require_writable(options.out, "--out", file=True)
     options.run.check_processes(options.gpus)  # mistakes are answered before the slow imports
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # fake groups have no device to warn about
 

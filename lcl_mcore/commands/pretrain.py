@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
@@ -9,11 +10,12 @@ from typing import Annotated
 import tyro
 
 from lcl_mcore.commands.entry import run_main
-from lcl_mcore.config.base import config_dataclass
+from lcl_mcore.config.base import config_dataclass, require
 from lcl_mcore.config.cli import RunOptions, parse_run
 from lcl_mcore.config.run_folder import check_folder
 from lcl_mcore.distributed.launcher import refuse_tasks_without_ranks, world_size
 from lcl_mcore.fault_tolerance.events import is_restart
+from lcl_mcore.storage import require_writable
 
 
 @config_dataclass
@@ -49,6 +51,10 @@ def main() -> int:
     folder = options.out or Path("runs") / config.recipe
     resume = options.resume or is_restart(folder)  # torchrun repeats the same command after a failure
     check_folder(folder, resume)
+    if os.environ.get("RANK", "0") == "0":
+        require_writable(folder, "--out")
+    if options.init_from is not None:
+        require(options.init_from.exists(), f"--init-from {options.init_from}", "is not there", "Check the path.")
 
     # Imported only now, so that a mistake above is answered at once; and what follows before torch is.
     from lcl_mcore.data.inputs import check_inputs

@@ -152,7 +152,9 @@ def build_tokenizer(config: TokenizerConfig) -> Tokenizer:
     if config.kind == "opt":
         ids = SpecialIds(bos=2, eos=2, pad=1, boi=50265, eoi=50266, image=50267, vocab_size=50272)
         return _named(config, ids, expected=50265, ends=("</s>", "</s>"))
-    return _after_last_id(_read(config.path), config.resolved_cleaning)
+    backend = _read(config.path)
+    _require_every_text(backend, config.path)
+    return _after_last_id(backend, config.resolved_cleaning)
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> Tokenizer:
@@ -200,11 +202,13 @@ def _read(path: str, *, kind: str = "file") -> tokenizers.Tokenizer:
     place = Path(path)
     if not place.exists():
         place = _cached_snapshot(path)
-    folder = place if place.is_dir() else place.parent
+    # Of two files that belong together either may be given; nothing else stands for its folder.
+    folder = place.parent if place.name in ("vocab.json", "merges.txt") and place.is_file() else place
     try:
         if place.name.endswith(".txt.gz"):
             return _clip_from_merges(place)
-        if place.is_file() and place.name != "merges.txt":
+        if place.is_file() and folder == place:
+            _refuse_sentencepiece(place)
             return tokenizers.Tokenizer.from_file(str(place))
         if (folder / "tokenizer.json").is_file():
             return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -215,9 +219,14 @@ def _read(path: str, *, kind: str = "file") -> tokenizers.Tokenizer:
             if kind == "clip":  # its merges end words with </w>, unlike GPT-2's and OPT's
                 return _clip_from_merges(folder / "merges.txt")
             return _byte_level(folder / "vocab.json", folder / "merges.txt")
+        for other in sorted(folder.glob("*.model")):
+            _refuse_sentencepiece(other)
+    except DataError:
+        raise
     except Exception as error:  # the library raises bare Exception for a malformed file
-        message = explain(f"tokenizer {path}: {error}", "is not a readable vocabulary", "Download it again.")
-        raise DataError(message) from error
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        remedy = "Give a tokenizer.json, or the folder of a model that has one."
+        raise DataError(explain(f"tokenizer {path}", f"is not a readable vocabulary ({reason})", remedy)) from error
     where = "that path" if place.exists() else f"that path, or under that name in {_cache()}"
     raise DataError(
         explain(
@@ -227,6 +236,55 @@ def _read(path: str, *, kind: str = "file") -> tokenizers.Tokenizer:
             "files with `hf download NAME vocab.json merges.txt` where there is a network.",
         )
     )
+
+
+def _refuse_sentencepiece(path: Path) -> None:
+    """SentencePiece's `tokenizer.model` is a protocol buffer that begins with its first piece.
+
+    Raises:
+        DataError: it is one.
+    """
+    with path.open("rb") as file:
+        head = file.read(4)
+    if path.suffix == ".model" or (head[:1] == b"\n" and head[2:3] == b"\n"):
+        raise DataError(
+            explain(
+                f"tokenizer {path}",
+                "a SentencePiece model is not read here, it must be converted to tokenizer.json",
+                "With transformers: AutoTokenizer.from_pretrained(FOLDER).save_pretrained(OUT), then give OUT.",
+            )
+        )
+
+
+_ANY_TEXT = ("a", "Z", "7", "~", "\u00e9", "\u0416", "\u05d0", "\u0905", "\u4e2d", "\uac00", "\U0001f389")
+"""Letters, digits and signs of many scripts, and one that few vocabularies have."""
+
+
+def _require_every_text(backend: tokenizers.Tokenizer, path: str) -> None:
+    """A vocabulary must have ids for whatever stands in a document.
+
+    Raises:
+        DataError: it has neither bytes nor an unknown token to fall back on.
+    """
+    try:
+        encoded = backend.encode_batch(_ANY_TEXT, add_special_tokens=False)
+    except Exception as error:  # bare, as above
+        raise DataError(
+            explain(
+                f"tokenizer {path}",
+                f"has no unknown token for texts outside its vocabulary ({' '.join(str(error).split())[:120]})",
+                "Train it with an unknown token (unk_token, for Unigram also unk_id) or on bytes.",
+            )
+        ) from error
+    lost = [text for text, item in zip(_ANY_TEXT, encoded, strict=True) if not item.ids]
+    if lost:
+        raise DataError(
+            explain(
+                f"tokenizer {path}",
+                f"gives no ids at all for {', '.join(map(ascii, lost[:4]))}, which would vanish from every text",
+                "Train it with an unknown token (unk_token) or on bytes.",
+            )
+        )
 
 
 def _cache() -> Path:

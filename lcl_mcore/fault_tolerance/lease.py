@@ -33,7 +33,7 @@ from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.distributed.context import Context
 from lcl_mcore.errors import DataError, LclError, LeaseError, explain
 from lcl_mcore.fault_tolerance.heartbeat import process_namespace, process_state
-from lcl_mcore.storage import LocalStorage, MissingError, RemoteStorage, open_storage
+from lcl_mcore.storage import LocalStorage, MissingError, RemoteStorage, make_folder, open_storage, remove_empty
 
 BEATS = 12
 """Heartbeats in the time after which a silent holder has lost its lease."""
@@ -116,8 +116,7 @@ class LocalPlace:
     def __init__(self, storage: LocalStorage) -> None:
         self.folder = Path(storage.root)
         self.storage = storage
-        self.made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.made = make_folder(self.folder)
 
     def names(self) -> list[str]:
         return self.storage.names()
@@ -156,11 +155,7 @@ class LocalPlace:
         (self.folder / name).unlink(missing_ok=True)
 
     def close(self) -> None:
-        for path in self.made:
-            try:
-                path.rmdir()
-            except OSError:  # somebody uses it
-                return
+        remove_empty(self.made)
 
 
 class RemotePlace:

@@ -10,11 +10,14 @@ from __future__ import annotations
 import json
 import os
 import runpy
+import signal
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
+LIMIT = 60
+"""Seconds of a case; one that takes longer ends with SIGALRM."""
 ROOT = Path(__file__).resolve().parents[2]
 sys.path[:0] = [str(ROOT), str(ROOT / "tools")]
 
@@ -23,6 +26,7 @@ def run(script: str, *arguments: str) -> dict[str, Any]:
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
         child = os.fork()
         if child == 0:
+            signal.alarm(LIMIT)
             os.dup2(out.fileno(), 1)
             os.dup2(err.fileno(), 2)
             sys.argv = [script, *arguments]
