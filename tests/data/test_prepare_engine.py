@@ -38,6 +38,7 @@ from lcl_mcore.data.prepare.records import (
     documents_of,
 )
 from lcl_mcore.data.prepare.split import heldout_documents, split, wanted_documents
+from lcl_mcore.data.prepare.time_limit import time_limit
 from lcl_mcore.errors import DataError
 from lcl_mcore.untrusted import open_regular
 from test_data_prepare import files, make_tar
@@ -288,6 +289,18 @@ def test_changed_input_is_noticed(tmp_path: Path, kind: str, killed: float | Non
     assert run(reader, folder / "out", options) == manifest  # and now it is this input's
 
 
+def test_an_output_folder_inside_the_input_is_not_input(tmp_path: Path) -> None:
+    for n in range(2):
+        make_tar(tmp_path / f"{n}.tar", [("a.jpg", PICTURES[n]), ("a.txt", b"a caption")])
+    manifest = run(PairReader(tmp_path), tmp_path / "out")
+    assert run(PairReader(tmp_path), tmp_path / "out") == manifest
+    with pytest.raises(DataError, match=r"out: holds the input\. Choose another output folder\."):
+        run(PairReader(tmp_path / "out"), tmp_path / "out")
+    source = write_mmc4(tmp_path / "in", {"a": [["0.jpg"]]})
+    manifest = run(Mmc4Reader(source), source / "images" / "out")
+    assert run(Mmc4Reader(source), source / "images" / "out") == manifest
+
+
 def test_only_the_changed_file_is_prepared_again(tmp_path: Path) -> None:
     """Other input files keep their shards, whether some were mended, came or went."""
     source = write_mmc4(tmp_path / "in", {name: [[f"{n}.jpg"]] for n, name in enumerate("abc")})
@@ -377,6 +390,8 @@ class ToyReader:
             raise BadRecordError("a bad word", line)
         if line == "number":
             int(line)
+        if line == "slow":
+            slow()
         if line == "bug":
             [][0]
         text = "x" * (5 << 20) if line == "long" else line
@@ -384,8 +399,17 @@ class ToyReader:
         images = (RawImage(lambda: PICTURES[0], source="0.jpg"), bad_image("no name", "entry 2"))
         if line.startswith("text "):
             images = ()
+        if line == "slow image":
+            images = (RawImage(slow, source="1.jpg"), *images)
         if line != "empty":
             yield RawDocument("sequence", texts, images)
+
+
+def slow() -> bytes:
+    """Never ends, and catches what it can."""
+    while True:
+        with contextlib.suppress(Exception):
+            sum(range(1000))
 
 
 def toy(folder: Path, **lines: str) -> ToyReader:
@@ -416,6 +440,21 @@ def test_bad_records_and_what_no_reader_would_accept_are_counted(tmp_path: Path)
         },
         "images": {"in a dropped document": "a.txt, line 4", "no name": "a.txt, line 1: entry 2"},
     }
+
+
+def test_what_takes_too_long_is_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(time_limit.__wrapped__, "__defaults__", (0.05,))
+    manifest = run(toy(tmp_path / "in", a="one,slow,slow image,two"), tmp_path / "out")
+    require_sums(manifest)
+    assert (manifest["documents"], manifest["dropped_documents"]) == (3, {"took too long": 1})
+    assert manifest["dropped_images"] == {"no name": 3, "took too long": 1}
+    assert manifest["examples_of_dropped"] == {
+        "documents": {"took too long": "a.txt, line 2: over 0.05 seconds"},
+        "images": {"no name": "a.txt, line 1: entry 2", "took too long": "a.txt, line 3: 1.jpg: over 0.05 seconds"},
+    }
+    with time_limit(0.05):
+        pass
+    sum(range(3_000_000))  # nothing rings later
 
 
 def test_a_bug_stays_a_bug_and_names_its_place(tmp_path: Path) -> None:

@@ -34,8 +34,9 @@ from lcl_mcore.data.prepare.input_files import is_system_file
 from lcl_mcore.data.prepare.job_records import JobRecords, JobResult
 from lcl_mcore.data.prepare.normalise import ImageLimits, entry_for, normalise
 from lcl_mcore.data.prepare.plan import PreparePlan, make_plan, printable
-from lcl_mcore.data.prepare.records import Dropped, InputFile, InputPart, RawDocument, Reader
+from lcl_mcore.data.prepare.records import TOO_SLOW, Dropped, InputFile, InputPart, RawDocument, RawImage, Reader
 from lcl_mcore.data.prepare.repeated import image_key, images_of, repeated_keys, write_keys
+from lcl_mcore.data.prepare.time_limit import TooSlowError, time_limit
 from lcl_mcore.data.prepare.workers import WorkerDied, run_jobs
 from lcl_mcore.data.untrusted_json import BadJsonError, clean_text
 from lcl_mcore.errors import DataError, explain
@@ -405,10 +406,7 @@ def _add(
     dropped: list[dict[str, str]] = []
     for image in raw.images:
         try:
-            content = image.read()
-            if job.repeated and image_key(content) in job.repeated:
-                raise BadImageError("over-repeated")
-            stored = normalise(content, options.limits)
+            stored = _read_image(image, options, job)
         except BadImageError as error:
             source, verdict = clean_text(image.source[:500]), clean_text(str(error)[:200])
             dropped.append({"source": source, "verdict": verdict})
@@ -426,6 +424,18 @@ def _add(
     except BadJsonError as error:
         result.documents.drop("cannot be stored", f"{place}: {error}")
         result.images.drop(DROPPED_WITH, place, len(entries))
+
+
+def _read_image(image: RawImage, options: PrepareOptions, job: PrepareJob) -> tuple[bytes, str, int, int]:
+    """The image as it is stored."""
+    try:
+        with time_limit():
+            content = image.read()
+            if job.repeated and image_key(content) in job.repeated:
+                raise BadImageError("over-repeated")
+            return normalise(content, options.limits)
+    except TooSlowError as error:
+        raise BadImageError(TOO_SLOW, str(error)) from None
 
 
 def _joined(*parts: str) -> str:

@@ -15,6 +15,9 @@ from typing import Any, NoReturn, Protocol, runtime_checkable
 
 from lcl_mcore.data.format import Kind
 from lcl_mcore.data.images import BadImageError
+from lcl_mcore.data.prepare.time_limit import TooSlowError, time_limit
+
+TOO_SLOW = "took too long"
 
 
 @dataclass(frozen=True)
@@ -103,7 +106,7 @@ class BadRecordError(ValueError):
 
 
 def documents_of(where: str, read: Callable[[], Iterable[RawDocument | Dropped]]) -> list[RawDocument | Dropped]:
-    """What one record holds: its documents, or why there is none.
+    """What one record holds: its documents, or why there is none. It has `ITEM_SECONDS` of time.
 
     Args:
         where: the record's place in its file.
@@ -112,7 +115,11 @@ def documents_of(where: str, read: Callable[[], Iterable[RawDocument | Dropped]]
             `RecursionError`. Every other exception is a bug, or concerns the file.
     """
     try:
-        return [replace(found, where=found.where or where) for found in read()] or [Dropped("empty record", where)]
+        with time_limit():
+            found = [replace(outcome, where=outcome.where or where) for outcome in read()]
+        return found or [Dropped("empty record", where)]
+    except TooSlowError as error:
+        return [Dropped(TOO_SLOW, where, str(error))]
     except BadRecordError as error:
         return [Dropped(error.reason, where, error.detail)]
     except (ValueError, ArithmeticError, RecursionError) as error:
