@@ -183,8 +183,10 @@ def _coco(path: str, entries: list[dict[str, Any]], annotations: object) -> list
     found: dict[object, tuple[str, tuple[str, ...]]] = {}
     for number, entry in enumerate(entries):
         place, own = f"images[{number}]", _identifier(entry.get("id"))
-        if not isinstance(own, int | str) or own in found:
-            rule = f"its id {entry.get('id')!r} is that of another image" if own in found else f"its id is {own!r}"
+        if not isinstance(own, int | str):
+            raise DataError(explain(f"{path}: {place}", f"its id is {own!r}", "Repair the file."))
+        if own in found:
+            rule = f"its id {entry['id']!r} is that of another image"
             raise DataError(explain(f"{path}: {place}", rule, "Repair the file."))
         found[own] = (_required(path, place, entry, "file_name"), _texts(captions.get(own, [])))
     astray = [owner for owner in captions if owner not in found]

@@ -36,6 +36,7 @@ from lcl_mcore.evaluation.attention_probe import (
 )
 from lcl_mcore.evaluation.classification_data import ClassificationDataset, open_splits, quoted
 from lcl_mcore.evaluation.embedding_metrics import effective_rank
+from lcl_mcore.evaluation.image_files import read_once
 from lcl_mcore.evaluation.load import LoadedModel, reset_weights
 from lcl_mcore.evaluation.probes import (
     LOGISTIC_CRITERION,
@@ -114,6 +115,7 @@ def classify(loaded: LoadedModel, data: Path, config: ProbeConfig, baselines: bo
         "train_images": len(train),
         "test_images": len(test),
         "left_out": {"train": dict(train.left_out), "test": dict(test.left_out)},
+        "classes_without_training_image": train.missing_classes(),
         "classes_without_test_image": test.missing_classes(),
         "probe": to_dict(config),
         **scores,
@@ -152,9 +154,10 @@ def describe(train: ClassificationDataset, test: ClassificationDataset) -> list[
         + (", ".join(f"{count} {reason}" for reason, count in split.left_out.items()) or "none")
         for name, split in (("training", train), ("test", test))
     ]
-    missing = test.missing_classes()
-    if missing:
-        lines.append(f"{len(missing)} of {len(test.classes)} classes have no test image: {quoted(missing)}")
+    for name, split in (("training", train), ("test", test)):
+        missing = split.missing_classes()
+        if missing:
+            lines.append(f"{len(missing)} of {len(split.classes)} classes have no {name} image: {quoted(missing)}")
     return lines
 
 
@@ -184,11 +187,14 @@ def chosen_probes(
     Every seed draws another validation part, another order and initial head, and other random weights for the baseline.
     """
     require_scikit_learn()
-    model, log = loaded.model.eval(), loaded.context.log
+    model, log, vision = loaded.model.eval(), loaded.context.log, loaded.config.model.vision
     seeds = range(config.seed, config.seed + config.seeds)
 
     def evaluated(name: str, encoder: ImageEncoder, heads: int, seeds: Sequence[int]) -> list[dict[str, Any]]:
         log(f"{name}: features of {len(train) + len(test)} images")
+        gib = 4 * vision.patches * encoder.width * len(train) / 2**30
+        if 1024 * gib > config.cache_mb:
+            log(f"{name}: patch tokens of {gib:.1f} GiB exceed --cache-mb {config.cache_mb}: computed in every step")
         fit, unseen = without_repeated_channels(
             freeze(encoder, train, config.cache_mb), freeze(encoder, test, config.cache_mb)
         )
@@ -198,7 +204,6 @@ def chosen_probes(
             found.append(run_probes(fit, unseen, encoder.width, heads, len(train.classes), seed))
         return found
 
-    vision = model.shape.vision
     runs = {"trained": evaluated("trained", with_pool(model), vision.heads, seeds)}
     if baselines:
         runs["random_init"] = []
@@ -425,6 +430,7 @@ def full_transfer(
     def forward(images: Tensor) -> Tensor:
         return probe(encode(vision, images, next(seeds)))
 
+    read_once(test.fetch, len(test))
     with restored_weights(vision):
         with training_mode(encoder):
             fit = fit_classifier(forward, groups, batches(train, augmented=True), len(train), config)

@@ -87,6 +87,9 @@ def open_splits(path: Path, image_size: int) -> tuple[ClassificationDataset, Cla
     Raises:
         DataError: none of these is there, or the test split has a class that the training split has not.
     """
+    folders = [_folder(path, split) for split in ("train", "test")]
+    if folders[0] and folders[1] and folders[0].samefile(folders[1]):
+        raise DataError(explain(folders[1], "is the folder of the training images", "Give other images to test on."))
     train = _read_split(path, "train", image_size)
     return train.dataset(train.order), _read_split(path, "test", image_size).dataset(train.order)
 

@@ -23,6 +23,7 @@ from lcl_mcore.data.tokenizer import Tokenizer
 from lcl_mcore.distributed.context import Context
 from lcl_mcore.errors import ConfigError, NonFiniteError, explain
 from lcl_mcore.evaluation.caption_data import CaptionDataset
+from lcl_mcore.evaluation.image_files import read_once
 from lcl_mcore.evaluation.load import LoadedModel, reset_weights
 from lcl_mcore.lr_schedule import cosine_with_warmup
 from lcl_mcore.models.attention import make_segments
@@ -373,6 +374,8 @@ def compare(
     """
     started, model, full = time.perf_counter(), loaded.model, config.transfer == "full"
     model.eval()
+
+    read_once(test.fetch, len(test))
 
     def scores(name: str, encoder: ImageEncoder) -> dict[str, Any]:
         loaded.context.log(f"{name}:")

@@ -27,6 +27,7 @@ from lcl_mcore.errors import ConfigError, DataError, NonFiniteError
 from lcl_mcore.evaluation.caption_data import CaptionDataset, open_caption_dataset
 from lcl_mcore.evaluation.classification_data import ClassificationDataset, open_splits, open_test_split
 from lcl_mcore.evaluation.embedding_metrics import chance, effective_rank, recall_at
+from lcl_mcore.evaluation.image_files import read_once
 from lcl_mcore.evaluation.prompts import prompt_names, read_templates
 from lcl_mcore.evaluation.retrieval import chance_scores, retrieval_scores
 from lcl_mcore.export.model_card import results
@@ -126,10 +127,18 @@ def test_labelled_data_that_are_refused(tmp_path: Path) -> None:
     put(tmp_path / "a" / "val" / "cat" / "1.png", b"\x89PNG damaged")
     (tmp_path / "a" / "val" / "cat" / "2.png").symlink_to("nowhere")
     (tmp_path / "a" / "val" / "cat" / "again").symlink_to("..")
+    (tmp_path / "a" / "validation").symlink_to("train")
+    assert open_splits(tmp_path / "a", 4)[1].left_out == {}
+    (tmp_path / "same" / "train" / "cat").mkdir(parents=True)
+    (tmp_path / "same" / "val").symlink_to("train")
+    assert message(lambda: open_splits(tmp_path / "same", 4)) == (
+        f"{tmp_path}/same/val: is the folder of the training images. Give other images to test on."
+    )
     test = open_test_split(tmp_path / "a", 4)
     assert len(test) == 3
     assert "val/cat/1.png: cannot be decoded" in message(lambda: test.fetch([1]))
     assert "val/cat/2.png: cannot be read (No such file or directory)" in message(lambda: test.fetch([2]))
+    assert "val/cat/1.png: cannot be decoded" in message(lambda: read_once(test.fetch, 3))
     place = tmp_path / "b" / "train"
     for name, label in (("x", b"3"), ("y", b"10"), ("z", b"")):
         place.mkdir(parents=True, exist_ok=True)
@@ -330,7 +339,7 @@ junk = st.recursive(
 )
 
 
-@few
+@settings(max_examples=200, deadline=None, database=None)
 @given(st.data())
 def test_a_damaged_caption_file_ends_in_a_sentence(photographs: Path, data: st.DataObject) -> None:
     """Any value of either format replaced by anything."""
