@@ -111,7 +111,8 @@ def orientation(image: Image.Image) -> int:
 
 def is_wide(image: ImageFile.ImageFile) -> bool:
     """Whether an image that is not yet decoded has more than 8 bits per value in its file."""
-    return any("16" in str(tile.args) for tile in image.tile)
+    modes = [tile.args if isinstance(tile.args, str) else (tile.args or ("",))[0] for tile in image.tile]
+    return any("16" in str(mode) for mode in modes)
 
 
 def _to_rgb(image: Image.Image, source: Image.Image, wide: bool) -> Image.Image:

@@ -324,9 +324,10 @@ def test_zips_with_several_and_foreign_members(tmp_path: Path) -> None:
             archive.writestr(f"{n}.jsonl", json.dumps(mmc4_document(n)))
         archive.writestr("__MACOSX/._0.jsonl", b"\0\5\x16\7")
         archive.writestr("README", b"text")
+    (tmp_path / "c.jsonl").write_bytes(zip_bytes(json.dumps(mmc4_document(3)).encode()))
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps(mmc4_document(2)).encode()))
     reader = Mmc4Reader(tmp_path)
-    assert (numbers(reader), dropped(reader)) == ([0, 1, 2], ["system file", "no .jsonl file"])
+    assert (numbers(reader), dropped(reader)) == ([0, 1, 2, 3], ["system file", "no .jsonl file"])
 
 
 def _flag_encrypted(content: bytes) -> bytes:
@@ -495,6 +496,17 @@ def test_an_empty_row_is_counted(tmp_path: Path) -> None:
         "images and texts differ in length",
         "empty record",
     ]
+
+
+def test_names_of_files_of_any_bytes(tmp_path: Path) -> None:
+    columns = {"images": lists([[None, URL]], pyarrow.string()), "texts": lists([["a", None]], pyarrow.string())}
+    parquet_in(tmp_path, columns)
+    (tmp_path / "a.parquet").rename(tmp_path / "caf\udce9.parquet")
+    (tmp_path / "\udce9.tar").write_bytes(tar_bytes(pair("0")))
+    (tmp_path / "\udce9.jsonl").write_text(json.dumps(mmc4_document(0)))
+    (tmp_path / "\udce9.html").write_text(f"<p>{WORDS}<img src=x.png>")
+    readers: list[Reader] = [ParquetReader(tmp_path), PairReader(tmp_path), Mmc4Reader(tmp_path), HtmlReader(tmp_path)]
+    assert [len(documents(reader)) for reader in readers] == [1, 1, 1, 1]
 
 
 def test_a_table_of_images_that_is_no_csv(tmp_path: Path) -> None:
@@ -692,6 +704,14 @@ def test_system_files() -> None:
         assert is_system_file(name), name
     for name in ["a.jpg", "a/b.c/d", "../x.jpg", "./a.jpg", "/a", "macosx/a", "thumbs.db/a"]:
         assert not is_system_file(name), name
+
+
+def test_links_to_folders_are_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "0.tar").touch()
+    (tmp_path / "real" / "loop").symlink_to(tmp_path)
+    assert inputs(tmp_path, ".tar") == [tmp_path / "real" / "0.tar"]
+    assert caplog.messages == [f"{tmp_path}/real/loop: links to folders are not followed."]
 
 
 def test_a_folder_that_cannot_be_listed_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ import codecs
 import errno
 import gzip
 import io
+import logging
 import os
 import struct
 import zipfile
@@ -23,13 +24,14 @@ from lcl_mcore.data.prepare.records import InputFile
 from lcl_mcore.errors import DataError, explain
 from lcl_mcore.untrusted import open_regular, read_regular
 
+logger = logging.getLogger(__name__)
 MAX_RATIO = 200
 """Unpacked to packed bytes, from `SMALL` unpacked bytes on."""
 SMALL = 1 << 20
 MAX_DIRECTORY = 4 << 20
 """Bytes of a zip's directory."""
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
-MAGIC = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+MAGIC = {b"PK\3\4": "zip", b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\0": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 UNPACK: dict[str, Callable[[BinaryIO], io.BufferedIOBase]] = {
     "gzip": lambda packed: gzip.GzipFile(fileobj=packed),
     "bzip2": lambda packed: bz2.BZ2File(packed),
@@ -44,7 +46,7 @@ SKIPPED_BYTES = 1 << 20  # read at once of a line that is too long
 def inputs(path: Path, *suffixes: str) -> list[Path]:
     """The file itself, or all files with one of the suffixes below a folder, sorted.
 
-    Compressed ones belong to them, and `.JSONL` is as good as `.jsonl`. Links to folders are not followed.
+    Compressed ones belong to them, and `.JSONL` is as good as `.jsonl`. Links to folders are named and not followed.
 
     Raises:
         DataError: nothing is there, or a folder cannot be listed.
@@ -58,12 +60,11 @@ def inputs(path: Path, *suffixes: str) -> list[Path]:
         raise DataError(explain(error.filename, f"cannot be listed: {error.strerror}", "Check its permissions."))
 
     wanted = tuple(suffix + more for suffix in suffixes for more in ("", *COMPRESSED))
-    found = [
-        Path(folder) / name
-        for folder, _, names in os.walk(path, onerror=refuse)
-        for name in names
-        if name.lower().endswith(wanted)
-    ]
+    found: list[Path] = []
+    for folder, inner, names in os.walk(path, onerror=refuse):
+        found += [Path(folder, name) for name in names if name.lower().endswith(wanted)]
+        for link in (name for name in inner if os.path.islink(os.path.join(folder, name))):
+            logger.warning("%s: links to folders are not followed.", os.path.join(folder, link))
     if not found:
         rule = f"holds no {' or '.join(suffixes)} file"
         raise DataError(explain(path, rule, "Check the folder and the format's name."))

@@ -76,17 +76,19 @@ class Mmc4Reader:
         Nothing is read: a part begins with the first line that begins in its range.
         """
         (path,) = file.paths
-        if path.suffix.lower() == ".zip":
+        with open_regular(path) as stream:
+            size = os.fstat(stream.fileno()).st_size
+            kind = compression(stream)
+            marked = stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+        if kind == "zip" or path.suffix.lower() == ".zip":
             members = zip_members(path)
             if not any(_is_jsonl(info.filename) for info in members):
                 raise DataError("holds no .jsonl file. Check the format's name.")
             return [InputPart((path, info.filename, 0, None), max(1, info.file_size // PART_BYTES)) for info in members]
-        with open_regular(path) as stream:
-            size = os.fstat(stream.fileno()).st_size
-            if compression(stream):
-                return [InputPart((path, "", 0, None), max(1, size // PART_BYTES))]
-            if stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE):
-                raise DataError("is UTF-16. Write it as UTF-8.")
+        if kind:
+            return [InputPart((path, "", 0, None), max(1, size // PART_BYTES))]
+        if marked:
+            raise DataError("is UTF-16. Write it as UTF-8.")
         starts = range(0, max(size, 1), PART_BYTES)
         return [InputPart((path, "", start, start + PART_BYTES)) for start in starts]
 

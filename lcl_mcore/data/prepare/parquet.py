@@ -212,14 +212,13 @@ def _opened(path: Path) -> Iterator[parquet.ParquetFile]:
     import pyarrow
     from pyarrow import parquet
 
-    with open_regular(path):
-        pass
-    try:
-        opened = parquet.ParquetFile(path, page_checksum_verification=True)
-    except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"is not a readable parquet file: {_first_line(error)}. Download it again.") from error
-    with opened:
-        yield opened
+    with open_regular(path) as stream:
+        try:
+            opened = parquet.ParquetFile(stream, page_checksum_verification=True)
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise DataError(f"is not a readable parquet file: {_first_line(error)}. Download it again.") from error
+        with opened:
+            yield opened
 
 
 def _batches(opened: parquet.ParquetFile, group: int, columns: list[str], rows: int) -> Iterator[pyarrow.RecordBatch]:
