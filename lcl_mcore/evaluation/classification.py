@@ -353,7 +353,7 @@ def probe_table(result: Mapping[str, Any]) -> list[str]:
 def _chosen(settings: Mapping[str, float]) -> str:
     if "lr" in settings:
         return f"lr {settings['lr']:.1e} x {settings['steps']}"
-    return f"k {settings['k']}" if "k" in settings else f"C {settings['C']:.0e}"
+    return f"k {settings['k']}" if "k" in settings else f"penalty {settings['penalty']:.0e}"
 
 
 # --- the probe with given settings

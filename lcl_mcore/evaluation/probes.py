@@ -25,10 +25,11 @@ from lcl_mcore.optional_packages import installed
 from lcl_mcore.rng import key63
 
 VALIDATION_SHARE, MOST_VALIDATION_IMAGES = 0.2, 10_000
-EXPONENTS = range(-6, 7)
-"""Of ten, for C: the inverse of the penalty on the squared weights, against the loss summed over the images."""
-PATIENCE = 2
-"""Powers of ten beyond the best C that are tried without a gain."""
+PENALTIES = tuple(10.0**exponent for exponent in range(0, -10, -1))
+"""Factors on half the squared weights, beside the mean loss. At 1 the weights are about the differences of the class
+means; each smaller one starts from the weights of the one before."""
+PATIENCE = 3
+"""Penalties beyond the best one that are tried without a gain."""
 TOLERANCE, ITERATIONS = 1e-4, 5000
 LOGISTIC_CRITERION = (
     f"L-BFGS: no component of the mean loss's gradient above {TOLERANCE} within {ITERATIONS} iterations (scikit-learn)"
@@ -132,25 +133,26 @@ def standardise(fit: Tensor, *others: Tensor) -> list[Tensor]:
 
 
 def logistic_regression(train: LabelledFeatures, test: LabelledFeatures, classes: int, seed: int) -> dict[str, Any]:
-    """Multinomial logistic regression on standardised features, C chosen on a validation part, then fitted on all."""
+    """Multinomial, on standardised features: the penalty is chosen on a validation part, then all images are fitted."""
     fit_indices, held_indices = validation_part(train.labels, seed)
     notes: list[str] = []
-    tried: dict[int, float] = {}
-    chosen = 0
+    tried: dict[float, float] = {}
+    chosen = 1 / len(train)
     if len(held_indices):
         fit, held = train.select(fit_indices), train.select(held_indices)
         model = _Logistic(classes)
         x, y = standardise(fit.vectors, held.vectors)
-        for exponent in EXPONENTS:  # each starts from the weights of the one before
-            model.fit(x, fit.labels, exponent)
-            tried[exponent] = float((model.logits(y).argmax(1) == held.labels).double().mean())
-            chosen = max(tried, key=lambda e: (tried[e], -e))
-            if exponent >= chosen + PATIENCE and tried[chosen] > 1.5 * chance_of(held.labels):
+        for number, penalty in enumerate(PENALTIES):
+            model.fit(x, fit.labels, penalty)
+            tried[penalty] = float((model.logits(y).argmax(1) == held.labels).double().mean())
+            chosen = max(tried, key=lambda p: (tried[p], p))
+            waited = number - PENALTIES.index(chosen)
+            if waited >= PATIENCE and tried[chosen] > 1.5 * chance_of(held.labels):
                 break
-        if chosen in (EXPONENTS[0], EXPONENTS[-1]):
-            notes.append(f"the chosen C = 1e{chosen} is at the edge of what was tried")
+        if chosen in (PENALTIES[0], PENALTIES[-1]):
+            notes.append(f"the chosen penalty {chosen:.0e} is at the edge of what was tried")
     else:
-        notes.append("no class has two training images: C = 1 was not chosen")
+        notes.append(f"no class has two training images: the penalty {chosen:.1g} was not chosen")
     final = _Logistic(classes)
     x, y = standardise(train.vectors, test.vectors)
     converged, iterations = final.fit(x, train.labels, chosen)
@@ -161,8 +163,8 @@ def logistic_regression(train: LabelledFeatures, test: LabelledFeatures, classes
         "train_top1": float((final.logits(x).argmax(1) == train.labels).double().mean()),
         "converged": converged,
         "iterations": iterations,
-        "chosen": {"C": 10.0**chosen},
-        "tried": [{"C": 10.0**exponent, "validation_top1": value} for exponent, value in tried.items()],
+        "chosen": {"penalty": chosen},
+        "tried": [{"penalty": penalty, "validation_top1": value} for penalty, value in tried.items()],
         "warnings": notes,
     }
 
@@ -181,11 +183,11 @@ class _Logistic:
         self.classes = classes
         self.model = LogisticRegression(tol=TOLERANCE, max_iter=ITERATIONS, warm_start=True)
 
-    def fit(self, x: Tensor, labels: Tensor, exponent: int) -> tuple[bool, int]:
+    def fit(self, x: Tensor, labels: Tensor, penalty: float) -> tuple[bool, int]:
         """Whether it converged, and after how many iterations."""
         from sklearn.exceptions import ConvergenceWarning
 
-        self.model.set_params(C=10.0**exponent)
+        self.model.set_params(C=1 / (penalty * len(labels)))  # scikit-learn sums the loss over the images
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always", ConvergenceWarning)
             self.model.fit(require_finite(x, "features").numpy(), labels.numpy())
