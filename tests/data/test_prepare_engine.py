@@ -48,7 +48,7 @@ OPTIONS = PrepareOptions(limits=ImageLimits(min_side=32), shard_documents=3)
 TEXT_ONLY = replace(OPTIONS, require_image=False, shard_documents=100)
 PICTURES = [image_bytes(n, 48, 40) for n in range(6)]
 FAST = settings(
-    max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 
 
@@ -287,6 +287,35 @@ def test_changed_input_is_noticed(tmp_path: Path, kind: str, killed: float | Non
     assert manifest == anew
     assert files(folder / "out") == files(folder / "anew")
     assert run(reader, folder / "out", options) == manifest  # and now it is this input's
+
+
+@FAST
+@given(st.lists(st.tuples(st.integers(0, 1), st.floats(0, 1.3)), min_size=1, max_size=5), st.integers(0, 2))
+def test_input_that_changes_back_and_forth_between_kills(
+    tmp_path: Path, attempts: list[tuple[int, float]], max_repeats: int
+) -> None:
+    """Shards of one version never pass for the other's, though both have the same sizes and each its own time."""
+    folder = new_folder(tmp_path)
+    source = write_mmc4(folder / "in", {"a": [["0.jpg"], ["1.jpg"], ["2.jpg"], ["1.jpg"]], "b": [["0.jpg"]]})
+    lines = (source / "a.jsonl").read_text()
+    versions = [lines, lines.replace("1.jpg", "0.jpg").replace("a 0", "a 9")]
+    options = replace(OPTIONS, max_repeats=max_repeats)
+
+    def become(version: int) -> None:
+        (source / "a.jsonl").write_text(versions[version])
+        os.utime(source / "a.jsonl", (version, version))
+
+    def attempt() -> None:
+        run(Mmc4Reader(source), folder / "out", options, update=True)
+
+    for version, moment in attempts:
+        become(version)
+        in_a_fork(attempt, kill_at=1 + int(moment * 70))  # the last ones are not killed
+    for version in (0, 1):
+        become(version)
+        attempt()
+        run(Mmc4Reader(source), folder / str(version), options)
+        assert files(folder / "out") == files(folder / str(version))
 
 
 def test_an_output_folder_inside_the_input_is_not_input(tmp_path: Path) -> None:

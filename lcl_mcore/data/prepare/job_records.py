@@ -85,7 +85,7 @@ class JobRecords:
         earlier = _read_plan(self._history()[0])
         if earlier is None:
             rule = "holds a data set that another tool or an earlier version made"
-            raise DataError(explain(self._output, rule, "Choose another output folder."))
+            raise DataError(explain(self._output, rule, "Choose another output folder, or move this one away."))
         self._require_settings(earlier)
         changes = self._plan.other_input(earlier)
         if not changes:
