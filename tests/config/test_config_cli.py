@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from command_options import command_options
 from lcl_mcore.commands.pretrain import PretrainOptions, parse_options
@@ -253,3 +255,28 @@ def test_repeating_a_flag_appends(name: str, flag: str) -> None:
     assert parse(flag, given[0], *rest, *(word for value in given[1:] for word in (flag, value))) == together
     assert parse(*rest, *(f"{flag}={value}" for value in given)) == together
     assert parse(*rest, flag, *given[:2], f"{flag}={given[2]}", flag, *given[3:]) == together
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.data())
+def test_values_survive_every_way_of_typing_them(data: st.DataObject) -> None:
+    """Any command, any flag that takes several values: divided at random, with a space or `=`, among the others."""
+    name, flag = data.draw(st.sampled_from(sorted(SEQUENCES)))
+    cls, left = command_options()[name], VALUES[flag]
+
+    def parse(words: list[str]) -> Any:
+        return parse_run(cls, words) if issubclass(cls, RunOptions) else arguments.parse(cls, words)
+
+    others = [part.split() for part in re.findall(r"--[^-]*", REST[name])]
+    expected = parse([*REST[name].split(), flag, *left])
+    place, line = 0, list[str]()
+    while left:
+        following = data.draw(st.integers(place, len(others)))
+        line += [word for part in others[place:following] for word in part]
+        place, count = following, data.draw(st.integers(1, len(left)))
+        spelled = data.draw(st.sampled_from([flag, "--" + flag[2:].replace("-", "_")]))
+        one = count == 1 and data.draw(st.booleans())
+        line += [f"{spelled}={left[0]}"] if one else [spelled, *left[:count]]
+        left = left[count:]
+    line += [word for part in others[place:] for word in part]
+    assert parse(line) == expected
