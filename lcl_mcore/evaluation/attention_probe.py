@@ -33,9 +33,7 @@ RATES = (3e-4, 1e-3, 3e-3, 1e-2)
 RATE_FACTOR, LOWEST_RATE, HIGHEST_RATE = 10**0.5, 1e-5, 0.2
 FIRST_STEPS, MOST_STEPS, BATCH = 300, 19_200, 256
 GAIN = 0.002
-CRITERION = (
-    f"two, then four times the steps gained no more than {GAIN:.1%} on the validation part of the training images"
-)
+CRITERION = f"neither two nor four times the steps gained more than {GAIN:.1%} on the validation part"
 
 
 class AttentionProbe(nn.Module):

@@ -63,6 +63,9 @@ from lcl_mcore.models.lcl import LclModel
 CHUNK = 256
 """Images in one forward pass of a frozen encoder."""
 
+TRAINING = ("batch_size", "lr", "weight_decay", "beta1", "beta2", "warmup", "epochs")
+"""Settings of the paper's probe, of which those with chosen settings have no use."""
+
 SMALL_SET = 100_000
 """Training images up to which settings are chosen, unless some are given."""
 
@@ -117,7 +120,7 @@ def classify(loaded: LoadedModel, data: Path, config: ProbeConfig, baselines: bo
         "left_out": {"train": dict(train.left_out), "test": dict(test.left_out)},
         "classes_without_training_image": train.missing_classes(),
         "classes_without_test_image": test.missing_classes(),
-        "probe": to_dict(config),
+        "probe": {name: value for name, value in to_dict(config).items() if not chosen or name not in TRAINING},
         **scores,
         "seconds": round(time.perf_counter() - started, 1),
     }
@@ -129,9 +132,8 @@ def protocol(config: ProbeConfig, train_images: int) -> str:
     Raises:
         ConfigError: settings are both given and to be chosen, or asked of a protocol that has no use for them.
     """
-    training = ("batch_size", "lr", "weight_decay", "beta1", "beta2", "warmup", "epochs")
     defaults = ProbeConfig()
-    given = [f"--{name.replace('_', '-')}" for name in training if getattr(config, name) != getattr(defaults, name)]
+    given = [f"--{name.replace('_', '-')}" for name in TRAINING if getattr(config, name) != getattr(defaults, name)]
     if config.probe == "chosen":
         if config.transfer == "full":
             raise ConfigError(explain("--probe chosen", "is for frozen encoders", "Leave out --transfer full."))
