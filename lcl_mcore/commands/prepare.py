@@ -100,7 +100,10 @@ def main() -> int:
         quiet=options.quiet,
         update=options.update,
     )
-    shown = ("documents", "images", "bytes", "fingerprint", "dropped_documents", "dropped_images")
+    shown = (
+        *("documents", "images", "bytes", "fingerprint"),
+        *("seen_documents", "seen_images", "dropped_documents", "dropped_images"),
+    )
     print(json.dumps({name: manifest[name] for name in shown}, indent=1))
     return 0
 

@@ -22,6 +22,7 @@ from hypothesis import strategies as st
 from corpora import image_bytes
 from launch import run_script
 from lcl_mcore.data.format import NativeDataset
+from lcl_mcore.data.prepare import mmc4
 from lcl_mcore.data.prepare.engine import PrepareOptions, prepare
 from lcl_mcore.data.prepare.mmc4 import Mmc4Reader
 from lcl_mcore.data.prepare.normalise import ImageLimits
@@ -172,6 +173,20 @@ def test_every_pair_is_kept_or_counted(tmp_path: Path, tars: list[list[str]]) ->
     assert stored_documents(folder / "out") == good  # files of one name are two files, in their order
     names = [f"{t}/same.tar" for t, samples in enumerate(tars) if samples]
     assert [file["file"] for file in manifest["inputs"] if file["documents"]["seen"]] == names
+
+
+def test_the_parts_of_a_file_add_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(mmc4, "PART_BYTES", 300)
+    source = write_mmc4(tmp_path / "in", {"a": [["0.jpg"], "{", ["gone.jpg", "1.jpg"]] * 5, "b": [["2.jpg"]]})
+    manifest = run(Mmc4Reader(source), tmp_path / "out")
+    require_sums(manifest)
+    assert len(manifest["shards"]) > 4
+    assert [(file["file"], file["documents"]["seen"], file["images"]["seen"]) for file in manifest["inputs"]] == [
+        ("a.jsonl", 15, 15),
+        ("b.jsonl", 1, 1),
+    ]
+    numbers = [n for n in range(15) if n % 3 != 1]
+    assert stored_documents(tmp_path / "out") == [*((f"a {n}",) for n in numbers), ("b 0",)]
 
 
 # --- kills ---
@@ -407,6 +422,8 @@ class ToyReader:
         for number, line in enumerate(Path(part.where).read_text().splitlines(), 1):
             if line == "torn":
                 raise DataError("is cut at byte 7. Download it again.")
+            if line == "memory":
+                raise MemoryError
             if line == "disk":
                 raise OSError(5, "Input/output error")
             if line == "killed" or (line == "killed once" and not (self.folder / "once").exists()):
@@ -522,15 +539,17 @@ def test_damaged_files_are_counted_and_alone_prepared_again(tmp_path: Path) -> N
 @pytest.mark.timeout(120)
 @pytest.mark.parametrize("workers", [1, 2])
 def test_what_may_pass_is_an_error_and_tried_again(tmp_path: Path, workers: int) -> None:
-    reader = toy(tmp_path / "in", a="one", c="two,disk", d="four")
+    reader = toy(tmp_path / "in", a="one", b="memory", c="two,disk", d="four")
     with pytest.raises(DataError) as refusal:
         prepare(reader, tmp_path / "out", OPTIONS, workers=workers, quiet=True)
     assert str(refusal.value).splitlines() == [
+        "b.txt: MemoryError",
         "c.txt, after line 1: Input/output error",
         "Some input could not be read now. The others are prepared and stay: run the same command again.",
     ]
     before = {path.name[0]: path.stat().st_ino for path in (tmp_path / "out").glob("*.tar")}
     assert set(before) == {"a", "d"}
+    (tmp_path / "in" / "b.txt").unlink()
     (tmp_path / "in" / "c.txt").write_text("two\nthree")
     assert run(reader, tmp_path / "out")["documents"] == 4
     after = {path.name[0]: path.stat().st_ino for path in (tmp_path / "out").glob("*.tar")}

@@ -42,7 +42,7 @@ from lcl_mcore.data.untrusted_json import BadJsonError, clean_text
 from lcl_mcore.errors import DataError, explain
 
 T = TypeVar("T")
-BAD_FILE = (DataError, OSError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile)
+BAD_FILE = (DataError, OSError, MemoryError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile)
 """What readers raise about a file that they cannot read further."""
 LASTING = (None, errno.EFBIG, errno.EINVAL, errno.EISDIR, errno.ELOOP, errno.ENAMETOOLONG, errno.ENOENT, errno.ENXIO)
 """Of `OSError`, what is so until the file changes: no regular file, links in a circle, content that does not unpack."""
@@ -243,7 +243,9 @@ def _unused(file: str, reason: str, example: str) -> JobResult:
 
 def _lasts(error: BaseException) -> bool:
     """Whether the file itself is bad, so that reading it again would end in the same way."""
-    return not isinstance(error, OSError) or error.errno in LASTING
+    if isinstance(error, OSError):
+        return error.errno in LASTING
+    return not isinstance(error, MemoryError)
 
 
 def _what(error: BaseException) -> str:
