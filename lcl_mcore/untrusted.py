@@ -131,3 +131,59 @@ def _measure(node: yaml.Node, done: dict[yaml.Node, tuple[int, int]], inside: se
     inside.remove(node)
     done[node] = values, depth
     return done[node]
+
+
+# --- pickles ---
+
+MAX_PICKLE_DEPTH = 50
+MAX_PICKLE_STEPS = 1 << 20
+_GROWS = ("APPEND", "APPENDS", "SETITEM", "SETITEMS", "ADDITEMS", "BUILD")
+
+
+def require_shallow_pickle(data: bytes) -> None:
+    """Refuse a pickle whose values are nested so deeply that hashing or comparing one would end the process.
+
+    Nothing in it is built. Depth is counted where a value is made; a container that grows later is not hashable.
+
+    Raises:
+        ValueError: nested more than `MAX_PICKLE_DEPTH` deep, more than `MAX_PICKLE_STEPS` instructions, or damaged.
+    """
+    import pickletools
+
+    mark = -1
+    stack: list[int] = []
+    memo: dict[int, int] = {}
+    try:
+        argument: Any
+        for step, (operation, argument, _) in enumerate(pickletools.genops(data)):
+            if step > MAX_PICKLE_STEPS:
+                raise ValueError(f"a pickle of more than {MAX_PICKLE_STEPS} instructions")
+            name = operation.name
+            if name == "MARK":
+                stack.append(mark)
+            elif name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+                memo[len(memo) if name == "MEMOIZE" else int(argument)] = stack[-1]
+            elif name in ("GET", "BINGET", "LONG_BINGET"):
+                stack.append(memo[int(argument)])
+            elif name == "DUP":
+                stack.append(stack[-1])
+            else:
+                *items, last = [*_taken(stack, [part.name for part in operation.stack_before], mark), 0]
+                if name in _GROWS:  # what grows was taken last
+                    last = items.pop()
+                made = len(operation.stack_after)
+                stack += [max(last, 1 + max(items, default=0))] * made
+                if made and stack[-1] > MAX_PICKLE_DEPTH:
+                    raise ValueError(f"a pickle nested more than {MAX_PICKLE_DEPTH} deep")
+    except (IndexError, KeyError, TypeError) as error:
+        raise ValueError(f"a damaged pickle ({type(error).__name__} {error})") from None
+
+
+def _taken(stack: list[int], before: list[str], mark: int) -> list[int]:
+    """Take from the stack what an instruction takes: depths of values."""
+    taken = []
+    if "mark" in before:
+        while (depth := stack.pop()) != mark:
+            taken.append(depth)
+        before = before[: before.index("mark")]
+    return taken + [stack.pop() for _ in before]

@@ -18,8 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lcl_mcore.checkpoint.shards import current_name
+from lcl_mcore.checkpoint.tensor_files import require_sound_safetensors
 from lcl_mcore.config.base import to_dict
 from lcl_mcore.config.schema import ModelConfig
+from lcl_mcore.data.untrusted_json import BadJsonError, parse_object
 from lcl_mcore.errors import CheckpointError, explain
 from lcl_mcore.models.lcl import LclModel
 from lcl_mcore.storage import atomic_file
@@ -114,6 +116,7 @@ def read_consolidated(path: Path) -> dict[str, Tensor]:
         CheckpointError: missing, damaged, or another kind of file.
     """
     file = _file(path)
+    require_sound_safetensors(file)
     try:
         with safe_open(file, "pt") as stored:
             metadata: dict[str, Any] = stored.metadata() or {}
@@ -139,7 +142,11 @@ def require_same_model(path: Path, shape: ModelConfig) -> None:
     """
     file = _file(path)
     with safe_open(file, "pt") as stored:
-        written = dict(_leaves(json.loads((stored.metadata() or {}).get("model", "{}"))))
+        text = (stored.metadata() or {}).get("model", "{}")
+    try:
+        written = dict(_leaves(parse_object(text)))
+    except (BadJsonError, RecursionError) as error:
+        raise CheckpointError(explain(file, f"cannot be read (model: {error})", "Make it again.")) from None
     ours = dict(_leaves(to_dict(shape)))
     for name in sorted(written.keys() & ours.keys()):
         if written[name] != ours[name] and not _NOT_THE_FUNCTION.search(name):
@@ -160,9 +167,10 @@ def _leaves(tree: Mapping[str, Any], path: str = "") -> Iterator[tuple[str, Any]
 def is_consolidated(path: Path) -> bool:
     """Whether this is a `model.safetensors` of ours, or a folder with one."""
     try:
+        require_sound_safetensors(_file(path))
         with safe_open(_file(path), "pt") as stored:
             return (stored.metadata() or {}).get("format", "").startswith("lcl_mcore")
-    except (OSError, SafetensorError):
+    except (CheckpointError, OSError, SafetensorError):
         return False
 
 

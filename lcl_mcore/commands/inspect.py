@@ -51,6 +51,7 @@ def main() -> int:
 
     from lcl_mcore.data.inspection import Inspector
     from lcl_mcore.data.tokenizer import build_tokenizer
+    from lcl_mcore.storage import atomic_write
 
     tokenizer = build_tokenizer(TokenizerConfig(kind=options.tokenizer_kind, path=options.tokenizer))
     config = DataConfig(sequence_length=options.sequence_length, packing=options.packing)
@@ -59,11 +60,13 @@ def main() -> int:
         if options.document is None:
             print(json.dumps(inspector.statistics(options.sample), indent=1))
         elif options.html:
-            options.html.write_text(inspector.page(options.document, options.epoch), encoding="utf-8")
+            atomic_write(options.html, inspector.page(options.document, options.epoch))
         else:
             print(inspector.page(options.document, options.epoch))
     except IndexError as error:
         raise DataError(explain(f"--document {options.document}", str(error), "Choose a lower one.")) from None
+    except OSError as error:
+        raise DataError(explain(options.html, f"cannot be written ({error.strerror})", "Choose another.")) from None
     finally:
         inspector.close()
     return 0

@@ -37,6 +37,7 @@ INDEX_HEADER = 128  # bytes before the array in a .npy file of this shape
 SMALL_INDEX = 256 << 10
 
 Kind = Literal["matched", "sequence", "pair"]
+CODECS = ("jpg", "png", "webp")
 MAX_IMAGES = 1_000
 MAX_TEXTS = 100_000
 
@@ -50,6 +51,7 @@ class ImageEntry:
 
     Attributes:
         name: the member's name after `KEY.`, for instance `0.jpg`.
+        codec: one of `CODECS`.
         text_index: matched: the text it belongs to; sequence: how many texts come before it; pair: 0.
         similarity: matched: how well it fits that text (1 when unknown).
     """
@@ -120,7 +122,7 @@ class Document:
                 name=_text(image, "image_name"),
                 width=_whole(image, "width", 1, 1 << 20),
                 height=_whole(image, "height", 1, 1 << 20),
-                codec=_text(image, "codec"),
+                codec=_codec(image),
                 sha256=_text(image, "sha256"),
                 bytes=_whole(image, "bytes", 1, 1 << 30),
                 text_index=_whole(image, index_name, 0, last),
@@ -136,6 +138,13 @@ def _whole(data: Any, name: str, low: int, high: int) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
         raise BadJsonError(f"{name} = {value!r} is not an integer in {low}..{high}")
     return value
+
+
+def _codec(data: Any) -> str:
+    codec = _text(data, "codec")
+    if codec not in CODECS:
+        raise BadJsonError(f"codec {codec[:80]!r} is not one of {CODECS}")
+    return codec
 
 
 def _text(data: Any, name: str) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 from collections import Counter
 from dataclasses import replace
 from typing import Any
@@ -17,7 +16,7 @@ from lcl_mcore.data.packing import SampleStream, span_from
 from lcl_mcore.data.tokenized import MARKERS_PER_IMAGE, TokenizedDocument
 from lcl_mcore.data.tokenizer import Tokenizer
 from lcl_mcore.rng import KeyedRandom
-from lcl_mcore.templates import render
+from lcl_mcore.templates import data_url, render
 
 SEQUENCES = 128  # packed for the statistics of a data set
 
@@ -128,10 +127,8 @@ class Inspector:
 
     def _image(self, stored: Document, members: Members, number: int) -> dict[str, str]:
         entry = stored.images[number]
-        content = base64.b64encode(self._data.image(stored, members, number, verify=False)).decode()
-        kind = "jpeg" if entry.codec == "jpg" else entry.codec
         return {
-            "source": f"data:image/{kind};base64,{content}",
+            "source": data_url(self._data.image(stored, members, number, verify=False), entry.codec),
             "label": f"{entry.name} {entry.width} x {entry.height}",
         }
 

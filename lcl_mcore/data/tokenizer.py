@@ -19,8 +19,11 @@ from tokenizers import decoders as hf_decoders
 
 from lcl_mcore.config.base import require
 from lcl_mcore.config.schema import Cleaning, RunConfig, TokenizerConfig
+from lcl_mcore.data.untrusted_json import parse_object
+from lcl_mcore.data.vocabulary_file import MAX_BYTES, read_definition, read_vocabulary, require_sound_ids
 from lcl_mcore.errors import DataError, explain
 from lcl_mcore.storage import atomic_write
+from lcl_mcore.untrusted import open_regular
 
 CLIP_MERGES = 48_894
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
@@ -209,9 +212,9 @@ def _read(path: str, *, kind: str = "file") -> tokenizers.Tokenizer:
             return _clip_from_merges(place)
         if place.is_file() and folder == place:
             _refuse_sentencepiece(place)
-            return tokenizers.Tokenizer.from_file(str(place))
+            return tokenizers.Tokenizer.from_str(read_definition(place))
         if (folder / "tokenizer.json").is_file():
-            return tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+            return tokenizers.Tokenizer.from_str(read_definition(folder / "tokenizer.json"))
         packed = sorted(folder.glob("bpe_simple_vocab*.txt.gz"))
         if packed:
             return _clip_from_merges(packed[0])
@@ -244,7 +247,7 @@ def _refuse_sentencepiece(path: Path) -> None:
     Raises:
         DataError: it is one.
     """
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         head = file.read(4)
     if path.suffix == ".model" or (head[:1] == b"\n" and head[2:3] == b"\n"):
         raise DataError(
@@ -302,7 +305,11 @@ def _cached_snapshot(name: str) -> Path:
 
 def _byte_level(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
     """GPT-2's kind of vocabulary from its two files (OPT ships these)."""
-    backend = tokenizers.Tokenizer(models.BPE.from_file(str(vocab), str(merges)))
+    ids = parse_object(read_vocabulary(vocab), max_bytes=MAX_BYTES)
+    require_sound_ids(str(vocab), list(ids.values()))
+    lines = [line for line in read_vocabulary(merges).decode().splitlines() if not line.startswith("#version")]
+    pairs = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
+    backend = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=pairs))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = hf_decoders.ByteLevel()
     return backend
@@ -329,7 +336,7 @@ def _without_special_matching(definition: str) -> tokenizers.Tokenizer:
 
 def _clip_from_merges(path: Path) -> tokenizers.Tokenizer:
     """Lower-cased byte-pair vocabulary of 49,408 ids: bytes, bytes ending a word, merges, two markers."""
-    with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as stream:
+    with open_regular(path) as file, gzip.open(file) if path.suffix == ".gz" else file as stream:
         lines = stream.read(MAX_MERGE_LIST_BYTES).decode("utf-8").split("\n")
     merges = [tuple(line.split()) for line in lines[1 : CLIP_MERGES + 1]]
     letters = _bytes_in_clip_order()

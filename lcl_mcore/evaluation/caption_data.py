@@ -9,7 +9,7 @@ Shape legend
 
 from __future__ import annotations
 
-import json
+import codecs
 import os
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -21,12 +21,14 @@ import torch
 from torch import Tensor
 
 from lcl_mcore.data.format import NativeDataset
-from lcl_mcore.data.untrusted_json import clean_text
+from lcl_mcore.data.untrusted_json import BadJsonError, clean_text, parse_object
 from lcl_mcore.errors import DataError, explain
 from lcl_mcore.evaluation.image_files import Fetch, image_fetcher, read_file
+from lcl_mcore.untrusted import read_regular
 
 KINDS = "Give Karpathy's or NoCaps' JSON, or a prepared data set."
 NO_CAPTION = "without a caption"
+MAX_BYTES, MAX_VALUES = 512 << 20, 1 << 24  # Karpathy's COCO has 144 MB and 8 million values
 
 
 @dataclass(frozen=True)
@@ -84,11 +86,16 @@ def open_caption_dataset(
 def _read_json(path: str) -> dict[str, Any]:
     """An object with `images`."""
     try:
-        content = json.loads(Path(path).read_text("utf-8-sig"))
-        if "images" in content and isinstance(content, dict):
-            return content
+        content = read_regular(path, MAX_BYTES)
+        if content.count(b",") > MAX_VALUES:
+            raise BadJsonError(f"more than {MAX_VALUES} values")
+        found = parse_object(content.removeprefix(codecs.BOM_UTF8), max_bytes=MAX_BYTES)
+        if "images" in found:
+            return found
         reason = "no images in it"
-    except (OSError, ValueError, TypeError, RecursionError) as error:
+    except OSError as error:
+        reason = str(error.strerror)
+    except BadJsonError as error:
         reason = str(error)
     raise DataError(explain(path, f"is neither a prepared data set nor a caption file ({reason})", KINDS))
 

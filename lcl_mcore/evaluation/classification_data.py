@@ -10,6 +10,7 @@ Shape legend
 from __future__ import annotations
 
 import gzip
+import io
 import os
 import tarfile
 import unicodedata
@@ -27,6 +28,8 @@ from torch.nn import functional
 from lcl_mcore.errors import DataError, explain
 from lcl_mcore.evaluation.image_files import Fetch, files_below, image_fetcher, is_hidden, is_image, read_file
 
+MAX_IDX_BYTES = 1 << 30
+MAX_LABEL_BYTES = 1000
 SPLITS = {"train": ("train",), "test": ("val", "validation", "test")}
 IDX_PREFIX = {"train": "train", "test": "t10k"}
 FASHION_MNIST = ("T-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle boot")
@@ -174,9 +177,10 @@ def _idx_files(path: Path, split: str) -> tuple[Path, Path] | None:
 
 def _read_idx(path: Path) -> Tensor:
     """An IDX file of bytes: two zeros, type 8, number of axes, sizes as big-endian int32, content."""
-    _, content = read_file(path)
+    _, content = read_file(path, MAX_IDX_BYTES)
     try:
-        content = gzip.decompress(content) if path.suffix == ".gz" else content
+        if path.suffix == ".gz":
+            content = gzip.GzipFile(fileobj=io.BytesIO(content)).read(MAX_IDX_BYTES)
         axes = content[3]
         sizes = np.frombuffer(content, ">i4", axes, 4).tolist()
         values = np.frombuffer(content, np.uint8, offset=4 + 4 * axes)
@@ -291,7 +295,7 @@ def _read_tar(path: Path, left_out: Counter[str]) -> tuple[list[_Member], dict[s
                 stem, extension = os.path.splitext(member.name)
                 if extension == ".cls" and not is_hidden(member.name):
                     stream = tar.extractfile(member)
-                    samples[stem] = stream.read().decode().strip() if stream else ""
+                    samples[stem] = stream.read(MAX_LABEL_BYTES).decode().strip() if stream else ""
                 elif member.isfile() and is_image(member.name):
                     if is_hidden(member.name):
                         left_out["hidden"] += 1

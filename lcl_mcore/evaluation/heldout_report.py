@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import base64
 import io
 import json
 from pathlib import Path
@@ -14,7 +13,7 @@ from torch import Tensor
 from lcl_mcore.evaluation.embedding_metrics import nearest
 from lcl_mcore.evaluation.heldout import HeldoutResult
 from lcl_mcore.storage import atomic_write
-from lcl_mcore.templates import render
+from lcl_mcore.templates import data_url, render
 
 CARDS = 24
 """Images shown with the captions nearest to them."""
@@ -68,7 +67,7 @@ def write_report(path: Path, result: HeldoutResult, records: list[dict[str, Any]
         **result.summary,
         rows=table_rows(summary),
         losses=[(label, f"{summary['generation'][name]:.3f}") for name, label in GENERATION.items()],
-        curves_svg=loss_curves(records),
+        curves=data_url(loss_curves(records), "svg"),
         cards=cards(result),
     )
     atomic_write(path.with_suffix(".html"), page)
@@ -81,7 +80,7 @@ def cards(result: HeldoutResult) -> list[dict[str, Any]]:
     shown = torch.linspace(0, len(found) - 1, min(CARDS, len(found))).round().int().tolist()
     return [
         {
-            "image": data_url(embeds.images[i]),
+            "image": data_url(png(embeds.images[i]), "png"),
             "captions": [(captions[j], j == i) for j in found[i]],
             "own": None if i in found[i] else captions[i],
         }
@@ -89,17 +88,17 @@ def cards(result: HeldoutResult) -> list[dict[str, Any]]:
     ]
 
 
-def data_url(image: Tensor) -> str:
-    """uint8 [3, H, W] -> PNG in a data URL."""
+def png(image: Tensor) -> bytes:
+    """uint8 [3, H, W] -> a PNG file."""
     from PIL import Image
 
     buffer = io.BytesIO()
     Image.fromarray(image.permute(1, 2, 0).numpy()).save(buffer, format="PNG")
-    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
+    return buffer.getvalue()
 
 
-def loss_curves(records: list[dict[str, Any]]) -> str:
-    """Losses of the training run as an SVG element."""
+def loss_curves(records: list[dict[str, Any]]) -> bytes:
+    """Losses of the training run as an SVG file."""
     import matplotlib
 
     matplotlib.use("svg")
@@ -111,8 +110,7 @@ def loss_curves(records: list[dict[str, Any]]) -> str:
         axis.plot(steps, [r[name] for r in records], linewidth=1.2)
         axis.set(title=f"{name} loss", xlabel="step")
         axis.grid(alpha=0.3)
-    buffer = io.StringIO()
+    buffer = io.BytesIO()
     figure.savefig(buffer, format="svg")
     pyplot.close(figure)
-    text = buffer.getvalue()
-    return text[text.index("<svg") :]
+    return buffer.getvalue()

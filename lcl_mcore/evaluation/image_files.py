@@ -18,8 +18,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from lcl_mcore.data.crop import centre_window
-from lcl_mcore.data.images import BadImageError, open_photograph, upright_rgb
+from lcl_mcore.data.images import MAX_BYTES, BadImageError, open_photograph, upright_rgb
 from lcl_mcore.errors import DataError, explain
+from lcl_mcore.untrusted import read_regular
 
 Fetch = Callable[[Sequence[int]], Tensor]
 """indices -> uint8 RGB [m, 3, S, S], centre-cropped and resized."""
@@ -90,14 +91,14 @@ def read_once(fetch: Fetch, count: int) -> None:
         fetch(range(start, min(start + 256, count)))
 
 
-def read_file(path: Path) -> tuple[str, bytes]:
-    """A file's name for messages, and its content.
+def read_file(path: Path, limit: int = MAX_BYTES) -> tuple[str, bytes]:
+    """A file's name for messages, and its content, at most `limit` bytes.
 
     Raises:
         DataError: it cannot be read.
     """
     try:
-        return str(path), path.read_bytes()
+        return str(path), read_regular(path, limit)
     except OSError as error:
         raise DataError(explain(path, f"cannot be read ({error.strerror})", "Repair or remove it.")) from None
 

@@ -12,9 +12,12 @@ from pathlib import Path
 
 from lcl_mcore.errors import ConfigError, explain
 from lcl_mcore.evaluation.classification_data import ClassificationDataset, quoted
+from lcl_mcore.untrusted import read_regular
 
 TEMPLATES = ("{}", "a photo of a {}.", "a picture of a {}.", "an image of the {}.")
 """Our own; published zero-shot figures use longer lists (CLIP has 80 for ImageNet), which `--templates` takes."""
+
+MAX_BYTES = 16 << 20
 
 NAMES = ("", "0", "c", "class", "classname", "class_name", "name", "label")
 """What may stand between the braces for the name; CLIP_benchmark writes {c}."""
@@ -30,7 +33,7 @@ def read_lines(path: Path) -> list[str]:
         ConfigError: the file cannot be read, is not UTF-8, or has no such line.
     """
     try:
-        lines = [line.strip() for line in path.read_text("utf-8-sig").splitlines()]
+        lines = [line.strip() for line in read_regular(path, MAX_BYTES).decode("utf-8-sig").splitlines()]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise ConfigError(explain(path, f"cannot be read ({reason})", "Give a text file.")) from None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +12,15 @@ from lcl_mcore.config.base import to_dict
 from lcl_mcore.config.recipes import RECIPES
 from lcl_mcore.config.run_folder import changes_of_recipe
 from lcl_mcore.config.schema import RunConfig
+from lcl_mcore.data.format import MANIFEST, MAX_MANIFEST_BYTES, parse_manifest
+from lcl_mcore.data.untrusted_json import MAX_BYTES, parse_object
+from lcl_mcore.errors import DataError
 from lcl_mcore.evaluation.load import LoadedModel
 from lcl_mcore.export.formats import FORMATS, use_llava
 from lcl_mcore.models.vision import PIXEL_MEAN, PIXEL_STD
 from lcl_mcore.storage import atomic_write
 from lcl_mcore.templates import render
+from lcl_mcore.untrusted import read_regular
 
 NO_RESULTS = ("curves", "options", "probe", "training")
 """Parts of a result that are no measurements."""
@@ -53,8 +57,8 @@ def write_card(loaded: LoadedModel, summary: dict[str, Any], out: Path) -> None:
         if "transformers" in summary["written"]
         else "",
         fingerprints=data_fingerprints(loaded.config),
-        results=[{"name": name, "numbers": numbers(content)} for name, content in results(loaded).items()],
-        origin=f"the recipe `{recipe}`" if (recipe := loaded.config.recipe) in RECIPES else "the defaults",
+        results=results(loaded.folder, loaded.weights),
+        origin=recipe if (recipe := loaded.config.recipe) in RECIPES else "",
         changes=changes_of_recipe(loaded.config),
         config=yaml.safe_dump(to_dict(loaded.config), sort_keys=False).rstrip(),
     )
@@ -65,21 +69,34 @@ def data_fingerprints(config: RunConfig) -> dict[str, str]:
     """Fingerprint of every prepared data set of a run that is still where it was; the others are named, too."""
     found = {}
     for source in config.data.sources:
-        manifest = Path(source.path) / "dataset.json"
-        if manifest.is_file():
-            found[source.label] = str(json.loads(manifest.read_text("utf-8")).get("fingerprint", "?"))
-        else:
+        path = Path(source.path) / MANIFEST
+        try:
+            found[source.label] = str(parse_manifest(str(path), read_regular(path, MAX_MANIFEST_BYTES))["fingerprint"])
+        except OSError:
             found[source.label] = "not on this machine"
+        except (DataError, KeyError):
+            found[source.label] = "its dataset.json is damaged"
     return found
 
 
-def results(loaded: LoadedModel) -> dict[str, Any]:
-    """Results of these weights that lie beside a run: `report*.json` and `results/*.json`, by name."""
-    found = {}
-    for path in [*sorted(loaded.folder.glob("report*.json")), *sorted(loaded.results.glob("*.json"))]:
-        content = json.loads(path.read_text(encoding="utf-8"))
-        if Path(content.get("weights", "")).resolve() == loaded.weights.resolve():
-            found[path.stem] = {key: value for key, value in content.items() if key not in NO_RESULTS}
+def results(folder: Path, weights: Path) -> list[dict[str, Any]]:
+    """Results of these weights that lie beside a run, `report*.json` and `results/*.json`: name and numbers.
+
+    Files that cannot be read are named, with the reason.
+    """
+    found = []
+    for path in [*sorted(folder.glob("report*.json")), *sorted((folder / "results").glob("*.json"))]:
+        result: dict[str, Any] = {"name": path.stem, "numbers": [], "problem": ""}
+        try:
+            content = parse_object(read_regular(path, MAX_BYTES))
+            if os.path.realpath(str(content.get("weights"))) != os.path.realpath(weights):
+                continue
+            result["numbers"] = numbers({key: value for key, value in content.items() if key not in NO_RESULTS})
+        except OSError as error:
+            result["problem"] = error.strerror
+        except ValueError as error:  # no JSON, or no path
+            result["problem"] = str(error)
+        found.append(result)
     return found
 
 

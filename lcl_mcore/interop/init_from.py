@@ -10,6 +10,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from lcl_mcore.checkpoint.tensor_files import require_sound_safetensors
 from lcl_mcore.checkpoint.weights_file import (
     is_consolidated,
     load_consolidated,
@@ -43,7 +44,9 @@ def start_from(model: LclModel, path: Path, tp_rank: int, tp_size: int) -> str:
     if is_consolidated(path):
         require_same_model(path, model.shape)
         whole = read_consolidated(path)
-        whole[POSITIONS], done = fit_positions(whole[POSITIONS], vision)
+        done = ""
+        if POSITIONS in whole:
+            whole[POSITIONS], done = fit_positions(whole[POSITIONS], vision)
         load_consolidated(model, whole, tp_rank, tp_size)
         return f"{path}{done}"
     state, kind = read_encoder(path, vision)
@@ -64,6 +67,7 @@ def read_encoder(path: Path, shape: VisionConfig) -> tuple[dict[str, Tensor], st
     if len(files) != 1:
         rule = f"holds {len(files)} safetensors files where one is needed"
         raise CheckpointError(explain(path, rule, "Give the file itself."))
+    require_sound_safetensors(files[0])
     try:
         state = load_file(files[0])
     except (OSError, SafetensorError) as error:

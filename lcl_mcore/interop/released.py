@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lcl_mcore.checkpoint.tensor_files import require_sound_pt
 from lcl_mcore.checkpoint.weights_file import misfit, without_vocabulary_padding
 from lcl_mcore.config.base import require
 from lcl_mcore.config.schema import LanguageConfig, ModelConfig, VisionConfig
@@ -185,10 +186,9 @@ def read_released(path: Path) -> dict[str, Tensor]:
     Raises:
         CheckpointError: unreadable, damaged, or not a state dict.
     """
+    require_sound_pt(path)
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise CheckpointError(explain(path, "there is no such file", "Check the path.")) from None
     except (OSError, EOFError, KeyError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         rule = f"cannot be loaded as plain tensors ({reason})"
@@ -200,10 +200,22 @@ def read_released(path: Path) -> dict[str, Tensor]:
         raise CheckpointError(explain(path, "does not hold a state dict of tensors", remedy))
     cleaned = {}
     for key, value in state.items():
+        _require_plain(f"{path}: {str(key)[:200]}", value)
         for wrapper in ("module.", "_orig_mod."):
             key = str(key).removeprefix(wrapper)
         cleaned[key] = value.float()
     return cleaned
+
+
+def _require_plain(name: str, value: Tensor) -> None:
+    """A tensor that holds all its numbers: no view of one number as a billion, nothing without content."""
+    remedy = "Give a checkpoint that the released training code wrote."
+    if value.layout != torch.strided or value.is_meta or not value.is_floating_point():
+        rule = f"is no plain tensor of numbers ({value.layout}, {value.dtype}, {value.device})"
+        raise CheckpointError(explain(name, rule, remedy))
+    if value.nbytes > value.untyped_storage().nbytes():
+        rule = f"has {value.nbytes} bytes, of which {value.untyped_storage().nbytes()} are stored"
+        raise CheckpointError(explain(name, rule, remedy))
 
 
 def shape_of_released(state: Mapping[str, Tensor]) -> ModelConfig:

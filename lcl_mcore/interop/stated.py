@@ -18,6 +18,9 @@ from lcl_mcore.config.schema import VisionConfig
 from lcl_mcore.errors import CheckpointError, explain
 from lcl_mcore.interop.vit_formats import CLIP_VISION, OPEN_CLIP, OTHER_SHAPE, SIGLIP_VISION, TIMM, VIT, Naming, Pixels
 from lcl_mcore.models.vision import PIXEL_MEAN, PIXEL_STD
+from lcl_mcore.untrusted import read_regular
+
+MAX_BYTES = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -141,21 +144,21 @@ def stated_by(weights: Path, naming: Naming, width: int) -> tuple[Path, Stated]:
     path = folder / ("open_clip_config.json" if naming is OPEN_CLIP else "config.json")
     remedy = f"Put the {path.name} of its package beside it."
     try:
-        text = path.read_text("utf-8")
+        text = read_regular(path, MAX_BYTES)
         if naming is OPEN_CLIP:
             return path, _open_clip(_OpenClipConfig.model_validate_json(text), width)
         if naming is TIMM:
             return path, _timm(_TimmConfig.model_validate_json(text), width)
         beside = folder / "preprocessor_config.json"
-        processor = _HfProcessor.model_validate_json(beside.read_text("utf-8") if beside.is_file() else "{}")
+        processor = _HfProcessor.model_validate_json(read_regular(beside, MAX_BYTES) if beside.is_file() else b"{}")
         return path, _transformers(_HfConfig.model_validate_json(text), processor, naming)
     except FileNotFoundError:
         rule = (
             f"no {path.name} beside it states activation, epsilon of the norms and heads, which the weights do not tell"
         )
         raise CheckpointError(explain(weights, rule, remedy)) from None
-    except (OSError, UnicodeDecodeError) as error:
-        raise CheckpointError(explain(path, f"cannot be read ({error})", remedy)) from None
+    except OSError as error:
+        raise CheckpointError(explain(path, f"cannot be read ({error.strerror})", remedy)) from None
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(map(str, first["loc"]))

@@ -295,14 +295,14 @@ class Malicious:
 
 def test_files_that_are_not_plain_tensors_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "epoch_1.pt"
-    with pytest.raises(CheckpointError, match="there is no such file"):
+    with pytest.raises(CheckpointError, match=r"cannot be read \(No such file or directory\)"):
         read_released(file)
     torch.save({"state_dict": Malicious()}, file)
     with pytest.raises(CheckpointError, match="cannot be loaded as plain tensors"):
         read_released(file)
     assert "executed" not in capsys.readouterr().out
     file.write_bytes(b"nonsense")
-    with pytest.raises(CheckpointError, match="cannot be loaded as plain tensors"):
+    with pytest.raises(CheckpointError, match="it is no zip, as torch writes since version 1.6"):
         read_released(file)
     torch.save({"state_dict": {"a": 1}}, file)
     with pytest.raises(CheckpointError, match="does not hold a state dict"):
