@@ -45,4 +45,10 @@ def printable(text: str, limit: int = 200) -> str:
 
 def explain(value: object, rule: str, remedy: str) -> str:
     """Join the three parts every message has: what was given, what must hold, what to do."""
-    return f"{value}: {rule}. {remedy}"
+    return f"{_short(value, 600)}: {_short(rule, 1000)}. {remedy}"
+
+
+def _short(value: object, length: int) -> str:
+    """A message stays readable whatever stands in a file."""
+    text = str(value)
+    return text if len(text) <= length else f"{text[: length - 60]} ... {text[-50:]}"

@@ -18,6 +18,8 @@ from lcl_mcore.untrusted import open_regular
 
 MAX_LINE = 1 << 20
 """Bytes of the longest line that is read."""
+MAX_FILE = 4 << 30
+"""Bytes of the longest file that is read or rewritten; a longer one is left as it is."""
 MAX_WAITING = 16 << 20
 """Bytes kept in memory while a file cannot be written."""
 RETRY_SECONDS = 10.0
@@ -73,6 +75,8 @@ def _lines(path: Path) -> Iterator[bytes]:
     except OSError:
         return
     with file:
+        if os.fstat(file.fileno()).st_size > MAX_FILE:
+            return
         while line := file.readline(MAX_LINE + 1):
             rest = line
             while len(rest) > MAX_LINE and not rest.endswith(LF):

@@ -22,9 +22,10 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from tarfile import BLOCKSIZE
-from typing import Any, Literal, get_args
+from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
 from lcl_mcore.data.untrusted_json import BadJsonError, clean_text, parse_object
 from lcl_mcore.errors import DataError, explain
@@ -182,16 +183,23 @@ def writing_to(folder: Path) -> Iterator[None]:
         raise CannotWriteError(explain(folder, rule, "Make room, or choose another output folder.")) from error
 
 
+_Count = Annotated[int, Field(strict=True, ge=0, lt=1 << 48)]
+
+
+@with_config(ConfigDict(extra="forbid"))
 @dataclass(frozen=True)
 class ShardInfo:
     """One line of the manifest."""
 
     file: str
-    documents: int
-    images: int
-    members: int
-    bytes: int
+    documents: _Count
+    images: _Count
+    members: _Count
+    bytes: _Count
     sha256: str
+
+
+_SHARDS = TypeAdapter(list[ShardInfo])
 
 
 def index_name(shard: str) -> str:
@@ -349,9 +357,11 @@ def listed_shards(where: str, manifest: dict[str, Any]) -> list[ShardInfo]:
         rule = f"format and version are {found}, this program reads {(FORMAT, VERSION)}"
         raise DataError(explain(where, rule, "Prepare the data set again with tools/prepare_data.py."))
     try:
-        shards = [ShardInfo(**item) for item in manifest["shards"]]
-    except (TypeError, KeyError) as error:
-        raise DataError(explain(where, f"is damaged: {error}", "Prepare the data set again.")) from error
+        shards = _SHARDS.validate_python(manifest.get("shards"))
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        rule = f"is damaged: {'.'.join(map(str, ('shards', *first['loc'])))}: {first['msg']}"
+        raise DataError(explain(where, rule, "Prepare the data set again.")) from error
     for shard in shards:
         if "/" in shard.file or shard.file.startswith("."):
             raise DataError(explain(f"{where}: shard {shard.file!r}", "must be a plain name", "Prepare it again."))

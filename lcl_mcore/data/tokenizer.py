@@ -323,7 +323,10 @@ def _without_special_matching(definition: str) -> tokenizers.Tokenizer:
         token["content"] in model_vocabulary for token in content.get("added_tokens", [])
     ):
         content["added_tokens"] = []
-    backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+    try:
+        backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+    except Exception as error:  # as in `_read`; some faults are found here alone
+        raise DataError(explain("tokenizer", f"is not a usable vocabulary ({error})", "Download it again.")) from error
     backend.encode_special_tokens = True
     backend.no_padding()
     backend.no_truncation()

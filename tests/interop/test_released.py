@@ -302,7 +302,7 @@ def test_files_that_are_not_plain_tensors_are_refused(tmp_path: Path, capsys: py
         read_released(file)
     assert "executed" not in capsys.readouterr().out
     file.write_bytes(b"nonsense")
-    with pytest.raises(CheckpointError, match="it is no zip, as torch writes since version 1.6"):
+    with pytest.raises(CheckpointError, match="it is no zip, as torch writes since"):
         read_released(file)
     torch.save({"state_dict": {"a": 1}}, file)
     with pytest.raises(CheckpointError, match="does not hold a state dict"):

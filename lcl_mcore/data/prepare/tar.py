@@ -7,6 +7,8 @@ next header behind damage.
 
 from __future__ import annotations
 
+import errno
+import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -78,6 +80,7 @@ def walk(stream: IO[bytes], wanted: Callable[[str, int], bool]) -> Iterator[TarM
         if not block.strip(NUL):
             if not ended:
                 yield EndMark()
+            source.skip_hole()
             lost, ended, extension = False, True, _Extension()
             continue
         header = _header(block)
@@ -123,7 +126,7 @@ class _Source:
 
     def __init__(self, stream: IO[bytes]) -> None:
         self._stream = stream
-        self.position = 0
+        self.position = self._looked = 0
 
     def up_to(self, size: int) -> bytes:
         content = self._stream.read(size)
@@ -139,6 +142,24 @@ class _Source:
     def skip(self, size: int) -> None:
         while size > 0:
             size -= len(self.exactly(min(size, PIECE)))
+
+    def skip_hole(self) -> None:
+        """What a sparse file does not hold is zeros; now and then it is looked for, so that it takes no time."""
+        if self.position < self._looked + PIECE:
+            return
+        self._looked = self.position
+        try:
+            descriptor = self._stream.fileno()
+            place = os.lseek(descriptor, 0, os.SEEK_CUR)
+            try:
+                data = os.lseek(descriptor, self.position, os.SEEK_DATA)
+            finally:
+                os.lseek(descriptor, place, os.SEEK_SET)  # where the stream believes it to be
+        except OSError as error:
+            if error.errno != errno.ENXIO:  # not a file, or of a file system that does not know
+                return
+            data = os.fstat(descriptor).st_size
+        self.position = self._stream.seek(max(self.position, data // BLOCKSIZE * BLOCKSIZE))
 
     def skip_padding(self, size: int) -> None:
         """Behind the last member it may be missing."""
