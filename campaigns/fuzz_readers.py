@@ -141,7 +141,7 @@ def read_side_files(folder: Path) -> None:
     read_events(folder)
     is_restart(folder)
     EventLog(folder, True).record("start")
-    results(folder)
+    results(folder, Path("weights"))
 
 
 def read_configuration(folder: Path) -> None:
@@ -296,7 +296,9 @@ def make_sound(base: Path) -> None:
     EventLog(side, True).record("start", step=0)
     EventLog(side, True).record("save", step=3, seconds=1.5)
     (side / "results").mkdir()
-    (side / "results" / "zeroshot.json").write_text(json.dumps({"task": "zeroshot", "trained": {"top1": 0.5}}))
+    (side / "results" / "zeroshot.json").write_text(
+        json.dumps({"task": "zeroshot", "weights": "weights", "trained": {"top1": 0.5}})
+    )
     (base / "configuration" / "config.yaml").write_text(config_text(load_recipe("demo")))
     (base / "set" / "set.txt").write_text(
         "model.vision.layers=2\ndata.sources=[{path: a, weight: 2}]\noptim.lr=1e-3\ntrain.seed=3\n"
