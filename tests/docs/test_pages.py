@@ -126,7 +126,7 @@ def report(folder: Path, fill: dict[str, str]) -> str:
         "generation": {"right": 1.0, "shuffled": 2.0, "none": 3.0},
     }
     records = [{"step": i, "loss": 2.0, "contrastive": 1.0, "generation": 1.0} for i in (1, 2)]
-    write_report(folder, HeldoutResult(summary, pair, (fill["caption"], "two")), records)
+    write_report(folder / "report.json", HeldoutResult(summary, pair, (fill["caption"], "two")), records)
     return (folder / "report.html").read_text("utf-8")
 
 
