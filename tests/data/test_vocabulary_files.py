@@ -64,7 +64,8 @@ def test_patterns_that_never_end_are_refused(tmp_path: Path, monkeypatch: pytest
 
     def with_pattern(pattern: str) -> None:
         split = {"type": "Split", "pattern": {"Regex": pattern}, "behavior": "Isolated", "invert": False}
-        path.write_text(json.dumps({**content, "pre_tokenizer": split}))
+        both = {"type": "Sequence", "pretokenizers": [split, {**content["pre_tokenizer"], "use_regex": False}]}
+        path.write_text(json.dumps({**content, "pre_tokenizer": both}))
 
     with_pattern("((a|a?)+)+$")
     assert refusal(path) == (
