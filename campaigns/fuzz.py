@@ -207,14 +207,22 @@ def _as_end(path: Path) -> None:
         file.truncate(1 << 40)
 
 
-PATHS: dict[str, Callable[[Path], Any]] = {
-    "a pipe": lambda path: (path.unlink(), os.mkfifo(path)),
-    "a folder": lambda path: (path.unlink(), path.mkdir()),
-    "a link to itself": lambda path: (path.unlink(), path.symlink_to(path)),
-    "a link to /dev/zero": lambda path: (path.unlink(), path.symlink_to("/dev/zero")),
+def _instead(put: Callable[[Path], object]) -> Callable[[Path], object]:
+    def replace(path: Path) -> None:
+        path.unlink()
+        put(path)
+
+    return replace
+
+
+PATHS: dict[str, Callable[[Path], object]] = {
+    "a pipe": _instead(os.mkfifo),
+    "a folder": _instead(os.mkdir),
+    "a link to itself": _instead(lambda path: os.symlink(path, path)),
+    "a link to /dev/zero": _instead(lambda path: os.symlink("/dev/zero", path)),
     "a terabyte of zeros": _sparse,
     "a terabyte of zeros behind it": _as_end,
-    "missing": lambda path: path.unlink(),
+    "missing": os.unlink,
     "empty": lambda path: path.write_bytes(b""),
 }
 

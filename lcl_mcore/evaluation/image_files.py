@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from lcl_mcore.data.crop import centre_window
-from lcl_mcore.data.images import MAX_BYTES, BadImageError, open_photograph, upright_rgb
+from lcl_mcore.data.images import PILLOW_PIXELS, BadImageError, open_photograph, upright_rgb
 from lcl_mcore.errors import DataError, explain
 from lcl_mcore.untrusted import read_regular
 
@@ -91,7 +91,7 @@ def read_once(fetch: Fetch, count: int) -> None:
         fetch(range(start, min(start + 256, count)))
 
 
-def read_file(path: Path, limit: int = MAX_BYTES) -> tuple[str, bytes]:
+def read_file(path: Path, limit: int = PILLOW_PIXELS) -> tuple[str, bytes]:
     """A file's name for messages, and its content, at most `limit` bytes.
 
     Raises:
