@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import io
+import struct
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -68,6 +70,76 @@ def test_sixteen_bits_are_scaled_not_clipped() -> None:
     pixels = upright(saved(Image.fromarray(ramp), "PNG"))
     assert np.abs(pixels[..., 0] - ramp / 257).max() <= 1
     assert 126 < pixels.mean() < 129
+
+
+def png(values: np.ndarray, bits: int, colours: int, transparent: tuple[int, ...] = ()) -> bytes:
+    """A PNG written by hand: Pillow writes neither 16-bit colours nor greys of 2 bits. `colours`: its colour type."""
+
+    def chunk(name: bytes, content: bytes) -> bytes:
+        return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
+
+    height, width = values.shape[:2]
+    if bits == 16:
+        rows = [row.astype(">u2").tobytes() for row in values]
+    else:
+        rows = [
+            np.packbits(np.unpackbits(row[:, None], axis=1)[:, -bits:]).tobytes() for row in values.astype(np.uint8)
+        ]
+    return b"".join(
+        [
+            b"\x89PNG\r\n\x1a\n",
+            chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, bits, colours, 0, 0, 0)),
+            chunk(b"tRNS", struct.pack(f">{len(transparent)}H", *transparent)) if transparent else b"",
+            chunk(b"IDAT", zlib.compress(b"".join(b"\0" + row for row in rows))),
+            chunk(b"IEND", b""),
+        ]
+    )
+
+
+HALVES = np.repeat(np.array([[60_000], [200]], dtype=np.uint16), 20, axis=0).repeat(40, axis=1)  # bright, dark
+OPAQUE = np.full_like(HALVES, 65_535)
+
+
+@pytest.mark.parametrize(
+    ("content", "bright", "dark"),
+    [
+        (png(HALVES, 16, 0), 233, 1),
+        (png(HALVES, 16, 0, (200,)), 233, 255),
+        (png(np.dstack([HALVES] * 3), 16, 2), 234, 0),
+        (png(np.dstack([HALVES, OPAQUE]), 16, 4), 234, 0),
+        (png(np.dstack([HALVES] * 3 + [OPAQUE]), 16, 6), 234, 0),
+        (png(HALVES // 20_000, 2, 0), 255, 0),
+        (png(HALVES // 60_000, 2, 0, (1,)), 255, 0),
+        (saved(Image.fromarray(HALVES), "TIFF"), 233, 1),
+        (saved(Image.fromarray(HALVES), "TIFF", tiffinfo={262: 0}), 22, 254),
+        (b"P5 40 40 65535\n" + HALVES.astype(">u2").tobytes(), 233, 1),
+        (b"P5 40 40 60000\n" + HALVES.astype(">u2").tobytes(), 255, 1),
+    ],
+)
+def test_ranges_are_those_that_the_file_states(content: bytes, bright: int, dark: int) -> None:
+    pixels = upright(content)
+    assert (pixels[0, 0].tolist(), pixels[-1, -1].tolist()) == ([bright] * 3, [dark] * 3)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        saved(Image.fromarray(HALVES.astype(np.float32)), "TIFF"),
+        saved(Image.fromarray(HALVES.astype(np.int32)), "TIFF"),
+        png(np.dstack([HALVES] * 3), 16, 2, (200, 200, 200)),
+    ],
+)
+def test_ranges_that_no_file_states_are_refused(content: bytes) -> None:
+    with pytest.raises(BadImageError, match=r"whose range nothing states|a transparent colour of 16 bits") as caught:
+        upright(content)
+    assert caught.value.reason == "undecodable"
+
+
+def test_many_scans_are_refused_before_they_cost_time() -> None:
+    content = saved(colours(), "JPEG", progressive=True)
+    assert 5 < content.count(b"\xff\xda") < 20
+    with pytest.raises(BadImageError, match=r"too many scans: 2.. > 200"):
+        open_image(content.replace(b"\xff\xda", b"\xff\xda" * 21, 10))
 
 
 def test_exif_orientation_turns_the_image() -> None:

@@ -101,6 +101,17 @@ def test_joined_tars_and_any_mark_of_the_end(tmp_path: Path, end: int, caplog: p
     assert ("may be cut" in caplog.text) == (end == 0)
 
 
+def test_the_last_padding_may_be_missing(tmp_path: Path) -> None:
+    reader = pairs_in(tmp_path, tar_bytes(pair("0") + pair("1")).rstrip(b"\0"))
+    assert (captions(reader), dropped(reader)) == (["0", "1"], [])
+
+
+def test_a_key_that_stands_twice(tmp_path: Path) -> None:
+    reader = pairs_in(tmp_path, tar_bytes(pair("0", 1) + pair("0", 2) + pair("1") + pair("0", 3)))
+    assert dropped(reader) == ["a key stands twice"] * 2
+    assert [document.images[0].read() for document in documents(reader)] == [image_bytes(1), image_bytes(0)]
+
+
 @pytest.mark.parametrize("pack", [gzip.compress, bz2.compress])
 def test_compressed_tars_are_read(tmp_path: Path, pack: Callable[[bytes], bytes]) -> None:
     assert captions(pairs_in(tmp_path, pack(tar_bytes(pair("0"))))) == ["0"]
