@@ -333,6 +333,17 @@ def test_input_that_changes_back_and_forth_between_kills(
         assert files(folder / "out") == files(folder / str(version))
 
 
+def test_an_update_that_would_keep_nothing_leaves_the_data_set(tmp_path: Path) -> None:
+    source = write_mmc4(tmp_path / "in", {"a": [["0.jpg"], ["1.jpg"]]})
+    manifest = run(Mmc4Reader(source), tmp_path / "out")
+    before = files(tmp_path / "out")
+    for _ in range(2):
+        with pytest.raises(DataError, match="no document of 2 could be used"):
+            run(Mmc4Reader(source, tmp_path / "typo"), tmp_path / "out", update=True)
+        assert files(tmp_path / "out") == before
+    assert run(Mmc4Reader(source), tmp_path / "out") == manifest
+
+
 def test_an_output_folder_inside_the_input_is_not_input(tmp_path: Path) -> None:
     for n in range(2):
         make_tar(tmp_path / f"{n}.tar", [("a.jpg", PICTURES[n]), ("a.txt", b"a caption")])

@@ -72,6 +72,7 @@ class JobRecords:
         self.folder = output / PROGRESS
         self._output = output
         self._plan = plan
+        self._set_aside: list[str] = []
 
     def finished(self, *, update: bool) -> dict[str, Any] | None:
         """The manifest of the finished data set; None if there is none, or it is to be brought up to date.
@@ -133,7 +134,9 @@ class JobRecords:
                 self._require_settings(earlier)
             atomic_write(path, PLAN.dump_json(self._plan))
             for name in (HISTORY, MANIFEST):
-                (self._output / name).unlink(missing_ok=True)
+                if (self._output / name).exists():
+                    (self._output / name).replace(self.folder / name)
+                    self._set_aside.append(name)
         return self._plan.other_input(earlier)
 
     def path(self, job: str, identity: str) -> Path:
@@ -167,7 +170,9 @@ class JobRecords:
                     path.unlink()
 
     def forget(self) -> None:
-        """Nothing was begun here."""
+        """Nothing was begun here: a data set that was to be brought up to date is there again, its shards untouched."""
+        for name in self._set_aside:
+            (self.folder / name).replace(self._output / name)
         shutil.rmtree(self.folder, ignore_errors=True)
         with contextlib.suppress(OSError):  # it holds something else
             self._output.rmdir()
