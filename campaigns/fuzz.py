@@ -286,9 +286,10 @@ def read(number: int, kind: Kind, how: str, work: Path) -> Outcome:
     if child == 0:
         os.close(reader)
         os.chdir(work)
-        answer = _read(kind, work)
-        os.write(writer, json.dumps(answer).encode()[:60_000])
-        os._exit(0)
+        try:
+            os.write(writer, json.dumps(_read(kind, work)).encode())
+        finally:
+            os._exit(0)
     os.close(writer)
     with os.fdopen(reader, "rb") as pipe:
         answered = pipe.read()
@@ -297,7 +298,7 @@ def read(number: int, kind: Kind, how: str, work: Path) -> Outcome:
         name = signal.Signals(os.WTERMSIG(status)).name
         slow = name in ("SIGALRM", "SIGXCPU")
         return Outcome(number, kind.name, how, "too slow" if slow else f"ended by {name}", "", 0.0, used.ru_utime)
-    answer = json.loads(answered)
+    answer = json.loads(answered) if answered else {"result": "no answer", "detail": ""}
     if (work / "executed").exists():
         answer["result"] = "code was executed"
     return Outcome(number, kind.name, how, **answer)
@@ -319,7 +320,7 @@ def _read(kind: Kind, folder: Path) -> dict[str, Any]:
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
     before, begun = _memory("VmRSS"), time.process_time()
     limit = _memory("VmSize") * 1024 + MEMORY
-    resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    resource.setrlimit(resource.RLIMIT_AS, (limit, resource.RLIM_INFINITY))
     resource.setrlimit(resource.RLIMIT_CPU, (CPU_SECONDS, CPU_SECONDS + 1))
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     signal.alarm(WALL_SECONDS)
@@ -334,6 +335,7 @@ def _read(kind: Kind, folder: Path) -> dict[str, Any]:
     except SystemExit as error:
         result, detail = "refused", str(error)
     except BaseException as error:  # libraries written in Rust panic with exceptions of their own
+        resource.setrlimit(resource.RLIMIT_AS, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))
         result, detail = f"traceback: {type(error).__name__}", "".join(traceback.format_exception(error))[-2500:]
     if executed:
         result, detail = "code was executed", ", ".join(executed)

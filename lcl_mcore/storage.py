@@ -22,10 +22,13 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from lcl_mcore.errors import ConfigError, DataError, explain
+from lcl_mcore.untrusted import open_regular, read_regular
 
 T = TypeVar("T")
 REMOTE_SCHEMES = ("s3", "gs", "gcs", "az", "abfs", "hf", "https", "memory")
 PARTIAL = ".partial"
+MAX_WHOLE = 1 << 30
+"""Bytes of the longest local file that is read as a whole."""
 _BLOCK = 16 << 20
 
 
@@ -176,7 +179,7 @@ class LocalStorage:
     def read_whole(self, name: str) -> bytes:
         """A whole small file."""
         try:
-            return (self._folder / name).read_bytes()
+            return read_regular(self._folder / name, MAX_WHOLE)
         except OSError as error:
             raise self._unreadable(name, error) from error
 
@@ -216,7 +219,8 @@ class LocalStorage:
             return self._files[name]
         if len(self._files) >= self.MAX_OPEN:
             os.close(self._files.popitem(last=False)[1])
-        self._files[name] = os.open(self._folder / name, os.O_RDONLY)
+        with open_regular(self._folder / name) as file:
+            self._files[name] = os.dup(file.fileno())
         return self._files[name]
 
     def _unreadable(self, name: str, error: OSError) -> DataError:

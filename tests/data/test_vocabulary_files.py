@@ -48,6 +48,16 @@ def test_ids_are_bounded_and_dense(tmp_path: Path) -> None:
     assert build_tokenizer(TokenizerConfig(path=str(path))).encode("a cat") == small_tokenizer().encode("a cat")
 
 
+def test_merges_of_entries_that_are_not_there(tmp_path: Path) -> None:
+    """Two readers of the library find different faults."""
+    content = sound()["model"]
+    merges = [m if isinstance(m, str) else " ".join(m) for m in content["merges"]]
+    (tmp_path / "merges.txt").write_text("\n".join(merges) + "\n")
+    gone = "".join(merges[-1].split(" "))
+    (tmp_path / "vocab.json").write_text(json.dumps({k: v for k, v in content["vocab"].items() if k != gone}))
+    assert "out of vocabulary" in refusal(tmp_path)
+
+
 def test_two_files_of_a_vocabulary(tmp_path: Path) -> None:
     content = sound()["model"]
     merges = ["#version: 0.2", *(m if isinstance(m, str) else " ".join(m) for m in content["merges"])]

@@ -106,6 +106,40 @@ PROBING_MODULES = {
 }
 
 
+# Modules that parse or read whole files themselves, each with its reason. What others wrote goes through `untrusted.py`
+# and `data/untrusted_json.py`: regular files, of bounded size, without duplicate keys.
+RAW_READERS = {
+    "data/untrusted_json.py": "the one place for JSON",
+    "json_lines.py": "the one place for lines of JSON, each of bounded length",
+    "data/tokenizer.py": "what the tokenizers library has just written",
+    "data/loader.py": "our own values, as JSON gives them back",
+    "data/prepare/plan.py": "our own values, as JSON gives them back",
+    "data/prepare/job_records.py": "records of this preparation, which are typed",
+    "data/prepare/split.py": "the manifest that this command wrote",
+    "data/prepare/repeated.py": "keys that this job wrote, plain numbers",
+    "checkpoint/weights_file.py": "safetensors, looked at before",
+    "interop/init_from.py": "safetensors, looked at before",
+    "interop/released.py": "torch's files of plain tensors, looked at before",
+    "checkpoint/store.py": "a file whose hash was just compared",
+    "export/reload.py": "what the parent process has just written",
+    "fault_tolerance/heartbeat.py": "/proc, and the job's own store",
+    "distributed/flight_recorder.py": "what torch has just written",
+    "distributed/cpu.py": "a file of torchvision",
+    "diagnostics/environment.py": "/proc",
+    "diagnostics/preflight.py": "the package's own files, and what other ranks have just written",
+    "commands/lcl.py": "the package's own files",
+}
+PARSERS = ("json.load", "json.loads", "yaml.safe_load", "yaml.load", "torch.load", "np.load", "safe_open", "load_file")
+
+
+def reads_raw(node: ast.AST) -> bool:
+    """Parses with a library, or reads a whole file, without bounds."""
+    if not isinstance(node, ast.Call):
+        return False
+    name = ast.unparse(node.func)
+    return name in PARSERS or name.startswith("pickle.load") or name.rpartition(".")[2] in ("read_text", "read_bytes")
+
+
 def asks_cuda(node: ast.AST) -> bool:
     """`torch.cuda`, `x.is_cuda`, or a comparison of a device's type with "cuda" or "cpu"."""
     match node:
@@ -122,9 +156,11 @@ def probes(node: ast.AST) -> bool:
     return getattr(node, "id", None) in names or getattr(node, "attr", None) in names
 
 
-@pytest.mark.parametrize(("found_by", "allowed"), [(asks_cuda, CUDA_MODULES), (probes, PROBING_MODULES)])
+@pytest.mark.parametrize(
+    ("found_by", "allowed"), [(asks_cuda, CUDA_MODULES), (probes, PROBING_MODULES), (reads_raw, RAW_READERS)]
+)
 def test_each_kind_of_question_has_one_place(found_by: Callable[[ast.AST], bool], allowed: dict[str, str]) -> None:
-    """CUDA or CPU, and whether an optional package is here; `lcl_kernels` stands alone and answers for itself."""
+    """CUDA or CPU, whether an optional package is here, what is in a file; `lcl_kernels` answers for itself."""
     package = ROOT / "lcl_mcore"
     asking = {
         str(path.relative_to(package))
