@@ -227,10 +227,12 @@ def _checked(metadata: object, sizes: Mapping[str, int]) -> Metadata:
     for name, entry in metadata.state_dict_metadata.items():
         if not isinstance(name, str) or not isinstance(entry, TensorStorageMetadata):
             raise ValueError(f"`{name}` is not a tensor")
-        _check_chunks(name, entry, metadata.storage_data)
     tensors = {current_name(name): entry for name, entry in metadata.state_dict_metadata.items()}
     if len(tensors) != len(metadata.state_dict_metadata):
         raise ValueError("it holds a tensor under an old and under its present name")
+    for name, entry in metadata.state_dict_metadata.items():
+        assert isinstance(entry, TensorStorageMetadata)
+        _check_chunks(name, entry, metadata.storage_data)
     places = {
         MetadataIndex(current_name(index.fqn), index.offset, index.index): place
         for index, place in metadata.storage_data.items()

@@ -78,7 +78,6 @@ def test_loader_over_s3_survives_a_server_that_dies(tmp_path: Path, monkeypatch:
     folder = make_dataset(tmp_path / "set", "pair", 60)
     server = S3Server(folder)
     monkeypatch.setenv("AWS_ENDPOINT_URL", server.url)
-    monkeypatch.setenv("FSSPEC_S3_ENDPOINT_URL", server.url)
     server.start()
     local = open_loader(config(folder, shuffle_block=5))
     remote_config = config(folder, shuffle_block=5, read_retries=100, prefetch_steps=1, read_cache_mb=1)
