@@ -21,7 +21,7 @@ from pydantic import NonNegativeInt, PositiveInt
 
 from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config import arguments
-from lcl_mcore.config.base import config_dataclass, to_dict
+from lcl_mcore.config.base import config_dataclass, require, to_dict
 from lcl_mcore.config.evaluation import CaptionConfig, PairsConfig, ProbeConfig, RetrievalConfig
 from lcl_mcore.data.untrusted_json import MAX_BYTES, BadJsonError, parse_object
 from lcl_mcore.errors import ConfigError, explain
@@ -145,6 +145,8 @@ def main() -> int:
     options = parse_options()
     if not isinstance(options, HeldoutOptions) and options.out is not None:
         require_writable(options.out, "--out", file=True)
+    if isinstance(options, PairsOptions):
+        _check_image_folders(options)
 
     from lcl_mcore.evaluation.load import open_model
 
@@ -180,6 +182,25 @@ def main() -> int:
         print(f"warning: {line}")
     print(out)
     return 0
+
+
+def _check_image_folders(options: PairsOptions) -> None:
+    """Folders of images are there, and some file names images in them.
+
+    Raises:
+        ConfigError: no folder, or the data set it belongs to holds its images itself.
+    """
+    trained = [options.train] if options.train else []
+    users = {
+        "--images": (options.images, [options.data, *([] if options.train_images else trained)]),
+        "--train-images": (options.train_images, trained),
+    }
+    for flag, (folder, data) in users.items():
+        if folder is not None:
+            require(folder.is_dir(), f"{flag} {folder}", "is no folder", "Check the path.")
+            files = [path for path in data if not (Path(path) / "dataset.json").is_file()]
+            rule = "only the images of a JSON file lie in a folder of their own"
+            require(bool(files), f"{flag} {folder}", rule, "Leave it out for a prepared data set.")
 
 
 def settings(options: Options) -> dict[str, Any]:

@@ -54,7 +54,8 @@ def main() -> int:
     if os.environ.get("RANK", "0") == "0":
         require_writable(folder, "--out")
     if options.init_from is not None:
-        require(options.init_from.exists(), f"--init-from {options.init_from}", "is not there", "Check the path.")
+        there = options.init_from.is_file() or options.init_from.is_dir()
+        require(there, f"--init-from {options.init_from}", "is no file or folder", "Check the path.")
 
     # Imported only now, so that a mistake above is answered at once; and what follows before torch is.
     from lcl_mcore.data.inputs import check_inputs
