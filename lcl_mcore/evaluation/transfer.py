@@ -180,8 +180,11 @@ def convergence_warnings(result: Mapping[str, Any], name: str = "") -> list[str]
     """A line for each training in a result whose loss more steps would still lower."""
     found = []
     if result.get("converged") is False:
-        fell = f"fell by {result['loss_fell_by']:.0%} between the second and third quarter of its steps"
-        found.append(f"{name} has not converged: its training loss still {fell}. More steps would lower it further.")
+        if result["loss_fell_by"] < 1:
+            reason = f"still fell by {result['loss_fell_by']:.0%} between the second and third quarter of its steps"
+        else:  # or it would be 0, and the training converged
+            reason = "was seen in fewer than four steps"
+        found.append(f"{name} has not converged: its training loss {reason}. More steps would lower it further.")
     for key, value in result.items():
         if isinstance(value, Mapping):
             found += convergence_warnings(value, f"{name} {key}".strip())

@@ -187,6 +187,10 @@ def test_whether_a_loss_still_falls() -> None:
         "trained has not converged: its training loss still fell by 25% between the second and third quarter of its "
         "steps. More steps would lower it further."
     ]
+    assert convergence_warnings({"trained": Fit(0.3, share_lost(torch.ones(3))).facts()}) == [
+        "trained has not converged: its training loss was seen in fewer than four steps. More steps would lower it "
+        "further."
+    ]
 
 
 def test_the_report_escapes_what_it_shows(tmp_path: Path) -> None:
