@@ -29,10 +29,16 @@ def require_sound_safetensors(path: Path) -> None:
     """
     try:
         with open_regular(path) as file:
-            size = int.from_bytes(file.read(8), "little")
-            if size > min(MAX_HEADER, os.fstat(file.fileno()).st_size):
+            size, whole = int.from_bytes(file.read(8), "little"), os.fstat(file.fileno()).st_size
+            if size > min(MAX_HEADER, whole):
                 raise BadJsonError(f"a header of {size} bytes")
-            tensors = len(parse_object(file.read(size), max_bytes=MAX_HEADER))
+            header = parse_object(file.read(size), max_bytes=MAX_HEADER)
+        header.pop("__metadata__", None)
+        tensors, end = len(header), 8 + size + max((entry["data_offsets"][1] for entry in header.values()), default=0)
+        if end != whole:
+            raise BadJsonError(f"{whole} bytes, its header describes {end}")
+    except (KeyError, IndexError, TypeError):
+        raise _unreadable(path, "its header does not say where tensors lie") from None
     except OSError as error:
         raise _unreadable(path, str(error.strerror)) from None
     except BadJsonError as error:

@@ -47,6 +47,8 @@ def test_safetensors(tmp_path: Path) -> None:
         "deep": safetensors(b'{"a":' + b"[" * 100_000),
         "overlap": safetensors(json.dumps({"a": whole, "b": whole}).encode(), bytes(4)),
         "negative": safetensors(json.dumps({"a": {**whole, "data_offsets": [-4, 0]}}).encode(), bytes(4)),
+        "longer": safetensors(json.dumps({"a": whole}).encode(), bytes(400)),
+        "nowhere": safetensors(b'{"a":{"shape":[1]}}', bytes(4)),
         "huge": safetensors(json.dumps({"a": {**whole, "shape": [1 << 62, 1 << 62]}}).encode(), bytes(4)),
     }
     expected = {
@@ -54,6 +56,8 @@ def test_safetensors(tmp_path: Path) -> None:
         "long": "cannot be read (a header of 209715200 bytes). Check the path, or download it again.",
         "cut": "cannot be read (a header of 50 bytes). Check the path, or download it again.",
         "twice": "cannot be read (a key stands twice in one object). Check the path, or download it again.",
+        "longer": "cannot be read (469 bytes, its header describes 73). Check the path, or download it again.",
+        "nowhere": "cannot be read (its header does not say where tensors lie). Check the path, or download it again.",
         "deep": "cannot be read (nested too deeply). Check the path, or download it again.",
     }
     for name, content in files.items():
