@@ -11,9 +11,8 @@ import zipfile
 from pathlib import Path
 from typing import BinaryIO
 
-from lcl_mcore.data.untrusted_json import BadJsonError, parse_object
 from lcl_mcore.errors import CheckpointError, explain
-from lcl_mcore.untrusted import open_regular, require_shallow_pickle
+from lcl_mcore.untrusted import BadJsonError, open_regular, parse_object, require_shallow_pickle
 
 MAX_TENSORS = 50_000
 MAX_HEADER = 16 << 20

@@ -21,10 +21,10 @@ from lcl_mcore.checkpoint.shards import current_name
 from lcl_mcore.checkpoint.tensor_files import require_sound_safetensors
 from lcl_mcore.config.base import to_dict
 from lcl_mcore.config.schema import ModelConfig
-from lcl_mcore.data.untrusted_json import BadJsonError, parse_object
 from lcl_mcore.errors import CheckpointError, explain
 from lcl_mcore.models.lcl import LclModel
 from lcl_mcore.storage import atomic_file
+from lcl_mcore.untrusted import BadJsonError, parse_object
 
 FILE = "model.safetensors"
 VOCABULARY = ("language.token_embedding.weight", "language.head")

@@ -23,10 +23,9 @@ from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config import arguments
 from lcl_mcore.config.base import config_dataclass, require, to_dict
 from lcl_mcore.config.evaluation import CaptionConfig, PairsConfig, ProbeConfig, RetrievalConfig
-from lcl_mcore.data.untrusted_json import MAX_BYTES, BadJsonError, parse_object
 from lcl_mcore.errors import ConfigError, explain
 from lcl_mcore.storage import atomic_write, require_writable
-from lcl_mcore.untrusted import read_regular
+from lcl_mcore.untrusted import MAX_JSON_BYTES, BadJsonError, parse_object, read_regular
 
 if TYPE_CHECKING:
     from lcl_mcore.evaluation.caption_data import CaptionDataset
@@ -219,7 +218,7 @@ def free_name(folder: Path, stem: str, result: dict[str, Any], question: Sequenc
         if not path.exists():
             return path
         with contextlib.suppress(OSError, BadJsonError):  # no file, not JSON, or no object: not ours
-            before = parse_object(read_regular(path, MAX_BYTES))
+            before = parse_object(read_regular(path, MAX_JSON_BYTES))
             if all(before.get(name) == result[name] for name in question):
                 return path
     raise AssertionError("the numbers do not end")

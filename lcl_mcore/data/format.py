@@ -27,9 +27,9 @@ from typing import Annotated, Any, Literal, get_args
 import numpy as np
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError, with_config
 
-from lcl_mcore.data.untrusted_json import BadJsonError, clean_text, parse_object
 from lcl_mcore.errors import DataError, explain
 from lcl_mcore.storage import RemoteStorage, atomic_write, open_storage
+from lcl_mcore.untrusted import BadJsonError, clean_text, parse_object
 
 FORMAT, VERSION = "lcl-native", 1
 MANIFEST = "dataset.json"

@@ -19,11 +19,10 @@ from tokenizers import decoders as hf_decoders
 
 from lcl_mcore.config.base import require
 from lcl_mcore.config.schema import Cleaning, RunConfig, TokenizerConfig
-from lcl_mcore.data.untrusted_json import parse_object
 from lcl_mcore.data.vocabulary_file import MAX_BYTES, read_definition, read_vocabulary, require_sound_ids
 from lcl_mcore.errors import DataError, explain
 from lcl_mcore.storage import atomic_write
-from lcl_mcore.untrusted import open_regular
+from lcl_mcore.untrusted import open_regular, parse_object
 
 CLIP_MERGES = 48_894
 CLIP_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"

@@ -14,9 +14,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from lcl_mcore.data.untrusted_json import BadJsonError, parse_object
 from lcl_mcore.errors import DataError, explain
-from lcl_mcore.untrusted import read_regular
+from lcl_mcore.untrusted import BadJsonError, parse_object, read_regular
 
 MAX_BYTES = 256 << 20
 MAX_IDS = 1 << 22

@@ -21,10 +21,9 @@ import torch
 from torch import Tensor
 
 from lcl_mcore.data.format import NativeDataset
-from lcl_mcore.data.untrusted_json import BadJsonError, clean_text, parse_object
 from lcl_mcore.errors import DataError, explain
 from lcl_mcore.evaluation.image_files import Fetch, image_fetcher, read_file
-from lcl_mcore.untrusted import read_regular
+from lcl_mcore.untrusted import BadJsonError, clean_text, parse_object, read_regular
 
 KINDS = "Give Karpathy's or NoCaps' JSON, or a prepared data set."
 NO_CAPTION = "without a caption"

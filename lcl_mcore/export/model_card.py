@@ -13,14 +13,13 @@ from lcl_mcore.config.recipes import RECIPES
 from lcl_mcore.config.run_folder import changes_of_recipe
 from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.data.format import MANIFEST, MAX_MANIFEST_BYTES, parse_manifest
-from lcl_mcore.data.untrusted_json import MAX_BYTES, parse_object
 from lcl_mcore.errors import DataError
 from lcl_mcore.evaluation.load import LoadedModel
 from lcl_mcore.export.formats import FORMATS, use_llava
 from lcl_mcore.models.vision import PIXEL_MEAN, PIXEL_STD
 from lcl_mcore.storage import atomic_write
 from lcl_mcore.templates import render
-from lcl_mcore.untrusted import read_regular
+from lcl_mcore.untrusted import MAX_JSON_BYTES, parse_object, read_regular
 
 NO_RESULTS = ("curves", "options", "probe", "training")
 """Parts of a result that are no measurements."""
@@ -88,7 +87,7 @@ def results(folder: Path, weights: Path) -> list[dict[str, Any]]:
     for path in [*sorted(folder.glob("report*.json")), *sorted((folder / "results").glob("*.json"))]:
         result: dict[str, Any] = {"name": path.stem, "numbers": [], "problem": ""}
         try:
-            content = parse_object(read_regular(path, MAX_BYTES))
+            content = parse_object(read_regular(path, MAX_JSON_BYTES))
             if os.path.realpath(str(content.get("weights"))) != os.path.realpath(weights):
                 continue
             result["numbers"] = numbers({key: value for key, value in content.items() if key not in NO_RESULTS})

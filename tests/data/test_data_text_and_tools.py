@@ -19,8 +19,8 @@ from lcl_mcore.data.evaluation_data import eval_documents, with_blank_images, wi
 from lcl_mcore.data.format import NativeDataset
 from lcl_mcore.data.loader import DataContext
 from lcl_mcore.data.tokenizer import CLIP_MERGES, Tokenizer, build_tokenizer
-from lcl_mcore.data.untrusted_json import BadJsonError, clean_text, parse_json
 from lcl_mcore.errors import DataError
+from lcl_mcore.untrusted import BadJsonError, clean_text, parse_json
 
 ROOT = Path(__file__).parents[2]
 MARKERS = ["<BoI>", "<EoI>", "<bos>", "</s>", "<pad>", "<|endoftext|>", "<start_of_img>", "<image>", "<s>"]

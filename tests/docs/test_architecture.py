@@ -107,9 +107,9 @@ PROBING_MODULES = {
 
 
 # Modules that parse or read whole files themselves, each with its reason. What others wrote goes through `untrusted.py`
-# and `data/untrusted_json.py`: regular files, of bounded size, without duplicate keys.
+# in bounds: regular files of limited size, no key twice.
 RAW_READERS = {
-    "data/untrusted_json.py": "the one place for JSON",
+    "untrusted.py": "the one place",
     "json_lines.py": "the one place for lines of JSON, each of bounded length",
     "data/tokenizer.py": "what the tokenizers library has just written",
     "data/loader.py": "our own values, as JSON gives them back",

@@ -16,10 +16,10 @@ from markdown_it import MarkdownIt
 
 from lcl_mcore import templates
 from lcl_mcore.data.format import Document
-from lcl_mcore.data.untrusted_json import BadJsonError
 from lcl_mcore.evaluation.heldout import HeldoutResult, PairEmbeds
 from lcl_mcore.evaluation.heldout_report import write_report
 from lcl_mcore.export.model_card import numbers, results
+from lcl_mcore.untrusted import BadJsonError
 
 ATTACKS = (
     '"><script>alert(1)</script>',

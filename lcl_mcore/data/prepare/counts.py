@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from lcl_mcore.data.untrusted_json import clean_text
+from lcl_mcore.untrusted import clean_text
 
 SHOWN_REASONS = 3
 EXAMPLE_CHARS = 200

@@ -38,8 +38,8 @@ from lcl_mcore.data.prepare.records import TOO_SLOW, Dropped, InputFile, InputPa
 from lcl_mcore.data.prepare.repeated import image_key, images_of, repeated_keys, write_keys
 from lcl_mcore.data.prepare.time_limit import TooSlowError, time_limit
 from lcl_mcore.data.prepare.workers import WorkerDied, run_jobs
-from lcl_mcore.data.untrusted_json import BadJsonError, clean_text
 from lcl_mcore.errors import DataError, explain
+from lcl_mcore.untrusted import BadJsonError, clean_text
 
 T = TypeVar("T")
 BAD_FILE = (DataError, OSError, MemoryError, EOFError, zlib.error, tarfile.TarError, zipfile.BadZipFile)

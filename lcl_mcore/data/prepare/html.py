@@ -25,8 +25,7 @@ from lcl_mcore.data.prepare.records import (
     bad_image,
     documents_of,
 )
-from lcl_mcore.data.untrusted_json import clean_text
-from lcl_mcore.untrusted import read_regular
+from lcl_mcore.untrusted import clean_text, read_regular
 
 PAGES_PER_FILE = 40
 MAX_PAGE_BYTES = 16 << 20

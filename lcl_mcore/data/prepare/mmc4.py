@@ -32,9 +32,8 @@ from lcl_mcore.data.prepare.records import (
     bad_image,
     documents_of,
 )
-from lcl_mcore.data.untrusted_json import BadJsonError, clean_text, parse_object
 from lcl_mcore.errors import DataError
-from lcl_mcore.untrusted import open_regular
+from lcl_mcore.untrusted import BadJsonError, clean_text, open_regular, parse_object
 
 MAX_LINE_BYTES = 128 << 20
 """Two images of the largest size as base64, and their text."""

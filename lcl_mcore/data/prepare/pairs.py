@@ -24,9 +24,8 @@ from lcl_mcore.data.prepare.records import (
     documents_of,
 )
 from lcl_mcore.data.prepare.tar import Damage, EndMark, TarMember, walk
-from lcl_mcore.data.untrusted_json import BadJsonError, clean_text, parse_object
 from lcl_mcore.rng import key64
-from lcl_mcore.untrusted import open_regular
+from lcl_mcore.untrusted import BadJsonError, clean_text, open_regular, parse_object
 
 logger = logging.getLogger(__name__)
 IMAGES = ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff", "jfif", "avif")

@@ -30,10 +30,9 @@ from lcl_mcore.data.prepare.records import (
     bad_image,
     documents_of,
 )
-from lcl_mcore.data.untrusted_json import BadJsonError, clean_text
 from lcl_mcore.errors import DataError, explain
 from lcl_mcore.optional_packages import installed
-from lcl_mcore.untrusted import open_regular
+from lcl_mcore.untrusted import BadJsonError, clean_text, open_regular
 
 if TYPE_CHECKING:
     import pyarrow

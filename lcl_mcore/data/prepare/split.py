@@ -27,10 +27,10 @@ from lcl_mcore.data.format import (
     write_manifest,
     writing_to,
 )
-from lcl_mcore.data.untrusted_json import BadJsonError, parse_object
 from lcl_mcore.errors import DataError, explain
 from lcl_mcore.rng import key64
 from lcl_mcore.storage import atomic_write
+from lcl_mcore.untrusted import BadJsonError, parse_object
 
 PARTS = ("train", "heldout")
 SHARD_BYTES = 1 << 30
