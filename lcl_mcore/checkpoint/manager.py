@@ -45,7 +45,6 @@ from lcl_mcore.checkpoint.store import (
     Manifest,
     TrainState,
     checkpoint_name,
-    checkpoint_names,
     child,
     open_store,
     outdated,
@@ -226,7 +225,7 @@ class Checkpointer:
         def commit() -> None:
             if self.rank == 0:
                 self.require_lease()
-                self.run = self.run or self._run_of(checkpoint_names(self.store.location)) or secrets.token_hex(8)
+                self.run = self.run or self._run_of(self.store.names()) or secrets.token_hex(8)
                 self.store.commit(name, Manifest(self.run, state.step, state.config_digest, everything))
                 self.good.add(name)
 
@@ -258,7 +257,7 @@ class Checkpointer:
 
         def look() -> None:
             if self.rank == 0:
-                held = checkpoint_names(self.store.location)
+                held = self.store.names()
                 names.extend(name for name in held if name in self.good or self._is_ours(name))
 
         def remove() -> None:
@@ -283,7 +282,7 @@ class Checkpointer:
 
     def _is_ours(self, name: str) -> bool:
         """Whether a checkpoint is this run's, as far as it says."""
-        return run_of_checkpoint(child(self.store.location, name)) in (None, "", self.run)
+        return run_of_checkpoint(self.store.storage_of(name)) in (None, "", self.run)
 
     def _problems(self, name: str, group: dist.ProcessGroup) -> str:
         """What is wrong with a checkpoint where it lies. The ranks share the work, and agree."""
@@ -315,7 +314,7 @@ class Checkpointer:
             CheckpointError: it cannot see; raised on every rank.
         """
         store = self.store
-        return self._first(lambda: [n for n in checkpoint_names(store.location) if not store.unfinished(n)])
+        return self._first(lambda: [name for name in store.names() if not store.unfinished(name)])
 
     def _first(self, ask: Callable[[], T]) -> T:
         """What the first rank finds, on every rank.
@@ -353,7 +352,7 @@ class Checkpointer:
         self.run = self._first(lambda: self._run_of(names))
         for name in reversed(names):
             where = child(self.store.location, name)
-            run = self._first(partial(run_of_checkpoint, where))
+            run = self._first(partial(run_of_checkpoint, self.store.storage_of(name)))
             if run not in (None, "", self.run):
                 remedy = "to continue that one, give it a folder of its own"
                 reason = f"it belongs to run {run}, this folder to run {self.run} ({remedy})"
@@ -387,10 +386,10 @@ class Checkpointer:
         """
         if not names:
             return ""
-        known = run_of_folder(self.store.location)
+        known = run_of_folder(self.store.storage_of())
         if known:
             return known
-        runs = {run_of_checkpoint(child(self.store.location, name)): name for name in names}
+        runs = {run_of_checkpoint(self.store.storage_of(name)): name for name in names}
         runs.pop(None, None)  # unreadable
         if len(runs) > 1:
             found = ", ".join(f"{name} of {run or 'an unnamed one'}" for run, name in runs.items())
@@ -454,11 +453,7 @@ class Checkpointer:
         self.require_lease()
         return self._attempt(
             lambda: self.store.remove(
-                [
-                    name
-                    for name in checkpoint_names(self.store.location)
-                    if (step_of(name) or 0) > step and self._is_ours(name)
-                ]
+                [name for name in self.store.names() if (step_of(name) or 0) > step and self._is_ours(name)]
             )
         )
 

@@ -122,9 +122,13 @@ def checkpoint_names(location: str) -> list[str]:
     Raises:
         DataError: the place cannot be read. One that does not exist holds none.
     """
+    with closing(open_storage(location)) as storage:
+        return _names_in(storage)
+
+
+def _names_in(storage: Storage) -> list[str]:
     try:
-        with closing(open_storage(location)) as storage:
-            return sorted((name for name in storage.names() if step_of(name) is not None), key=_step)
+        return sorted((name for name in storage.names() if step_of(name) is not None), key=_step)
     except MissingError:
         return []
 
@@ -369,23 +373,23 @@ def read_manifest(storage: Storage) -> Manifest:
 # --- the run ---
 
 
-def run_of_folder(location: str) -> str:
-    """Id of the run whose checkpoints a local path or URL holds; empty if that is not known.
+def run_of_folder(storage: Storage) -> str:
+    """Id of the run whose checkpoints a folder holds; empty if that is not known.
 
     Raises:
         DataError: it cannot be read.
     """
     try:
-        with closing(open_storage(location)) as storage:
+        with closing(storage):
             return _RUN.validate_python(_read_json(storage, RUN).decode("ascii", "replace").strip())
     except (MissingError, ValueError):
         return ""
 
 
-def run_of_checkpoint(location: str) -> str | None:
+def run_of_checkpoint(storage: Storage) -> str | None:
     """Id of the run that a checkpoint belongs to; empty if it does not say, None if its manifest cannot be read."""
     try:
-        with closing(open_storage(location)) as storage:
+        with closing(storage):
             return read_manifest(storage).run
     except (DataError, ValueError):
         return None
@@ -465,6 +469,12 @@ class CheckpointStore(Protocol):
     shared: bool
     """Whether all ranks see the same files, so that a verification can be divided among them."""
 
+    def storage_of(self, name: str = "") -> Storage:
+        """The files of a checkpoint, or those beside the checkpoints."""
+
+    def names(self) -> list[str]:
+        """All checkpoint folders, complete or not, oldest first."""
+
     def clean(self) -> None:
         """Remove what killed saves left behind."""
 
@@ -530,6 +540,12 @@ class FolderStore:
     def __init__(self, folder: Path) -> None:
         self.folder, self.location = folder, str(folder)
 
+    def storage_of(self, name: str = "") -> Storage:
+        return LocalStorage(self.folder / name)
+
+    def names(self) -> list[str]:
+        return _names_in(self.storage_of())
+
     def clean(self) -> None:
         for pattern in (f"{PREFIX}*{PARTIAL}", f".{RUN}.*{PARTIAL}"):
             for leftover in self.folder.glob(pattern):
@@ -553,7 +569,7 @@ class FolderStore:
         (staging / MANIFEST).write_bytes(manifest_bytes(manifest))
         for item in (staging / MANIFEST, staging):
             sync(item)  # all must be on the disk before the final name is
-        if run_of_folder(self.location) != manifest.run:
+        if run_of_folder(self.storage_of()) != manifest.run:
             atomic_write(self.folder / RUN, f"{manifest.run}\n")
         if os.path.lexists(self.folder / name):  # what a restore could not set aside, or somebody else's
             self.set_aside(name, "replaced")
@@ -590,9 +606,15 @@ class ObjectStore:
     def __init__(self, storage: RemoteStorage, staging: Path) -> None:
         self.storage, self.location, self.local = storage, storage.root, staging
 
+    def storage_of(self, name: str = "") -> Storage:
+        return self.storage.below(name) if name else self.storage
+
+    def names(self) -> list[str]:
+        return _names_in(self.storage)
+
     def clean(self) -> None:
         shutil.rmtree(self.local, ignore_errors=True)
-        self.remove([name for name in checkpoint_names(self.location) if self.unfinished(name)])
+        self.remove([name for name in self.names() if self.unfinished(name)])
 
     def unfinished(self, name: str) -> bool:
         return not self.storage.has(f"{name}/{MANIFEST}")
@@ -612,7 +634,7 @@ class ObjectStore:
             self.storage.upload(self.staging(name) / file, f"{name}/{file}", entry["bytes"])
 
     def commit(self, name: str, manifest: Manifest) -> None:
-        if run_of_folder(self.location) != manifest.run:
+        if run_of_folder(self.storage_of()) != manifest.run:
             self.storage.write(RUN, f"{manifest.run}\n".encode())
         self.storage.write(f"{name}/{MANIFEST}", manifest_bytes(manifest))
 
@@ -635,8 +657,7 @@ class ObjectStore:
         once, whoever is first.
         """
         folder = self.local / name
-        storage = open_storage(child(self.location, name))
-        assert isinstance(storage, RemoteStorage)
+        storage = self.storage.below(name)
         try:
             manifest = read_manifest(storage)
             folder.mkdir(parents=True, exist_ok=True)

@@ -25,7 +25,7 @@ from checkpoint_toys import Run
 from lcl_mcore.checkpoint.store import checkpoint_names, run_of_checkpoint, step_of, verify
 from lcl_mcore.config.schema import CheckpointConfig
 from lcl_mcore.errors import CheckpointError
-from lcl_mcore.storage import RemoteStorage
+from lcl_mcore.storage import RemoteStorage, open_storage
 
 MANY = settings(max_examples=40, deadline=None, suppress_health_check=list(HealthCheck))
 DAMAGE = ("flipped", "cut", "without manifest", "huge manifest", "renamed")
@@ -104,7 +104,9 @@ class Place:
     def good(self, run: str) -> list[int]:
         """Steps of the run's checkpoints that verify."""
         paths = {step_of(name) or 0: f"{self.location}/{name}" for name in checkpoint_names(self.location)}
-        return [step for step, path in paths.items() if run_of_checkpoint(path) == run and not verify(path)]
+        return [
+            step for step, path in paths.items() if run_of_checkpoint(open_storage(path)) == run and not verify(path)
+        ]
 
 
 def wanted(good: list[int], keep: int, keep_every: int, always: set[int]) -> list[int]:
@@ -209,7 +211,9 @@ def test_a_local_folder(pair: list[dist.ProcessGroup], tmp_path: Path) -> None:
         check(place, rules, saves, kill, good)
         for step in (step for step, kind in held.items() if kind == "foreign"):  # nobody's business
             kept = [folder / f"{before}step-{step:08d}" for before in ("", "foreign-")]
-            theirs = [path for path in kept if run_of_checkpoint(str(path)) == other.manager.checkpointer.run]
+            theirs = [
+                path for path in kept if run_of_checkpoint(open_storage(str(path))) == other.manager.checkpointer.run
+            ]
             assert [verify(path) for path in theirs] == [[]]
 
     examples()
