@@ -136,3 +136,35 @@ def test_a_run_with_an_object_store_that_fails(
     assert [after[step]["loss"] for step in range(1, 9)] == [before[step]["loss"] for step in range(1, 9)]
     use_server(server.meta.endpoint_url, monkeypatch)
     assert verify_checkpoints("s3://ckpt/run") == {name: [] for name in names}
+
+
+@pytest.mark.timeout(120)
+def test_one_of_two_jobs_holds_a_lease_in_the_store(server: Any) -> None:
+    """By the store's conditional put; the other's heartbeat is seen, and a holder that is silent is succeeded."""
+    from lcl_mcore.errors import LeaseError
+    from lcl_mcore.fault_tolerance.lease import Lease
+
+    url = "s3://ckpt/leased"
+    one, other = (Lease(url, 2.0, print) for _ in range(2))
+
+    def take(lease: Lease) -> None:
+        while not lease.ask():
+            time.sleep(0.05)
+
+    assert one.ask()
+    assert not other.place.create("lease-000001.json", b"{}")
+    one.require()
+    with pytest.raises(LeaseError, match="is being written by process"):
+        take(other)
+    one.finished.set()
+    one.thread.join()
+    later = Lease(url, 2.0, print)
+    take(later)
+    later.require()
+    with pytest.raises(LeaseError, match="taken over by process"):
+        one.require()
+    one.close()
+    later.clear()
+    later.close()
+    other.close()
+    assert "Contents" not in server.list_objects_v2(Bucket="ckpt", Prefix="leased/")
