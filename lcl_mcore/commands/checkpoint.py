@@ -19,7 +19,7 @@ class CheckpointOptions:
     """Look at checkpoints of any layout, in a folder or behind a URL; one process, no GPU, no torchrun."""
 
     command: tyro.conf.Positional[Literal["list", "verify", "info", "consolidate"]]
-    """list: path, size and completeness; verify: every file's size and SHA-256, exit code 1 if damaged; info: state,
+    """list: path, size and completeness; verify: every file's size and hash, exit code 1 if damaged; info: state,
     configuration and tensors of the newest; consolidate: the newest as one model.safetensors and its config.yaml."""
     path: tyro.conf.Positional[str]
     """Checkpoint, folder of checkpoints, or run; local or a URL."""
