@@ -11,7 +11,6 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -388,15 +387,13 @@ def test_caption_files_that_are_refused(photographs: Path) -> None:
 
 def test_a_card_has_the_results_of_its_own_weights(tmp_path: Path) -> None:
     weights = tmp_path / "checkpoints" / "step-2"
-    loaded: Any = SimpleNamespace(folder=tmp_path, weights=weights, results=tmp_path / "results")
     put(tmp_path / "report.json", json.dumps({"weights": str(weights), "R@1": 0.5, "curves": [1]}).encode())
     put(tmp_path / "report-2.json", json.dumps({"weights": str(weights.with_name("step-1")), "R@1": 0.1}).encode())
     put(tmp_path / "results" / "zeroshot.json", json.dumps({"weights": str(weights), "top1": 0.2}).encode())
-    found = results(loaded)
-    assert {name: content.keys() - {"weights"} for name, content in found.items()} == {
-        "report": {"R@1"},
-        "zeroshot": {"top1"},
-    }
+    assert results(tmp_path, weights) == [
+        {"name": "report", "numbers": [("R@1", "0.5")], "problem": ""},
+        {"name": "zeroshot", "numbers": [("top1", "0.2")], "problem": ""},
+    ]
 
 
 # --- what vectors say
