@@ -184,8 +184,12 @@ def structured(path: Path, data: bytes, rng: random.Random) -> bytes | None:
             lines[chosen] = json.dumps(restructured(json.loads(lines[chosen]), rng))
         return "\n".join(lines).encode("utf-8", "surrogatepass")
     if path.suffix == ".yaml":
-        changed = yaml.safe_dump(restructured(yaml.safe_load(data), rng), sort_keys=False)
-        return str(changed).encode("utf-8", "surrogatepass")
+        changed = restructured(yaml.safe_load(data), rng)
+        try:
+            text = str(yaml.safe_dump(changed, sort_keys=False))
+        except RecursionError:  # JSON is YAML, and its writer goes deeper
+            text = json.dumps(changed)
+        return text.encode("utf-8", "surrogatepass")
     if path.suffix == ".safetensors":
         size = int.from_bytes(data[:8], "little")
         text = json.dumps(restructured(json.loads(data[8 : 8 + size]), rng)).encode()
