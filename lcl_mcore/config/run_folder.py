@@ -61,9 +61,9 @@ def _completed(data: dict[str, Any]) -> dict[str, Any]:
     """The file's values over its recipe, if it names one; a file that holds every section may name any."""
     recipe = data.get("recipe", "custom")
     whole = fields_of(RunConfig).keys() <= data.keys()
-    if recipe not in RECIPES and (whole or recipe == "custom"):
+    if not isinstance(recipe, str) or (recipe not in RECIPES and (whole or recipe == "custom")):
         return data
-    return merged(to_dict(load_recipe(str(recipe))), data)
+    return merged(to_dict(load_recipe(recipe)), data)
 
 
 def merged(base: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -10,9 +10,10 @@ from typing import Any
 
 import pytest
 
+from lcl_mcore.config.run_folder import read_config
 from lcl_mcore.data.format import ShardInfo, fingerprint, listed_shards
 from lcl_mcore.data.prepare.tar import EndMark, TarMember, walk
-from lcl_mcore.errors import DataError, explain
+from lcl_mcore.errors import ConfigError, DataError, explain
 from lcl_mcore.json_lines import Records, read_records
 from lcl_mcore.storage import LocalStorage
 from lcl_mcore.untrusted import open_regular
@@ -39,6 +40,12 @@ def test_lists_of_shards_are_typed(field: str, value: object, rule: str) -> None
     assert str(caught.value) == f"x: is damaged: {rule}. Prepare the data set again."
     manifest |= {"shards": [SHARD.__dict__], "fingerprint": fingerprint([SHARD])}
     assert listed_shards("x", json.loads(json.dumps(manifest))) == [SHARD]
+
+
+def test_a_recipe_that_is_no_name(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("recipe: [demo]\n")
+    with pytest.raises(ConfigError, match=r"recipe = \['demo'\]: must be text"):
+        read_config(tmp_path / "config.yaml")
 
 
 def test_messages_are_of_bounded_length() -> None:
