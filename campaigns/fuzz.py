@@ -186,10 +186,10 @@ def structured(path: Path, data: bytes, rng: random.Random) -> bytes | None:
     if path.suffix == ".yaml":
         changed = restructured(yaml.safe_load(data), rng)
         try:
-            text = str(yaml.safe_dump(changed, sort_keys=False))
+            written = str(yaml.safe_dump(changed, sort_keys=False))
         except RecursionError:  # JSON is YAML, and its writer goes deeper
-            text = json.dumps(changed)
-        return text.encode("utf-8", "surrogatepass")
+            written = json.dumps(changed)
+        return written.encode("utf-8", "surrogatepass")
     if path.suffix == ".safetensors":
         size = int.from_bytes(data[:8], "little")
         text = json.dumps(restructured(json.loads(data[8 : 8 + size]), rng)).encode()

@@ -169,7 +169,7 @@ def read_vocabulary(folder: Path) -> None:
 def read_full_weights(folder: Path) -> None:
     if is_consolidated(folder):
         require_same_model(folder, ModelConfig(vision=VISION))
-        read_consolidated(folder)
+    read_consolidated(folder)
 
 
 def read_vit(folder: Path) -> None:
