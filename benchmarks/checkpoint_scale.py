@@ -133,7 +133,8 @@ def rank_share(nbytes: int, folder: Path, repeats: int) -> dict[str, float]:
 
 def model_shapes(parameters: int) -> list[tuple[str, tuple[int, ...]]]:
     """Tensors of a transformer of about so many parameters, 4,096 wide."""
-    width, shapes = 4096, [("embedding", (50272, 4096)), ("head", (50272, 4096))]
+    width = 4096
+    shapes: list[tuple[str, tuple[int, ...]]] = [("embedding", (50272, 4096)), ("head", (50272, 4096))]
     layers = max(1, round((parameters - 2 * math.prod(shapes[0][1])) / (12 * width * width)))
     for layer in range(layers):
         for name, shape in (
