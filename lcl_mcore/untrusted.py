@@ -52,11 +52,10 @@ def read_regular(path: Path | str, limit: int) -> bytes:
         OSError: there is none, it cannot be read, or it is longer.
     """
     with open_regular(path) as file:
-        content = b"" if os.fstat(file.fileno()).st_size > limit else file.read(limit + 1)
-        if len(content) > limit or (not content and os.fstat(file.fileno()).st_size):
-            size = os.fstat(file.fileno()).st_size
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
             raise OSError(errno.EFBIG, f"{size} bytes, at most {limit} are read", str(path))
-    return content
+        return file.read(size)  # room is taken for as much as is asked for
 
 
 # --- JSON ---

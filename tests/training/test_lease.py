@@ -144,6 +144,14 @@ def test_a_damaged_file_is_watched_like_a_silent_holder(place: str, content: byt
     found.close()
 
 
+def test_a_pipe_in_its_place_is_an_error_and_no_hang(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "lease-000001.json")
+    lease = Lease(str(tmp_path), 60.0, print)
+    with pytest.raises(OSError, match="not a regular file"):
+        lease.ask()
+    lease.close()
+
+
 def test_one_of_many_contenders_wins(place: str) -> None:
     """All see the same silent holder, and ask in the same moments."""
     leave(place, 3, module._HOLDER.dump_json(holder()))
