@@ -37,6 +37,10 @@ class MissingError(DataError):
     """A file or folder that is not there, as opposed to one that cannot be read."""
 
 
+class UnreachableError(DataError):
+    """A store that did not answer, however often it was asked: what it holds may be as good as ever."""
+
+
 # --- local writes ---
 
 
@@ -226,7 +230,7 @@ class LocalStorage:
 
     def _unreadable(self, name: str, error: OSError) -> DataError:
         missing = isinstance(error, (FileNotFoundError, NotADirectoryError))
-        return _unreadable(self.root, name, str(error.strerror), missing)
+        return _unreadable(self.root, name, str(error.strerror), MissingError if missing else DataError)
 
 
 class RemoteStorage:
@@ -396,7 +400,8 @@ class RemoteStorage:
                     if isinstance(error, DataError):
                         raise
                     detail = f"{attempt + 1} attempts failed, last: {type(error).__name__} {error}"
-                    raise _unreadable(self.root, name, detail, missing) from error
+                    kind = MissingError if missing else UnreachableError
+                    raise _unreadable(self.root, name, detail, kind) from error
                 time.sleep(pause)
                 pause = min(2 * pause, self.LONGEST_PAUSE)
         raise AssertionError("unreachable")
@@ -453,9 +458,8 @@ def blocks(storage: Storage, name: str, size: int) -> Iterator[bytes]:
         yield storage.read(name, start, min(_BLOCK, size - start))
 
 
-def _unreadable(root: str, name: str, detail: str, missing: bool) -> DataError:
+def _unreadable(root: str, name: str, detail: str, kind: type[DataError]) -> DataError:
     where = f"{root}/{name}" if name else root
-    kind = MissingError if missing else DataError
     return kind(explain(where, f"cannot be read: {detail}", "Check that it is there and complete."))
 
 

@@ -64,6 +64,7 @@ from lcl_mcore.distributed.groups import gather_objects
 from lcl_mcore.errors import CheckpointError, LclError, explain
 from lcl_mcore.models.lcl import LclModel
 from lcl_mcore.optimizer import Optimizer
+from lcl_mcore.storage import UnreachableError
 
 T = TypeVar("T")
 MAX_FAILED_SAVES = 2  # in a row
@@ -117,7 +118,7 @@ class Unusable:
         return f"{self.path}: {self.fault}, skipped: {self.reason}"
 
 
-DAMAGED, UNLOADABLE = "damaged", "cannot be loaded"
+DAMAGED, UNREACHABLE, UNLOADABLE = "damaged", "out of reach", "cannot be loaded"
 FOREIGN, OTHER_MODEL = "of another run", "of another model or objective"
 
 
@@ -358,9 +359,9 @@ class Checkpointer:
                 reason = f"it belongs to run {run}, this folder to run {self.run} ({remedy})"
                 skipped.append(Unusable(where, FOREIGN, reason))
                 continue
-            path, problem = self._verify(name)
+            path, problem, fault = self._verify(name)
             if problem:
-                skipped.append(Unusable(where, DAMAGED, problem))
+                skipped.append(Unusable(where, fault, problem))
                 continue
             state = read_state(path)
             if not accept(state):
@@ -407,21 +408,27 @@ class Checkpointer:
 
     def set_aside(self, unusable: Unusable) -> str:
         """Rename a checkpoint that cannot be used, so that nothing takes it for one; what became of it."""
+        if unusable.fault == UNREACHABLE:
+            return "is left as it is: it may be intact"
         reason = "foreign" if unusable.fault in (FOREIGN, OTHER_MODEL) else "damaged"
         try:
             return f"is now {self.store.set_aside(unusable.path.rsplit('/', 1)[-1], reason)}"
         except (OSError, LclError) as error:
             return f"could not be renamed: {_reason(error)}"
 
-    def _verify(self, name: str) -> tuple[Path, str]:
-        """Local folder of a checkpoint, and what is wrong with it. The ranks share the work, and agree."""
+    def _verify(self, name: str) -> tuple[Path, str, str]:
+        """Local folder of a checkpoint, what is wrong with it, and which kind of fault. The ranks agree."""
         part, parts = (self.rank, self.control.size()) if self.store.shared else self.node
+        fault = DAMAGED
         try:
             path, problems = self.store.fetch(name, part, parts)
         except (OSError, LclError) as error:
             path, problems = Path(name), [_reason(error)]
-        found = sorted({problem for part in gather_objects(problems, self.control) for problem in part})
-        return path, "; ".join(found[:3])
+            fault = UNREACHABLE if isinstance(error, UnreachableError) else DAMAGED
+        answers = gather_objects((problems, fault), self.control)
+        found = sorted({problem for own, _ in answers for problem in own})
+        unreachable = any(kind == UNREACHABLE for _, kind in answers)
+        return path, "; ".join(found[:3]), UNREACHABLE if unreachable else DAMAGED
 
     def _agree(self, problem: str) -> str:
         """The first rank's problem, on all ranks."""

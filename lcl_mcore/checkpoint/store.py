@@ -44,6 +44,7 @@ from lcl_mcore.storage import (
     MissingError,
     RemoteStorage,
     Storage,
+    UnreachableError,
     atomic_file,
     atomic_write,
     blocks,
@@ -668,6 +669,8 @@ class ObjectStore:
                         raise DataError(f"{file}: content changed since it was written")
                 if file == STATE and (problems := _state_problems((folder / file).read_bytes(), name)):
                     return folder, problems
+        except UnreachableError:
+            raise
         except (DataError, ValueError) as error:
             return folder, [f"{MANIFEST}: {error}" if isinstance(error, ValueError) else str(error)]
         finally:

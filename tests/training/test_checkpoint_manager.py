@@ -13,12 +13,14 @@ from typing import Any
 
 import pytest
 import torch
+from fsspec.implementations.memory import MemoryFileSystem
 
 from checkpoint_toys import Run
 from lcl_mcore.checkpoint.manager import slurm_seconds_left
 from lcl_mcore.checkpoint.store import TrainState, parse_manifest, step_of, verify
 from lcl_mcore.config.schema import CheckpointConfig
 from lcl_mcore.errors import CheckpointError
+from lcl_mcore.storage import RemoteStorage
 
 
 @pytest.fixture
@@ -177,6 +179,38 @@ def test_damaged_checkpoints_cost_no_good_one(start: Callable[..., Run]) -> None
     assert later.manager.resume() is not None
     later.save(91, final=True)
     assert later.names() == [*aside, "step-00000090", "step-00000091"]
+
+
+def test_a_checkpoint_out_of_reach_is_left_as_it_is(
+    groups: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An object store that does not answer says nothing of its content: an older one is used, nothing is renamed."""
+    location = f"memory://reach/{tmp_path.name}"
+    run = Run(tmp_path / "staging", CheckpointConfig(keep=9), location=location)
+    for step in (1, 2):
+        run.save(step, final=True)
+    read = MemoryFileSystem.cat_file
+
+    def silent(self: MemoryFileSystem, path: str, *rest: Any, **more: Any) -> bytes:
+        if "step-00000002/__0_0" in path:
+            raise ConnectionError("no answer")
+        return bytes(read(self, path, *rest, **more))
+
+    monkeypatch.setattr(RemoteStorage, "FIRST_PAUSE", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(MemoryFileSystem, "cat_file", silent)
+        again = Run(tmp_path / "staging", CheckpointConfig(keep=9), location=location)
+        state = again.manager.resume()
+        assert state is not None
+        assert state.step == 1
+        again.manager.begin()
+    newest = f"{location}/step-00000002"
+    assert again.lines[0].startswith(f"{newest}: out of reach, skipped: ")
+    assert again.lines[-1] == f"{newest} is left as it is: it may be intact"
+    later = Run(tmp_path / "staging", CheckpointConfig(keep=9), location=location)
+    state = later.manager.resume()
+    assert state is not None
+    assert state.step == 2
 
 
 def test_only_damaged_checkpoints_are_not_step_0(start: Callable[..., Run]) -> None:
