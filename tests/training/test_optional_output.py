@@ -35,7 +35,7 @@ def test_a_run_whose_every_side_file_fails(arguments: Arguments, tmp_path: Path)
         (out / name).mkdir(parents=True)
     os.mkfifo(out / "events.jsonl")
     (out / "tensorboard").write_text("")
-    done = run_script(*arguments(out, "--steps", "4", "log.tensorboard=true"))
+    done = run_script(*arguments(out, "--steps", "4", "log.tensorboard=true", "optim.warmup_steps=1"))
     assert done.returncode == 0, done.stderr
     warnings = sorted(line for line in done.stdout.splitlines() if line.startswith("WARNING"))
     assert [line.split(" cannot be written")[0] for line in warnings] == [
@@ -112,7 +112,9 @@ def test_data_that_cannot_be_read_end_a_run_with_a_checkpoint(
 def test_held_out_data_that_cannot_be_read_end_nothing(arguments: Arguments, corpus: Path, tmp_path: Path) -> None:
     out, data = tmp_path / "run", tmp_path / "heldout"
     spoil(corpus / "pairs", data)
-    done = torchrun(2, *arguments(out, "--steps", "4", "evaluation.every=2", f"evaluation.data={data}"))
+    done = torchrun(
+        2, *arguments(out, "--steps", "4", "optim.warmup_steps=1", "evaluation.every=2", f"evaluation.data={data}")
+    )
     warnings = [line for line in done.stdout.splitlines() if line.startswith("WARNING")]
     assert [line.partition(",")[0] for line in warnings] == [
         f"WARNING evaluation after step {step} left out" for step in (2, 4)
@@ -128,7 +130,7 @@ def test_ctrl_c(arguments: Arguments, tmp_path: Path, times: int) -> None:
     command = [sys.executable, *arguments(out, "--steps", "100000", "--checkpoint-every", "2")]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     assert process.stdout is not None
-    while "checkpoint" not in (line := process.stdout.readline()):
+    while " complete after " not in (line := process.stdout.readline()):
         assert line, "the run ended"
     for _ in range(times):
         process.send_signal(signal.SIGINT)

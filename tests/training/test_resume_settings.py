@@ -133,9 +133,9 @@ def test_a_model_is_read_with_its_checkpoints_own_configuration(finished: Path, 
     assert read_config(tmp_path / "weights" / "config.yaml") == true
     assert lines == []
 
-    entries = parse_manifest((weights / MANIFEST).read_bytes())
-    del entries["config.yaml"]
-    (weights / MANIFEST).write_bytes(manifest_bytes(entries))
+    manifest = parse_manifest((weights / MANIFEST).read_bytes())
+    del manifest.files["config.yaml"]
+    (weights / MANIFEST).write_bytes(manifest_bytes(manifest))
     (weights / "config.yaml").unlink()
     assert written_config(weights, lines.append).recipe == "paper-l14"
     assert lines == [f"{weights} holds no config.yaml: the configuration is taken from {out / 'config.yaml'}"]
