@@ -323,14 +323,14 @@ def _make_data(base: Path, rng: random.Random) -> None:
     import pyarrow
     from pyarrow import parquet
 
-    pictures = {f"{i}.jpg": image(i) for i in range(4)}
+    images = {f"{i}.jpg": image(i) for i in range(4)}
     texts = [" ".join(rng.choices(WORDS, k=6)) for _ in range(4)]
     pairs = {name: data for i in range(4) for name, data in ((f"{i}.jpg", image(i)), (f"{i}.txt", texts[i].encode()))}
     tar(base / "pairs" / "a.tar", pairs)
     prepare(PairReader(base / "pairs"), base / "prepared", PrepareOptions(), workers=1, quiet=True)
     for folder in ("mmc4", "captions", "parquet"):
         (base / folder / "images").mkdir()
-        for name, data in pictures.items():
+        for name, data in images.items():
             (base / folder / "images" / name).write_bytes(data)
     documents = [
         {

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
-from lcl_mcore.storage import atomic_write
+from lcl_mcore.storage import atomic_file
 from lcl_mcore.untrusted import open_regular
 
 MAX_LINE = 1 << 20
@@ -49,11 +49,11 @@ def read_records(path: Path, valid: Callable[[Record], bool]) -> Records:
         valid: whether an object is what the file should hold.
     """
     records, damaged = [], 0
-    for line in _lines(path):
-        record = _parsed(line, valid)
+    for line, begins in _pieces(path):
+        record = _parsed(line, valid) if begins else None
         if record is not None:
             records.append(record)
-        elif line.strip():
+        elif begins and line.strip():
             damaged += 1
     return Records(records, damaged)
 
@@ -68,8 +68,8 @@ def _parsed(line: bytes, valid: Callable[[Record], bool]) -> Record | None:
     return record if isinstance(record, dict) and valid(record) else None
 
 
-def _lines(path: Path) -> Iterator[bytes]:
-    """Lines with their ends; of one that is too long its beginning."""
+def _pieces(path: Path) -> Iterator[tuple[bytes, bool]]:
+    """Lines with their ends, one that is too long in pieces; and whether a piece begins a line."""
     try:
         file = open_regular(path, os.O_RDONLY)
     except OSError:
@@ -77,11 +77,10 @@ def _lines(path: Path) -> Iterator[bytes]:
     with file:
         if os.fstat(file.fileno()).st_size > MAX_FILE:
             return
-        while line := file.readline(MAX_LINE + 1):
-            rest = line
-            while len(rest) > MAX_LINE and not rest.endswith(LF):
-                rest = file.readline(MAX_LINE + 1)
-            yield line
+        begins = True
+        while piece := file.readline(MAX_LINE + 1):
+            yield piece, begins
+            begins = piece.endswith(LF)
 
 
 class LineWriter:
@@ -117,17 +116,17 @@ class LineWriter:
         Returns:
             The records removed; they are still there, and the user is told, if the file cannot be replaced.
         """
+
+        def unwanted_record(piece: bytes, begins: bool) -> Record | None:
+            record = _parsed(piece, valid) if begins else None
+            return record if record is not None and unwanted(record) else None
+
         self.close()
-        kept, dropped = [], []
-        for line in _lines(self.path):
-            record = _parsed(line, valid)
-            if record is not None and unwanted(record):
-                dropped.append(record)
-            else:
-                kept.append(line if line.endswith(LF) else line + LF)
+        dropped = [record for piece in _pieces(self.path) if (record := unwanted_record(*piece))]
         if dropped:
             try:
-                atomic_write(self.path, b"".join(kept))
+                with atomic_file(self.path) as unfinished, open(unfinished, "wb") as file:
+                    file.writelines(piece[0] for piece in _pieces(self.path) if not unwanted_record(*piece))
             except OSError as error:
                 self.log(
                     f"WARNING {self.path} cannot be replaced ({error.strerror or error}): it keeps lines of lost steps"

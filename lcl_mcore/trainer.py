@@ -62,7 +62,7 @@ class Trainer:
         )
         self.data_context, self.tokenizer = DataContext.of(config, context), tokenizer_for(config)
         self.loader = build_loader(config, self.data_context, self.tokenizer, self.state.position)
-        self.evaluation = periodic_evaluation(config, context)
+        self.evaluation = periodic_evaluation(config, context, self.tokenizer)
         self.finished = self.state.step >= config.train.steps
 
         # Whatever may refuse has not refused: from here on the folder is written to.
@@ -115,9 +115,6 @@ class Trainer:
                 self.log.info(f"stopped by request after step {self.state.step}; continue with --resume")
             self.goodput.end()
             self.log.info(self.goodput.total().describe())
-        except DataError:  # comes to every rank alike, between two steps
-            self.save_before_leaving()
-            raise
         except LclError:  # every rank is alive and leaves: a save under way is worth completing
             self.checkpoints.wait()
             raise
@@ -157,7 +154,11 @@ class Trainer:
         """The next batch that is to be trained on."""
         while True:
             self.watchdog.set_phase("data", self.state.step)
-            batch = next(self.loader)
+            try:
+                batch = next(self.loader)
+            except DataError:  # comes to every rank alike
+                self.save_before_leaving()
+                raise
             if not self.recovery.skips(batch):
                 return batch
             self.log.info(f"batch {batch.number} skipped (order hash {batch.order_hash})")
@@ -190,7 +191,7 @@ class Trainer:
         mfu = self.flops.mfu(record.batch, self.speed.step_seconds)
         metrics = step_metrics(self.config, done, self.speed, mfu)
         slowest = self.watchdog.stragglers.metrics(self.log.info, self.events)
-        self.lease.require_here()
+        self.lease.require_lately()
         self.log.step({**metrics, "ettr": self.goodput.total().ettr, **slowest})
 
     def log_finished(self) -> None:
@@ -276,7 +277,7 @@ class Trainer:
         """Begin a checkpoint of the present state; the last one of a run is also completed."""
         final, self.saving = self.stopping or self.state.step == self.config.train.steps, False
         self.watchdog.set_phase("save", self.state.step - 1)
-        self.lease.require_here()
+        self.lease.require_lately()
         if self.state.position is not None:  # something was trained on
             position = self.recovery.position(self.state.position)
             digest = config_digest(self.config)

@@ -105,11 +105,7 @@ class EmojiReader:
         self._emojis = list(emojis)
         self._folder = folder
         self._versions = versions
-
-    @property
-    def image_root(self) -> Path | None:
-        """None: the package's version says which images there are."""
-        return None
+        self.image_root = None  # the package's version says which images there are
 
     def files(self) -> Sequence[InputFile]:
         """All emojis are one file of the input."""

@@ -38,7 +38,7 @@ def main() -> int:
     """Parse the command line, look, and print on rank 0; 1 if something is missing."""
     options = arguments.parse(DoctorOptions)
 
-    from lcl_mcore.diagnostics.doctor import examine, format_report
+    from lcl_mcore.diagnostics.health import examine, format_report
 
     report = examine(options.precision, options.folder, options.megabytes, options.min_bandwidth)
     if os.environ.get("RANK", "0") == "0" or not report.healthy:

@@ -60,7 +60,8 @@ def main() -> int:
     # Imported only now, so that a mistake above is answered at once; and what follows before torch is.
     from lcl_mcore.data.inputs import check_inputs
 
-    check_inputs(config)
+    if os.environ.get("LOCAL_RANK", "0") == "0":  # once on each machine
+        check_inputs(config)
     from lcl_mcore.distributed.context import start
 
     context = start(config, folder)

@@ -1,6 +1,6 @@
 """Images with captions: Karpathy's JSON (COCO, Flickr30k), COCO-style JSON (NoCaps), and prepared data sets of pairs.
 
-What a file says is checked here, once: an image without a caption is left out and counted, anything else that is not
+What a file says is checked here, once: an image without a caption is skipped and counted, anything else that is not
 as it should be is one sentence, before any work is done.
 
 Shape legend
@@ -38,14 +38,14 @@ class CaptionDataset:
         captions: captions[i] belong to image i; none is empty.
         fetch: indices -> uint8 RGB [m, 3, S, S], centre-cropped and resized.
         sources: paths of all images, or of the one prepared data set that holds them.
-        left_out: images that were found but are not used, by reason.
+        skipped: images that were found but are not used, by reason.
     """
 
     name: str
     captions: Sequence[tuple[str, ...]]
     fetch: Fetch
     sources: Sequence[str] = ()
-    left_out: Mapping[str, int] = field(default_factory=dict)
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.captions)
@@ -112,11 +112,11 @@ def _open_files(
     for name, texts in found:
         captions.setdefault(name, []).extend(texts)
     used = [name for name, texts in captions.items() if texts]
-    left_out = Counter({NO_CAPTION: len(captions) - len(used)})
+    skipped = Counter({NO_CAPTION: len(captions) - len(used)})
     if not used:
         raise DataError(explain(path, f"none of its {len(captions)} images has a caption", "Give captions."))
     if limit and limit < len(used):
-        left_out["beyond the limit"] = len(used) - limit
+        skipped["beyond the limit"] = len(used) - limit
         used = used[:limit]
     files = [root / name for name in used]
     missing = [file for file in files if not os.path.isfile(file)]
@@ -125,7 +125,7 @@ def _open_files(
         raise DataError(explain(missing[0], rule, "Give the folder that holds the images with --images."))
     fetch = image_fetcher(lambda i: read_file(files[i]), image_size)
     kept = tuple(tuple(captions[name]) for name in used)
-    return CaptionDataset(Path(path).stem, kept, fetch, [os.path.abspath(file) for file in files], +left_out)
+    return CaptionDataset(Path(path).stem, kept, fetch, [os.path.abspath(file) for file in files], +skipped)
 
 
 def _text(value: object) -> str:
@@ -245,5 +245,5 @@ def _open_prepared(path: str, limit: int, image_size: int) -> CaptionDataset:
         document, members = data.document(index)
         return document.key, data.image(document, members, 0)
 
-    left_out = {"beyond the limit": len(data) - count} if count < len(data) else {}
-    return CaptionDataset(data.name, texts, image_fetcher(read, image_size), [os.path.abspath(path)], left_out)
+    skipped = {"beyond the limit": len(data) - count} if count < len(data) else {}
+    return CaptionDataset(data.name, texts, image_fetcher(read, image_size), [os.path.abspath(path)], skipped)

@@ -117,7 +117,7 @@ def classify(loaded: LoadedModel, data: Path, config: ProbeConfig, baselines: bo
         "classes": len(train.classes),
         "train_images": len(train),
         "test_images": len(test),
-        "left_out": {"train": dict(train.left_out), "test": dict(test.left_out)},
+        "skipped": {"train": dict(train.skipped), "test": dict(test.skipped)},
         "classes_without_training_image": train.missing_classes(),
         "classes_without_test_image": test.missing_classes(),
         "probe": {name: value for name, value in to_dict(config).items() if not chosen or name not in TRAINING},
@@ -136,7 +136,7 @@ def protocol(config: ProbeConfig, train_images: int) -> str:
     given = [f"--{name.replace('_', '-')}" for name in TRAINING if getattr(config, name) != getattr(defaults, name)]
     if config.probe == "chosen":
         if config.transfer == "full":
-            raise ConfigError(explain("--probe chosen", "is for frozen encoders", "Leave out --transfer full."))
+            raise ConfigError(explain("--probe chosen", "is for frozen encoders", "Remove --transfer full."))
         if given:
             remedy = f"Leave it out, or use --probe paper with {given[0]}."
             raise ConfigError(explain(f"{given[0]} with --probe chosen", "is chosen by validation", remedy))
@@ -152,8 +152,8 @@ def protocol(config: ProbeConfig, train_images: int) -> str:
 def describe(train: ClassificationDataset, test: ClassificationDataset) -> list[str]:
     """What a reader should know of a data set before the numbers: what is not used, what cannot be measured."""
     lines = [
-        f"{name} images: {len(split)} used; left out: "
-        + (", ".join(f"{count} {reason}" for reason, count in split.left_out.items()) or "none")
+        f"{name} images: {len(split)} used; skipped: "
+        + (", ".join(f"{count} {reason}" for reason, count in split.skipped.items()) or "none")
         for name, split in (("training", train), ("test", test))
     ]
     for name, split in (("training", train), ("test", test)):

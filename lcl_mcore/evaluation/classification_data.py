@@ -49,7 +49,7 @@ class ClassificationDataset:
         numbered: the names are numbers because the data have no others.
         labels: int64 [n].
         fetch: indices -> uint8 RGB [m, 3, S, S], centre-cropped and resized.
-        left_out: files or images that were found but are not used, by reason.
+        skipped: files or images that were found but are not used, by reason.
     """
 
     name: str
@@ -57,7 +57,7 @@ class ClassificationDataset:
     labels: Tensor
     fetch: Fetch
     numbered: bool = False
-    left_out: Mapping[str, int] = field(default_factory=dict)
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -67,7 +67,7 @@ class ClassificationDataset:
         if not 0 < count < len(self):
             return self
         chosen = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))[:count]
-        return replace(self.select(chosen), left_out={**self.left_out, "not drawn": len(self) - count})
+        return replace(self.select(chosen), skipped={**self.skipped, "not drawn": len(self) - count})
 
     def select(self, indices: Tensor) -> ClassificationDataset:
         """The images of some indices, int64 [k]."""
@@ -113,7 +113,7 @@ class _LabelledImages:
     order: tuple[str, ...]
     numbered: bool
     fetch: Fetch
-    left_out: Mapping[str, int]
+    skipped: Mapping[str, int]
 
     def dataset(self, classes: tuple[str, ...]) -> ClassificationDataset:
         """With the numbers that `classes` gives."""
@@ -128,7 +128,7 @@ class _LabelledImages:
                 )
             )
         labels = torch.tensor([number[name] for name in self.labels])
-        return ClassificationDataset(self.name, classes, labels, self.fetch, self.numbered, self.left_out)
+        return ClassificationDataset(self.name, classes, labels, self.fetch, self.numbered, self.skipped)
 
 
 def quoted(names: Sequence[str], most: int = 5) -> str:
@@ -226,20 +226,20 @@ def class_name(folder: Path, name: str) -> str:
 
 
 def _read_folder(folder: Path, image_size: int) -> _LabelledImages:
-    left_out: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     files: list[Path] = []
     labels: list[str] = []
-    for path in files_below(folder, left_out):
+    for path in files_below(folder, skipped):
         name, _, inside = path.partition(os.sep)
         if not inside:
-            left_out["not in the folder of a class"] += 1
+            skipped["not in the folder of a class"] += 1
             continue
         files.append(folder / path)
         labels.append(class_name(folder, name))
     if not files:
         raise DataError(explain(folder, "holds no CLASS/IMAGE files", "Give an ImageNet-like folder."))
     fetch = image_fetcher(lambda i: read_file(files[i]), image_size)
-    return _LabelledImages(folder, folder.parent.name, labels, _in_order(labels), False, fetch, left_out)
+    return _LabelledImages(folder, folder.parent.name, labels, _in_order(labels), False, fetch, skipped)
 
 
 def _in_order(labels: Iterable[str]) -> tuple[str, ...]:
@@ -263,12 +263,12 @@ class _Member:
 
 def _read_tars(folder: Path, tars: Sequence[Path], image_size: int) -> _LabelledImages:
     """Tars of webdataset samples if they hold `.cls` files, else a tar for each class."""
-    left_out: Counter[str] = Counter()
+    skipped: Counter[str] = Counter()
     members: list[_Member] = []
     labels: list[str] = []
     labelled_tars = 0
     for path in tars:
-        images, samples = _read_tar(path, left_out)
+        images, samples = _read_tar(path, skipped)
         labelled_tars += bool(samples)
         members += images
         name = class_name(folder, path.stem)
@@ -282,10 +282,10 @@ def _read_tars(folder: Path, tars: Sequence[Path], image_size: int) -> _Labelled
     order = tuple(map(str, sorted(set(map(int, labels))))) if numbered else _in_order(labels)
     labels = [str(int(label)) for label in labels] if numbered else labels
     fetch = image_fetcher(lambda i: members[i].read(), image_size)
-    return _LabelledImages(folder, folder.parent.name, labels, order, numbered, fetch, left_out)
+    return _LabelledImages(folder, folder.parent.name, labels, order, numbered, fetch, skipped)
 
 
-def _read_tar(path: Path, left_out: Counter[str]) -> tuple[list[_Member], dict[str, str]]:
+def _read_tar(path: Path, skipped: Counter[str]) -> tuple[list[_Member], dict[str, str]]:
     """Images of a tar, and the label of each key that has one."""
     images: list[_Member] = []
     samples: dict[str, str] = {}
@@ -298,7 +298,7 @@ def _read_tar(path: Path, left_out: Counter[str]) -> tuple[list[_Member], dict[s
                     samples[stem] = stream.read(MAX_LABEL_BYTES).decode().strip() if stream else ""
                 elif member.isfile() and is_image(member.name):
                     if is_hidden(member.name):
-                        left_out["hidden"] += 1
+                        skipped["hidden"] += 1
                     else:
                         images.append(_Member(path, member.name, member.offset_data, member.size))
             end = tar.offset

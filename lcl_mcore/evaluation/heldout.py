@@ -21,7 +21,7 @@ from lcl_mcore.config.schema import RunConfig, SourceConfig
 from lcl_mcore.data.evaluation_data import eval_documents, with_blank_images, with_shuffled_images
 from lcl_mcore.data.format import NativeDataset
 from lcl_mcore.data.loader import DataContext
-from lcl_mcore.data.tokenizer import Tokenizer, build_tokenizer
+from lcl_mcore.data.tokenizer import Tokenizer
 from lcl_mcore.distributed.context import Context
 from lcl_mcore.distributed.groups import gather_objects
 from lcl_mcore.errors import DataError, explain
@@ -185,7 +185,7 @@ def evaluate_heldout(loaded: LoadedModel, heldout: str) -> HeldoutResult:
         "run": str(loaded.folder),
         "weights": str(loaded.weights),
         "documents": documents,
-        "left_out": {"too long for a sequence, or not readable": found - documents} if found > documents else {},
+        "skipped": {"too long for a sequence, or not readable": found - documents} if found > documents else {},
         "steps": loaded.state.step,
         "images_seen": loaded.state.images_seen,
         "heldout": heldout,
@@ -266,7 +266,7 @@ class PeriodicEvaluation:
             log.info(f"evaluation after step {step} cut short by a stop request")
             return
         except _UnreadableError as error:
-            log.info(f"WARNING evaluation after step {step} left out, training goes on: {error}")
+            log.info(f"WARNING evaluation after step {step} skipped, training goes on: {error}")
             return
         finally:
             model.train()
@@ -330,8 +330,8 @@ class PeriodicEvaluation:
                 yield batch
 
 
-def periodic_evaluation(config: RunConfig, context: Context) -> PeriodicEvaluation | None:
+def periodic_evaluation(config: RunConfig, context: Context, tokenizer: Tokenizer) -> PeriodicEvaluation | None:
     """What the configuration asks for, if anything."""
     if not config.evaluation.every:
         return None
-    return PeriodicEvaluation(config, context, build_tokenizer(config.data.tokenizer))
+    return PeriodicEvaluation(config, context, tokenizer)

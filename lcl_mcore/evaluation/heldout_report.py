@@ -47,8 +47,8 @@ def print_table(summary: dict[str, Any]) -> None:
     print("Held-out generation loss, nats per token")
     for name, label in GENERATION.items():
         print(f"  {label:<42}{summary['generation'][name]:>9.3f}")
-    for reason, count in summary["left_out"].items():
-        print(f"{count} of {count + summary['documents']} documents left out: {reason}.")
+    for reason, count in summary["skipped"].items():
+        print(f"{count} of {count + summary['documents']} documents skipped: {reason}.")
     print(f"R@5 is {summary['r5_over_chance']:.1f} times chance.")
 
 

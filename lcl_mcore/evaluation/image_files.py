@@ -39,11 +39,11 @@ def is_image(name: str) -> bool:
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
-def files_below(folder: Path, left_out: Counter[str]) -> Iterator[str]:
+def files_below(folder: Path, skipped: Counter[str]) -> Iterator[str]:
     """Paths of images below a folder, relative to it and sorted; links to folders are followed, each folder once.
 
     Args:
-        left_out: files that are not used are counted here, by reason.
+        skipped: files that are not used are counted here, by reason.
     """
     seen: set[str] = set()
     for root, folders, names in os.walk(folder, followlinks=True):
@@ -56,9 +56,9 @@ def files_below(folder: Path, left_out: Counter[str]) -> Iterator[str]:
         for name in sorted(names):
             path = os.path.relpath(os.path.join(root, name), folder)
             if is_hidden(path):
-                left_out["hidden"] += 1
+                skipped["hidden"] += 1
             elif not is_image(path):
-                left_out["not an image by its name"] += 1
+                skipped["not an image by its name"] += 1
             else:
                 yield path
 

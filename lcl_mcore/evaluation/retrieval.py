@@ -72,7 +72,7 @@ def describe(data: CaptionDataset) -> dict[str, Any]:
     texts, _ = data.flat_captions()
     return {
         "images": len(data),
-        "left_out": dict(data.left_out),
+        "skipped": dict(data.skipped),
         "captions": len(texts),
         "duplicate_captions": len(texts) - len(set(texts)),
     }

@@ -58,7 +58,7 @@ def zero_shot(
         "names": list(names),
         "templates": list(prompts),
         "test_images": len(test),
-        "left_out": dict(test.left_out),
+        "skipped": dict(test.skipped),
         "classes_without_test_image": test.missing_classes(),
         "trained": scores(),
         "chance": {"top1": 1 / len(names), "top5": min(5 / len(names), 1.0)},

@@ -213,6 +213,8 @@ class Lease:
         self.watched: tuple[int, bytes] | None = None
         self.since = 0.0
         self.lost = ""
+        self.seen = 0.0
+        """When it was last seen that the lease is held, in monotonic seconds."""
         self.finished = threading.Event()
         self.thread = threading.Thread(target=self._beat, name="lease", daemon=True)
 
@@ -289,6 +291,12 @@ class Lease:
                 self.lost = explain(self.location, whom, remedy)
         if self.lost:
             raise LeaseError(self.lost)
+        self.seen = time.monotonic()
+
+    def require_lately(self) -> None:
+        """`require`, if the heartbeat did not look lately: this process may have been stopped meanwhile."""
+        if self.lost or time.monotonic() - self.seen > 2 * self.own.seconds / BEATS:
+            self.require()
 
     def _beat(self) -> None:
         token = self.own.token.encode()
@@ -357,16 +365,15 @@ class RunLease:
         for lease in self.leases.values():
             lease.require()
 
-    def require_here(self) -> None:
-        """Before a line is appended: look on disks, and trust the last heartbeat in object stores.
+    def require_lately(self) -> None:
+        """Before a line is appended: trust a heartbeat that was lately.
 
         Raises:
             LeaseError: another job has taken over.
         """
         for lease in self.leases.values():
-            if lease.lost or isinstance(lease.place, LocalPlace):
-                with contextlib.suppress(OSError, DataError):  # a fault of the disk is no other writer
-                    lease.require()
+            with contextlib.suppress(OSError, DataError):  # a fault of the disk is no other writer
+                lease.require_lately()
 
     def clear(self) -> None:
         """The run begins to write: what earlier holders left goes."""

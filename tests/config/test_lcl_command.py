@@ -7,7 +7,7 @@ import re
 import pytest
 
 from launch import ROOT, run_script
-from lcl_mcore.commands.lcl import MODULES
+from lcl_mcore.commands.dispatch import MODULES
 
 TOOLS = {
     "pretrain": "pretrain_lcl",
@@ -24,7 +24,7 @@ def test_help_names_every_command() -> None:
     assert done.returncode == 0
     assert re.findall(r"^  (\w+)", done.stdout, re.MULTILINE) == list(MODULES)
     assert max(map(len, done.stdout.splitlines())) <= 100
-    modules = {path.stem for path in (ROOT / "lcl_mcore/commands").glob("*.py")} - {"__init__", "entry", "lcl"}
+    modules = {path.stem for path in (ROOT / "lcl_mcore/commands").glob("*.py")} - {"__init__", "entry", "dispatch"}
     assert modules == set(MODULES.values())
 
 

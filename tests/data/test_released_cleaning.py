@@ -77,7 +77,7 @@ def test_curly_quotes_give_the_ids_of_straight_ones() -> None:
 def test_a_document_is_cleaned_as_a_whole(texts: list[str], seed: int) -> None:
     """What one sentence holds may change how another is read: ids as when images are words of one text.
 
-    Letters after which ftfy would take the marker itself for a damaged one are left out: there the released code
+    Letters after which ftfy would take the marker itself for a damaged one are skipped: there the released code
     loses the image, and here it stays.
     """
     rng = random.Random(seed)

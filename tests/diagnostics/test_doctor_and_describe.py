@@ -17,7 +17,7 @@ import pytest
 from launch import run_script, torchrun
 from lcl_mcore import optional_packages as probe
 from lcl_mcore.config.recipes import RECIPES, load_recipe
-from lcl_mcore.diagnostics import doctor, preflight
+from lcl_mcore.diagnostics import health, preflight
 from lcl_mcore.models.flops import parameter_counts
 
 TOOLS = Path(__file__).parents[2] / "tools"
@@ -84,12 +84,12 @@ def test_doctor_reports_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_doctor_refuses_fp8_without_transformer_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     missing = dataclasses.replace(probe.transformer_engine(), usable=False, reason="it is not installed")
     monkeypatch.setattr(probe, "transformer_engine", lambda: missing)
-    layers = doctor.choose_parts("fp8")[0]
+    layers = health.choose_parts("fp8")[0]
     assert not layers.ok
     assert layers.reason.startswith("fp8 needs Transformer Engine: ")
-    report = doctor.Report(parts=[layers], errors=[f"layers: {layers.reason}"])
+    report = health.Report(parts=[layers], errors=[f"layers: {layers.reason}"])
     assert not report.healthy
-    assert doctor.format_report(report).endswith("not ready to train")
+    assert health.format_report(report).endswith("not ready to train")
 
 
 def doctor_module(name: str) -> bool:
@@ -99,9 +99,9 @@ def doctor_module(name: str) -> bool:
 def test_doctor_warns_of_packages_under_a_wrong_name(fake_package: Callable[[str, str, str], None]) -> None:
     if doctor_module("apex"):
         pytest.skip("an apex is installed")
-    before = doctor.find_impostors()
+    before = health.find_impostors()
     fake_package("apex", "apex", "0.9.10.dev0")
-    new = [text for text in doctor.find_impostors() if text not in before]
+    new = [text for text in health.find_impostors() if text not in before]
     sys.modules.pop("apex", None)
     assert len(new) == 1
     assert new[0].startswith("apex 0.9.10.dev0: ")
@@ -109,7 +109,7 @@ def test_doctor_warns_of_packages_under_a_wrong_name(fake_package: Callable[[str
 
 
 def test_doctor_names_versions_that_do_not_fit() -> None:
-    lines = doctor.check_requirements(
+    lines = health.check_requirements(
         ["torch>=99", "no-such-package>=1", "numpy", "flash-attn>=2.8; extra == 'flash-attn'"], "Do this."
     )
     assert [(line.name, line.ok) for line in lines] == [("torch", False), ("no-such-package", False), ("numpy", True)]
@@ -118,11 +118,11 @@ def test_doctor_names_versions_that_do_not_fit() -> None:
 
 
 def test_doctor_survives_a_broken_dependency(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(doctor, "IMPORTS", ("no_such_binary",))
-    report = doctor.examine()
+    monkeypatch.setattr(health, "IMPORTS", ("no_such_binary",))
+    report = health.examine()
     assert not report.healthy
     assert report.parts == []
-    text = doctor.format_report(report)
+    text = health.format_report(report)
     assert "ERROR no_such_binary: broken. does not import: ModuleNotFoundError" in text
     assert text.endswith("not ready to train")
 

@@ -99,7 +99,7 @@ CUDA_MODULES = {
 # Modules that look for packages, each with its reason. `optional_packages.py` is the place for it.
 PROBING_MODULES = {
     "optional_packages.py": "the one place",
-    "diagnostics/doctor.py": "reports on required packages, which may be broken or missing",
+    "diagnostics/health.py": "reports on required packages, which may be broken or missing",
     "diagnostics/environment.py": "versions of packages, for reports",
     "distributed/cpu.py": "reads in torchvision's folder which operators to declare",
     "storage.py": "fsspec imports the package of a URL's protocol, and raises if it is missing",
@@ -113,7 +113,7 @@ RAW_READERS = {
     "json_lines.py": "the one place for lines of JSON, each of bounded length",
     "data/tokenizer.py": "what the tokenizers library has just written",
     "data/loader.py": "our own values, as JSON gives them back",
-    "data/prepare/plan.py": "our own values, as JSON gives them back",
+    "data/prepare/prepare_plan.py": "our own values, as JSON gives them back",
     "data/prepare/job_records.py": "records of this preparation, which are typed",
     "data/prepare/split.py": "the manifest that this command wrote",
     "data/prepare/repeated.py": "keys that this job wrote, plain numbers",
@@ -127,7 +127,7 @@ RAW_READERS = {
     "distributed/cpu.py": "a file of torchvision",
     "diagnostics/environment.py": "/proc",
     "diagnostics/preflight.py": "the package's own files, and what other ranks have just written",
-    "commands/lcl.py": "the package's own files",
+    "commands/dispatch.py": "the package's own files",
 }
 PARSERS = ("json.load", "json.loads", "yaml.safe_load", "yaml.load", "torch.load", "np.load", "safe_open", "load_file")
 

@@ -108,8 +108,8 @@ def test_a_class_is_its_name_whatever_other_folders_there_are(names: set[str], d
             return
         for split, opened in zip(("train", "val"), open_splits(Path(root), 4), strict=True):
             assert opened.classes == tuple(classes)
-            assert len(opened) + sum(opened.left_out.values()) == files[split]
-            assert all(opened.left_out.values())
+            assert len(opened) + sum(opened.skipped.values()) == files[split]
+            assert all(opened.skipped.values())
             levels = opened.fetch(range(len(opened)))[:, 0, 0, 0].tolist()
             assert [opened.classes[label] for label in opened.labels] == [classes[level] for level in levels]
         assert opened.missing_classes() == [name for name in classes if name not in there]
@@ -127,7 +127,7 @@ def test_labelled_data_that_are_refused(tmp_path: Path) -> None:
     (tmp_path / "a" / "val" / "cat" / "2.png").symlink_to("nowhere")
     (tmp_path / "a" / "val" / "cat" / "again").symlink_to("..")
     (tmp_path / "a" / "validation").symlink_to("train")
-    assert open_splits(tmp_path / "a", 4)[1].left_out == {}
+    assert open_splits(tmp_path / "a", 4)[1].skipped == {}
     (tmp_path / "same" / "train" / "cat").mkdir(parents=True)
     (tmp_path / "same" / "val").symlink_to("train")
     assert message(lambda: open_splits(tmp_path / "same", 4)) == (
@@ -150,7 +150,7 @@ def test_labelled_data_that_are_refused(tmp_path: Path) -> None:
             put(tmp_path / "b" / "val" / "s.tar", (place / "s.tar").read_bytes())
             train, test = open_splits(tmp_path / "b", 4)
             assert (train.classes, test.labels.tolist(), train.numbered) == ((label.decode(),), [0], True)
-            assert test.left_out == {"hidden": 1}
+            assert test.skipped == {"hidden": 1}
     assert message(lambda: open_splits(tmp_path / "b", 4)).endswith(
         "s.tar: z.1.png: has no .cls beside it. Repair the tar."
     )
@@ -302,7 +302,7 @@ def photographs(tmp_path_factory: pytest.TempPathFactory) -> Path:
     st.sampled_from([int, str, float, lambda n: f"{n:012}", lambda n: f" {n} "]),
     st.booleans(),
 )
-def test_images_used_and_left_out_are_all_there_are(
+def test_images_used_and_skipped_are_all_there_are(
     photographs: Path, captions: list[list[str | None]], identifier: Callable[[int], object], karpathy: bool
 ) -> None:
     numbers = range(len(captions))
@@ -326,9 +326,9 @@ def test_images_used_and_left_out_are_all_there_are(
     data = open_caption_dataset(path, None, None, 0, 4)
     assert list(data.captions) == list(wanted.values())
     assert data.fetch(range(len(data)))[:, 0, 0, 0].tolist() == list(wanted)
-    assert len(data) + sum(data.left_out.values()) == len(captions)
+    assert len(data) + sum(data.skipped.values()) == len(captions)
     part = open_caption_dataset(path, None, None, 1, 4)
-    assert len(part) + sum(part.left_out.values()) == len(captions)
+    assert len(part) + sum(part.skipped.values()) == len(captions)
 
 
 junk = st.recursive(

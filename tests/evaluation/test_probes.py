@@ -119,11 +119,11 @@ def test_neighbours_vote_by_similarity(count: int) -> None:
     train, test = clouds(count, 0, distance=1.0), clouds(30, 1, distance=1.0)
     found = nearest_neighbours(train, test, 3, seed=0)
 
-    def vote(query: Tensor, left_out: int | None) -> int:
+    def vote(query: Tensor, skipped: int | None) -> int:
         similar = [
             (float(F.cosine_similarity(query, known, dim=0)), int(label))
             for i, (known, label) in enumerate(zip(train.vectors, train.labels, strict=True))
-            if i != left_out
+            if i != skipped
         ]
         votes = [0.0] * 3
         for cosine, label in sorted(similar, reverse=True)[:10]:
@@ -191,7 +191,7 @@ def test_which_protocol_is_asked_for() -> None:
         ),
         (
             ProbeConfig(probe="chosen", transfer="full"),
-            "--probe chosen: is for frozen encoders. Leave out --transfer full.",
+            "--probe chosen: is for frozen encoders. Remove --transfer full.",
         ),
         (ProbeConfig(probe="paper", seeds=3), "--seeds 3: needs --probe chosen. Repeat with --seed instead."),
     ):

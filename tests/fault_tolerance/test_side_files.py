@@ -90,6 +90,9 @@ def test_a_line_too_long_is_one_damaged_line(tmp_path: Path) -> None:
     path.write_bytes(b'{"step": 1}\n"' + b"x" * 3 * MAX_LINE + b'"\n{"step": 2}')
     found = read_records(path, lambda record: True)
     assert ([r["step"] for r in found.records], found.damaged) == ([1, 2], 1)
+    before = path.read_bytes()
+    assert [r["step"] for r in StepLines(path, lambda line: None).rewind(1)] == [2]
+    assert path.read_bytes() == before.removesuffix(b'{"step": 2}')  # not a byte of the damaged line is lost
 
 
 def test_a_later_attempt_replaces_steps_that_could_not_be_dropped(tmp_path: Path) -> None:

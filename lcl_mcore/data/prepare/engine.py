@@ -33,7 +33,7 @@ from lcl_mcore.data.prepare.counts import UnitCounts, explain_drops
 from lcl_mcore.data.prepare.input_files import is_system_file
 from lcl_mcore.data.prepare.job_records import JobRecords, JobResult
 from lcl_mcore.data.prepare.normalise import ImageLimits, entry_for, normalise
-from lcl_mcore.data.prepare.plan import PreparePlan, make_plan, printable
+from lcl_mcore.data.prepare.prepare_plan import PreparePlan, make_plan, printable
 from lcl_mcore.data.prepare.records import TOO_SLOW, Dropped, InputFile, InputPart, RawDocument, RawImage, Reader
 from lcl_mcore.data.prepare.repeated import image_key, images_of, repeated_keys, write_keys
 from lcl_mcore.data.prepare.time_limit import TooSlowError, time_limit

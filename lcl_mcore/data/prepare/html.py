@@ -69,13 +69,9 @@ class HtmlReader:
     def __init__(self, source: Path, *, min_words: int = 20) -> None:
         source = Path(os.path.realpath(source))
         self._root = source if source.is_dir() else source.parent
+        self.image_root = self._root  # the images lie beside the pages
         self._pages = inputs(source, ".html", ".htm", ".xhtml")
         self._min_words = min_words
-
-    @property
-    def image_root(self) -> Path | None:
-        """The images lie beside the pages."""
-        return self._root
 
     def describe(self) -> dict[str, Any]:
         """The format and the shortest page."""

@@ -77,6 +77,11 @@ def input_files(source: Path, *suffixes: str) -> list[InputFile]:
     return [InputFile(path.relative_to(base).as_posix(), (path,)) for path in inputs(source, *suffixes)]
 
 
+def images_beside(source: Path, images: Path | None) -> Path:
+    """The folder of downloaded images: the one that was given, else `images` beside the input files."""
+    return images or (source if source.is_dir() else source.parent) / "images"
+
+
 def is_system_file(name: str) -> bool:
     """Whether a path below the input, or in an archive, is what an operating system or editor left there."""
     parts = [part for part in PurePosixPath(name).parts if part not in ("/", ".", "..")]
@@ -209,7 +214,7 @@ def lines(
         max_bytes: of one line; of a longer one nothing is held.
 
     Yields:
-        Where the line begins, and the line, or None if it is too long. Empty lines are left out, and so is a byte
+        Where the line begins, and the line, or None if it is too long. Empty lines are skipped, and so is a byte
         order mark at the beginning of the file.
     """
     position = start

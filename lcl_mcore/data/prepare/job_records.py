@@ -22,7 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from lcl_mcore.data.format import MANIFEST, ShardInfo, index_name, parse_manifest, writing_to
 from lcl_mcore.data.prepare.counts import UnitCounts
-from lcl_mcore.data.prepare.plan import PreparePlan
+from lcl_mcore.data.prepare.prepare_plan import PreparePlan
 from lcl_mcore.errors import DataError, explain
 from lcl_mcore.storage import atomic_file, atomic_write
 

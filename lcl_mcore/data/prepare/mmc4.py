@@ -15,6 +15,7 @@ from lcl_mcore.data.format import MAX_TEXTS, finite_number
 from lcl_mcore.data.images import MAX_BYTES, BadImageError
 from lcl_mcore.data.prepare.input_files import (
     compression,
+    images_beside,
     input_files,
     is_system_file,
     lines,
@@ -53,13 +54,8 @@ class Mmc4Reader:
 
     def __init__(self, source: Path, images: Path | None = None, *, max_line_bytes: int = MAX_LINE_BYTES) -> None:
         self._files = input_files(source, ".jsonl", ".jsonl.zip")
-        self._images = images or (source if source.is_dir() else source.parent) / "images"
+        self.image_root = images_beside(source, images)
         self._max_line_bytes = max_line_bytes
-
-    @property
-    def image_root(self) -> Path | None:
-        """The folder with the downloaded images."""
-        return self._images
 
     def describe(self) -> dict[str, Any]:
         """The format and the longest line."""
@@ -141,7 +137,7 @@ class Mmc4Reader:
             name = clean_text(info.get("image_name"), max_chars=1000)
         except (BadJsonError, OverflowError) as error:
             return bad_image("bad entry", str(error)[:500])
-        return RawImage(partial(read_image, self._images, name), index, similarity, name)
+        return RawImage(partial(read_image, self.image_root, name), index, similarity, name)
 
 
 def _is_jsonl(member: str) -> bool:

@@ -45,11 +45,7 @@ class PairReader:
 
     def __init__(self, source: Path) -> None:
         self._files = input_files(source, ".tar", ".tgz")
-
-    @property
-    def image_root(self) -> Path | None:
-        """None: the images lie in the tars."""
-        return None
+        self.image_root = None  # the images lie in the tars
 
     def describe(self) -> dict[str, Any]:
         """The format."""

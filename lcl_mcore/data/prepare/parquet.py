@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from lcl_mcore.data.format import MAX_TEXTS
 from lcl_mcore.data.images import BadImageError
-from lcl_mcore.data.prepare.input_files import input_files, read_image
+from lcl_mcore.data.prepare.input_files import images_beside, input_files, read_image
 from lcl_mcore.data.prepare.records import (
     BadRecordError,
     Dropped,
@@ -53,14 +53,9 @@ class ParquetReader:
         if not installed("pyarrow", "pyarrow.parquet", "pyarrow").usable:
             raise DataError(explain("parquet input", "needs pyarrow", "pip install pyarrow."))
         self._files = input_files(source, ".parquet")
-        self._images = images or (source if source.is_dir() else source.parent) / "images"
+        self.image_root = images_beside(source, images)
         self._max_duplicates = max_duplicates
         self._table: dict[str, str] | None = None
-
-    @property
-    def image_root(self) -> Path | None:
-        """The folder with the downloaded images."""
-        return self._images
 
     def describe(self) -> dict[str, Any]:
         """The format and the duplicate rule."""
@@ -170,7 +165,7 @@ class ParquetReader:
     def _read(self, url: str) -> bytes:
         for name in self._names(url):
             try:
-                return read_image(self._images, name)
+                return read_image(self.image_root, name)
             except BadImageError as error:
                 if error.reason != "missing file":
                     raise
@@ -192,7 +187,7 @@ class ParquetReader:
 
     def _listed(self) -> dict[str, str]:
         if self._table is None:
-            path = self._images / "images.csv"
+            path = self.image_root / "images.csv"
             self._table = {}
             if path.exists():
                 with open_regular(path) as binary, io.TextIOWrapper(binary, "utf-8-sig", "replace", newline="") as text:
