@@ -95,7 +95,7 @@ TREES = st.recursive(
 @settings(max_examples=20, deadline=None)
 @given(TREES)
 def test_yaml_that_is_written_is_read(tree: object) -> None:
-    assert parse_yaml(yaml.safe_dump(tree, allow_unicode=True)) == tree
+    assert parse_yaml(yaml.safe_dump(tree)) == tree
 
 
 @settings(max_examples=100, deadline=None)
