@@ -11,7 +11,7 @@ from lcl_mcore.build import build_training
 from lcl_mcore.checkpoint.manager import TrainingTensors, open_checkpoints
 from lcl_mcore.checkpoint.store import TrainState, checkpoint_name
 from lcl_mcore.config.run_folder import FILE as CONFIG
-from lcl_mcore.config.run_folder import config_digest, listed, write_config
+from lcl_mcore.config.run_folder import config_digest, listed, set_records_aside, write_config
 from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.data.loader import DataContext, build_loader
 from lcl_mcore.data.tokenizer import tokenizer_for
@@ -39,12 +39,20 @@ class Trainer:
     Args:
         lease: says whether this job is still the one that may write.
         resume: continue from the newest complete checkpoint.
+        start_over: start at step 0, and give what the folder holds of an earlier run other names.
         init_from: weights to start from instead of random ones.
     """
 
     @explained
     def __init__(
-        self, config: RunConfig, context: Context, lease: RunLease, *, resume: bool, init_from: Path | None = None
+        self,
+        config: RunConfig,
+        context: Context,
+        lease: RunLease,
+        *,
+        resume: bool,
+        start_over: bool = False,
+        init_from: Path | None = None,
     ) -> None:
         self.config, self.context, self.lease = config, context, lease
         self.stop = StopRequest(context.log)
@@ -54,7 +62,7 @@ class Trainer:
         self.step, self.choices = training.step, training.choices
 
         tensors = TrainingTensors(self.model, self.optimizer, context.groups.tp)
-        self.checkpoints = open_checkpoints(config, context, tensors, resume, lease.require)
+        self.checkpoints = open_checkpoints(config, context, tensors, resume or start_over, lease.require)
         restored = self.checkpoints.resume() if resume else None
         self.state = restored or TrainState(0, None, "", config_digest(config))
         self.recovery = Recovery(
@@ -67,6 +75,10 @@ class Trainer:
 
         # Whatever may refuse has not refused: from here on the folder is written to.
         lease.clear()
+        if start_over:
+            self.checkpoints.set_all_aside()
+            if context.rank == 0:
+                set_records_aside(context.run_folder)
         self.checkpoints.begin()
         if context.rank == 0 and not self.finished:
             self.write_config()

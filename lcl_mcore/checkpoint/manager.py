@@ -416,6 +416,23 @@ class Checkpointer:
         except (OSError, LclError) as error:
             return f"could not be renamed: {_reason(error)}"
 
+    def set_all_aside(self) -> None:
+        """Name all checkpoints `former-step-...`, oldest first. Collective.
+
+        Raises:
+            CheckpointError: one of them cannot be renamed.
+        """
+        problem = ""
+        try:
+            for name in self.store.names() if self.rank == 0 else ():
+                self.store.set_aside(name, "former")
+        except (OSError, LclError) as error:
+            problem = _reason(error)
+        problem = self._agree(problem)
+        if problem:
+            rule = f"its checkpoints cannot be renamed: {problem}"
+            raise CheckpointError(explain(self.store.location, rule, "Mend that, or choose another folder."))
+
     def _verify(self, name: str) -> tuple[Path, str, str]:
         """Local folder of a checkpoint, what is wrong with it, and which kind of fault. The ranks agree."""
         part, parts = (self.rank, self.control.size()) if self.store.shared else self.node
@@ -651,7 +668,7 @@ class CheckpointManager:
         if self._unusable:
             newest = self._unusable[0]
             rule = f"{newest.fault}, and no other checkpoint can be used: {newest.reason.removesuffix('.')}"
-            remedy = f"Put back a good copy, or move all checkpoints out of {location} to start at step 0."
+            remedy = "Put back a good copy, or start at step 0 with --start-over in place of --resume."
             if newest.fault == OTHER_MODEL:
                 remedy = "Resume with the former values, or start a new run from its weights (--out, --init-from)."
             raise CheckpointError(explain(newest.path, rule, remedy))
@@ -667,6 +684,15 @@ class CheckpointManager:
         """Make order before the first save: unusable checkpoints get another name, leftovers of killed saves go."""
         self.checkpointer.clean()
         self._set_aside()
+
+    def set_all_aside(self) -> None:
+        """Give all checkpoints names that do not count (former-step-...), the newest last: a kill half-way loses none.
+
+        Raises:
+            CheckpointError: one of them cannot be renamed. Collective.
+        """
+        self.checkpointer.set_all_aside()
+        self.log(f"start over: checkpoints in {self.checkpointer.store.location} are now named former-...")
 
     def _set_aside(self) -> None:
         unusable, self._unusable = self._unusable, []
@@ -702,15 +728,16 @@ class CheckpointManager:
 
 
 def open_checkpoints(
-    config: RunConfig, context: Context, tensors: Tensors, resume: bool, require_lease: Callable[[], None]
+    config: RunConfig, context: Context, tensors: Tensors, may_hold: bool, require_lease: Callable[[], None]
 ) -> CheckpointManager:
     """The checkpoints of a run. Collective.
 
     Args:
+        may_hold: whether there may be checkpoints already, to resume from or to set aside.
         require_lease: see `Checkpointer`.
 
     Raises:
-        CheckpointError: there are checkpoints already, and the run is not meant to resume.
+        CheckpointError: there are checkpoints already, and there may be none.
     """
     staging = context.run_folder / "checkpoints"
     store = open_store(config.checkpoint.folder or str(staging), staging)
@@ -728,12 +755,12 @@ def open_checkpoints(
         require_lease=require_lease,
     )
     held = checkpointer.names()
-    if held and not resume:
+    if held and not may_hold:
         raise CheckpointError(
             explain(
                 store.location,
                 f"already holds checkpoints ({held[-1]} and others)",
-                "Add --resume to continue, or choose another folder.",
+                "Add --resume to continue, or --start-over, or choose another folder.",
             )
         )
     return CheckpointManager(

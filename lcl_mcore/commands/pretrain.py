@@ -31,6 +31,8 @@ class PretrainOptions(RunOptions):
     """Folder of the run; by default runs/RECIPE."""
     resume: tyro.conf.FlagCreatePairsOff[bool] = False
     """Continue from the newest complete checkpoint in the folder, or start if there is none."""
+    start_over: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Start at step 0 in a folder that holds a run; what it holds gets other names (former-...) and stays."""
     init_from: Path | None = None
     """Start from the weights of this file or folder (tools/import_released.py)."""
 
@@ -49,8 +51,11 @@ def main() -> int:
     refuse_tasks_without_ranks()
     config.check_processes(world_size())
     folder = options.out or Path("runs") / config.recipe
-    resume = options.resume or is_restart(folder)  # torchrun repeats the same command after a failure
-    check_folder(folder, resume)
+    require(not (options.resume and options.start_over), "--resume", "goes on, and --start-over does not", "Drop one.")
+    restart = is_restart(folder)  # torchrun repeats the same command after a failure
+    resume, start_over = options.resume or restart, options.start_over and not restart
+    if not start_over:
+        check_folder(folder, resume)
     if os.environ.get("RANK", "0") == "0":
         require_writable(folder, "--out")
     if options.init_from is not None:
@@ -69,7 +74,8 @@ def main() -> int:
     from lcl_mcore.trainer import Trainer  # after `start`: see `lcl_mcore.distributed.cpu`
 
     with hold(config, context) as lease:
-        return Trainer(config, context, lease, resume=resume, init_from=options.init_from).train()
+        trainer = Trainer(config, context, lease, resume=resume, start_over=start_over, init_from=options.init_from)
+        return trainer.train()
 
 
 if __name__ == "__main__":

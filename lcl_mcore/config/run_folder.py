@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from lcl_mcore.storage import atomic_write
 from lcl_mcore.untrusted import MAX_YAML_BYTES, BadYamlError, parse_yaml, read_regular
 
 FILE = "config.yaml"
+
+RECORDS = ("metrics.jsonl", "events.jsonl", "tensorboard")
+"""What a run writes of its steps, beside its checkpoints."""
 
 _IMPLEMENTATIONS = frozenset(
     f"loss.{name}" for name in ("contrastive_impl", "contrastive_precision", "contrastive_schedule", "generation_impl")
@@ -138,6 +142,23 @@ def check_folder(folder: Path, resume: bool) -> None:
             explain(
                 folder,
                 "already holds the checkpoints of a run",
-                "Add --resume to continue it, or choose another --out.",
+                "Add --resume to continue it, or --start-over, or choose another --out.",
             )
         )
+
+
+def set_records_aside(folder: Path) -> None:
+    """Rename what an earlier run wrote beside its checkpoints (`former-metrics.jsonl`, `former-metrics.jsonl.1`, ...).
+
+    Raises:
+        ConfigError: something cannot be renamed.
+    """
+    for name in RECORDS:
+        if (folder / name).exists():
+            names = (f"former-{name}" + (f".{number}" if number else "") for number in count())
+            aside = next(aside for aside in names if not (folder / aside).exists())
+            try:
+                (folder / name).rename(folder / aside)
+            except OSError as error:
+                problem = f"cannot be renamed ({error.strerror})"
+                raise ConfigError(explain(folder / name, problem, "Mend that, or choose another --out.")) from error

@@ -224,7 +224,7 @@ def test_only_damaged_checkpoints_are_not_step_0(start: Callable[..., Run]) -> N
     assert refused.value.exit_code == 2
     assert str(refused.value) == (
         f"{run.folder}/step-00000090: damaged, and no other checkpoint can be used: __0_0.distcp: content changed "
-        f"since it was written. Put back a good copy, or move all checkpoints out of {run.folder} to start at step 0."
+        f"since it was written. Put back a good copy, or start at step 0 with --start-over in place of --resume."
     )
     assert again.names() == ["step-00000080", "step-00000090"]  # nothing was touched
     assert len(again.lines) == 2
@@ -290,7 +290,7 @@ def test_another_runs_checkpoint_is_not_loaded(start: Callable[..., Run]) -> Non
         start().manager.resume()
     assert str(refused.value) == (
         f"{run.folder}/step-00000001: of another run, and no other checkpoint can be used: {why}. Put back a good "
-        f"copy, or move all checkpoints out of {run.folder} to start at step 0."
+        "copy, or start at step 0 with --start-over in place of --resume."
     )
 
     fork = Run(run.folder.with_name("fork"), CheckpointConfig())

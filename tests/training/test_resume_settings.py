@@ -15,6 +15,7 @@ import yaml
 from lcl_mcore.checkpoint.store import MANIFEST, manifest_bytes, parse_manifest
 from lcl_mcore.config.run_folder import read_config
 from lcl_mcore.evaluation.load import locate
+from lcl_mcore.metrics import read_steps
 
 pytestmark = pytest.mark.timeout(200)
 Arguments = Callable[..., list[str]]
@@ -111,6 +112,43 @@ def test_other_settings_are_named_in_one_line(
     assert "nothing to train: 3 steps are done, --steps is 1;" in shorter["stdout"]
     written = read_config(out / "config.yaml")
     assert (written.optim.lr, written.train.steps) == (0.5, 3)  # of the resume that trained, not of the last one
+
+
+def test_starting_over_keeps_what_was_there(
+    finished: Path, arguments: Arguments, run_tool: Tool, tmp_path: Path
+) -> None:
+    """The former run's files have other names and the same content; the new run is one from step 0."""
+    out = tmp_path / "run"
+    shutil.copytree(finished, out)
+    (out / "former-metrics.jsonl").write_text("of a run before that\n")
+    before = content(out)
+    both, plain, over, resumed = run_cases(
+        run_tool,
+        tmp_path / "cases.json",
+        [
+            arguments(out, "--steps", "3", "--resume", "--start-over"),
+            arguments(out, "--steps", "3"),
+            arguments(out, "--steps", "3", "--start-over", "--seed", "9"),
+            arguments(out, "--steps", "3", "--resume", "--seed", "9"),
+        ],
+    )
+    assert (both["code"], both["stderr"]) == (2, "error: --resume: goes on, and --start-over does not. Drop one.\n")
+    refusal = "already holds the checkpoints of a run. Add --resume to continue it, or --start-over, or choose another"
+    assert (plain["code"], plain["stderr"]) == (2, f"error: {out}: {refusal} --out.\n")
+    assert (over["code"], resumed["code"]) == (0, 0), over["stderr"]
+    assert f"start over: checkpoints in {out}/checkpoints are now named former-...\n" in over["stdout"]
+    assert "nothing to train: 3 steps are done" in resumed["stdout"]
+    after = content(out)
+    new_names = {"metrics.jsonl": "former-metrics.jsonl.1", "events.jsonl": "former-events.jsonl"}
+    for name, digest in before.items():
+        aside = new_names.get(name, name.replace("checkpoints/step-", "checkpoints/former-step-"))
+        if not name.startswith(("config.yaml", "checkpoints/run-id", "lease", "checkpoints/lease")):
+            assert after[aside] == digest, name
+    assert [record["step"] for record in read_steps(out / "metrics.jsonl")] == [1, 2, 3]
+    names = sorted(path.name for path in (out / "checkpoints").glob("*step-*"))
+    assert names == ["former-step-00000002", "step-00000003"]
+    former, new = (parse_manifest((out / "checkpoints" / name / MANIFEST).read_bytes()).run for name in names)
+    assert former != new
 
 
 def test_a_model_is_read_with_its_checkpoints_own_configuration(finished: Path, tmp_path: Path) -> None:
