@@ -18,7 +18,6 @@ import numpy as np
 import simplejpeg
 import torch
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 from torch.nn import functional
 
@@ -27,13 +26,25 @@ from lcl_mcore.config.schema import DataConfig
 from lcl_mcore.data.collate import ImagePlan
 from lcl_mcore.data.crop import Window
 from lcl_mcore.data.format import ImageDamagedError
-from lcl_mcore.data.images import BadImageError, open_image, orientation, upright_rgb
+from lcl_mcore.data.images import (
+    JPEG,
+    MAX_PIXELS,
+    BadImageError,
+    may_be_turned,
+    open_image,
+    orientation,
+    refuse_many_scans,
+    upright_rgb,
+)
 from lcl_mcore.data.mixture import Mixture
 from lcl_mcore.errors import ConfigError, DataError, explain
 
 logger = logging.getLogger(__name__)
 GREY = 128
-SPARE = 3  # resolution kept for the resize when a JPEG is decoded at a reduced scale
+MAX_EXTRA, NEAR = (
+    24,
+    1 / 16,
+)  # pixels of the result that a reduced image may begin earlier, to lie as near a whole pixel
 GPU_BATCH, CPU_BATCH = 64, 4  # DALI on a CPU gains nothing from more, and holds every decoded image meanwhile
 DALI_REMEDY = "pip install nvidia-dali-cuda130 (or -cuda120); the package named nvidia-dali is not NVIDIA's."
 
@@ -163,60 +174,115 @@ def decode_one(content: bytes, task: DecodeTask, side: int) -> Tensor:
     Raises:
         BadImageError: it cannot be decoded, or has another size than its manifest entry says.
     """
+    window = task.window
+    if _is_ordinary_jpeg(content, task):
+        reduction = _reduction(window, side)
+        try:
+            if reduction is not None:
+                return reduction.resize(_reduced_jpeg(content, task, reduction.eighths), side)
+            return resize(simplejpeg.decode_jpeg(content, "RGB"), window, side)
+        except ValueError:  # Pillow says what is wrong with it, or knows better
+            pass
+    return resize(_any_format(content, task), window, side)
+
+
+def _is_ordinary_jpeg(content: bytes, task: DecodeTask) -> bool:
+    """Whether libjpeg-turbo alone shows it as it is meant: upright, of the size in the manifest."""
+    if not content.startswith(JPEG) or (may_be_turned(content) and orientation(open_image(content)) != 1):
+        return False
+    refuse_many_scans(content)
+    try:
+        height, width, _, _ = simplejpeg.decode_jpeg_header(content)
+    except ValueError:
+        return False
+    return (width, height) == (task.width, task.height) and width * height <= MAX_PIXELS
+
+
+def _reduced_jpeg(content: bytes, task: DecodeTask, eighths: int) -> NDArray[np.uint8]:
+    """Decoded at `eighths`/8 of its size, rounded up."""
+    height, width = math.ceil(task.height * eighths / 8), math.ceil(task.width * eighths / 8)
+    pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(content, "RGB", min_height=height, min_width=width, min_factor=2)
+    return pixels
+
+
+def _any_format(content: bytes, task: DecodeTask) -> NDArray[np.uint8]:
+    """Pillow, with everything that a file may say of how it is shown."""
     image = open_image(content)
-    turned = orientation(image)
-    size = image.size[::-1] if turned > 4 else image.size
+    size = image.size[::-1] if orientation(image) > 4 else image.size
     if size != (task.width, task.height):
         raise BadImageError("wrong size", f"{size}, the manifest says {(task.width, task.height)}")
-    pixels = _fast_jpeg(content, task, side) if image.format == "JPEG" and turned == 1 else None
-    if pixels is None:
-        pixels = np.asarray(upright_rgb(image))
-    if pixels.shape[:2] != (task.height, task.width):
-        return _resize_part(pixels, task, side)
-    window = task.window
-    rows = slice(window.top, window.top + window.height)
-    columns = slice(window.left, window.left + window.width)
-    return resize(torch.from_numpy(np.array(pixels[rows, columns])), side)
+    return np.array(upright_rgb(image))  # a copy, because Pillow's pixels are read-only
 
 
-def resize(pixels: Tensor, side: int) -> Tensor:
-    """uint8 [h, w, 3] to [3, side, side], bicubic with antialiasing.
+def resize(pixels: NDArray[np.uint8], window: Window, side: int) -> Tensor:
+    """The window of uint8 [h, w, 3] as [3, side, side], bicubic with antialiasing.
 
     For uint8 with interleaved colours torch has a vectorised kernel; it agrees with Pillow's.
     """
-    planes = pixels.permute(2, 0, 1)[None]
+    part = pixels[window.top : window.top + window.height, window.left : window.left + window.width]
+    planes = torch.from_numpy(part).permute(2, 0, 1)[None]
     return functional.interpolate(planes, size=(side, side), mode="bicubic", antialias=True)[0]
 
 
-def _resize_part(pixels: NDArray[np.uint8], task: DecodeTask, side: int) -> Tensor:
-    """The same from an image decoded at a reduced scale.
+# --- JPEGs decoded at a reduced scale, which spares most of the inverse transform and of the resize ---
 
-    The window's edges then lie between pixels, which Pillow's resize can do; rounding them to whole
-    pixels would move the image by several levels of brightness.
+
+@dataclass(frozen=True)
+class ReducedAxis:
+    """Pixels `first` to `last` - 1 are resized by `factor`; the window begins behind `extra` pixels of the result."""
+
+    first: int
+    last: int
+    extra: int
+    factor: float
+
+
+@dataclass(frozen=True)
+class _Reduction:
+    """A scale at which a JPEG is decoded, and what its rows and columns then need."""
+
+    eighths: int
+    rows: ReducedAxis
+    columns: ReducedAxis
+
+    def resize(self, pixels: NDArray[np.uint8], side: int) -> Tensor:
+        """Like `resize`, from the reduced image."""
+        rows, columns = self.rows, self.columns
+        above, left = max(-rows.first, 0), max(-columns.first, 0)
+        part = pixels[rows.first + above : rows.last, columns.first + left : columns.last]
+        if above or left:
+            part = np.pad(part, ((above, 0), (left, 0), (0, 0)), "edge")
+        planes = torch.from_numpy(part).permute(2, 0, 1)[None]
+        factors = (rows.factor, columns.factor)
+        resized = functional.interpolate(planes, scale_factor=factors, mode="bicubic", antialias=True)[0]
+        return resized[:, rows.extra : rows.extra + side, columns.extra : columns.extra + side]
+
+
+def _reduction(window: Window, side: int) -> _Reduction | None:
+    """The smallest scale that leaves a pixel for each one shown; None if that is more than half the size."""
+    least = math.ceil(8 * side / min(window.width, window.height))
+    for eighths in range(least, 5):
+        scale = eighths / 8
+        rows = reduced_axis(window.top * scale, window.height * scale, side)
+        columns = reduced_axis(window.left * scale, window.width * scale, side)
+        if rows and columns:
+            return _Reduction(eighths, rows, columns)
+    return None
+
+
+def reduced_axis(begin: float, length: float, side: int) -> ReducedAxis | None:
+    """One axis of a window whose edges lie between pixels.
+
+    Whole pixels instead would move the image by several levels of brightness. torch can end between pixels, but must
+    begin with a whole one: so the result begins earlier, where it comes near one. None if that is nowhere.
     """
-    scale = round(8 * pixels.shape[1] / task.width) / 8  # JPEG scales are n/8; sizes are rounded up
-    left, top = task.window.left * scale, task.window.top * scale
-    right = min(left + task.window.width * scale, pixels.shape[1])
-    bottom = min(top + task.window.height * scale, pixels.shape[0])
-    image = Image.fromarray(pixels)
-    resized = image.resize((side, side), Image.Resampling.BICUBIC, box=(left, top, right, bottom))
-    return torch.from_numpy(np.array(resized)).permute(2, 0, 1)
-
-
-def _fast_jpeg(content: bytes, task: DecodeTask, side: int) -> NDArray[np.uint8] | None:
-    """libjpeg-turbo without detours, at a reduced scale if `SPARE` times the wanted resolution remains.
-
-    None if the file is in any way unusual: Pillow then decides.
-    """
-    wide = math.ceil(task.width * SPARE * side / task.window.width)
-    high = math.ceil(task.height * SPARE * side / task.window.height)
-    try:
-        pixels: NDArray[np.uint8] = simplejpeg.decode_jpeg(
-            content, "RGB", min_width=wide, min_height=high, min_factor=2
-        )
-    except ValueError:
-        return None
-    return pixels
+    step = length / side
+    for extra in range(MAX_EXTRA):
+        first = round(begin - extra * step)
+        if abs(begin - extra * step - first) <= NEAR:
+            factor = (extra + side) / (begin + length - first) * (1 + 1e-12)  # torch rounds the number of pixels down
+            return ReducedAxis(first, math.ceil(begin + length), extra, factor)
+    return None
 
 
 # --- DALI ---
@@ -291,7 +357,7 @@ class DaliDecoder:
         (output,) = pipeline.run()
         if not self._resize_inside:
             crops = [output.at(i) for i in range(len(batch))]
-            return torch.stack([resize(torch.from_numpy(crop), side) for crop in crops])
+            return torch.stack([resize(crop, Window(0, 0, *crop.shape[1::-1]), side) for crop in crops])
         # The memory belongs to the pipeline until its next run.
         return torch.from_dlpack(output.as_tensor()).clone()
 

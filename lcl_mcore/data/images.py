@@ -23,6 +23,7 @@ ORIENTATION = 0x0112
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262
 SMALL_GREYS = {"L;2": 85, "L;4": 17}  # values of 2 and 4 bits are spread over 0..255, the transparent one is not
 JPEG = b"\xff\xd8"
+TURNING = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/")
 START_OF_SCAN = b"\xff\xda"  # cannot stand inside a scan's data
 
 
@@ -57,7 +58,7 @@ def open_image(content: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int =
         raise BadImageError("empty")
     if len(content) > max_bytes:
         raise BadImageError("too many bytes", f"{len(content)} > {max_bytes}")
-    _refuse_many_scans(content)
+    refuse_many_scans(content)
     with decoding():
         image = Image.open(io.BytesIO(content), formats=FORMATS)
     width, height = image.size
@@ -76,7 +77,7 @@ def open_photograph(content: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageFil
     """
     if not content.startswith(JPEG):
         return open_image(content, max_pixels=PILLOW_PIXELS, max_bytes=PILLOW_PIXELS)
-    _refuse_many_scans(content)
+    refuse_many_scans(content)
     with decoding():
         image = JpegImagePlugin.JpegImageFile(io.BytesIO(content))  # `Image.open` refuses by the size before reduction
     width, height = image.size
@@ -87,7 +88,8 @@ def open_photograph(content: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageFil
     raise BadImageError("oversized", f"{width} x {height}")
 
 
-def _refuse_many_scans(content: bytes) -> None:
+def refuse_many_scans(content: bytes) -> None:
+    """Raise `BadImageError` for a JPEG that would take too long."""
     if content.startswith(JPEG) and (scans := content.count(START_OF_SCAN)) > MAX_SCANS:
         raise BadImageError("too many scans", f"{scans} > {MAX_SCANS}")
 
@@ -107,6 +109,11 @@ def orientation(image: Image.Image) -> int:
     """How its EXIF data say that an image is turned: 1 is upright, from 5 on its sides are exchanged."""
     with decoding():
         return int(image.getexif().get(ORIENTATION, 1))
+
+
+def may_be_turned(content: bytes) -> bool:
+    """Whether a JPEG has EXIF data or XMP, which may turn it, before its first scan."""
+    return any(content.find(mark, 0, max(content.find(START_OF_SCAN), 0)) >= 0 for mark in TURNING)
 
 
 def is_wide(image: ImageFile.ImageFile) -> bool:

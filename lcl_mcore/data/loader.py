@@ -419,8 +419,8 @@ def warn_of_other_decoder(position: dict[str, Any] | None, decoder: str) -> None
     former = (position or {}).get("decoder", decoder)
     if former != decoder:
         logger.warning(
-            "images were decoded by %r before and are by %r now: the same order and crops, pixels differ by "
-            "less than one level of 255 on average; set data.decode_backend to keep the former",
+            "images were decoded by %r before and are by %r now: the same order and crops, pixels differ as those of "
+            "two resize filters do; set data.decode_backend to keep the former",
             former,
             decoder,
         )

@@ -3,19 +3,24 @@
 from __future__ import annotations
 
 import io
+import math
 import struct
 import zlib
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
+import simplejpeg
 import torch
+from hypothesis import assume, given
+from hypothesis import strategies as st
 from PIL import Image
 
 from corpora import config, image_bytes, make_dataset, open_loader
 from lcl_mcore import optional_packages
 from lcl_mcore.data.crop import Window, centre_window, random_window
-from lcl_mcore.data.decode import CpuDecoder, DaliDecoder, Decoder, DecodeTask, build_decoder
+from lcl_mcore.data.decode import CpuDecoder, DaliDecoder, Decoder, DecodeTask, build_decoder, decode_one, reduced_axis
 from lcl_mcore.data.images import BadImageError, open_image, upright_rgb
 from lcl_mcore.errors import ConfigError, DataError
 from lcl_mcore.rng import KeyedRandom
@@ -210,18 +215,18 @@ def make(backend: str) -> Decoder:
     return CpuDecoder(2) if backend == "cpu" else DaliDecoder(2, CPU, resize_inside=backend == "dali-resize")
 
 
-def exact(task: DecodeTask, side: int) -> np.ndarray:
-    """Full decode, bicubic resize of the window: no shortcut for speed."""
+def exact(task: DecodeTask, side: int, resampling: Image.Resampling = Image.Resampling.BICUBIC) -> np.ndarray:
+    """Full decode, resize of the window by Pillow: no shortcut for speed."""
     image = Image.open(io.BytesIO(task.read())).convert("RGB")
     w = task.window
     box = (w.left, w.top, w.left + w.width, w.top + w.height)
-    return np.asarray(image.resize((side, side), Image.Resampling.BICUBIC, box=box)).transpose(2, 0, 1).astype(int)
+    return np.asarray(image.resize((side, side), resampling, box=box)).transpose(2, 0, 1).astype(int)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("container", ["JPEG", "PNG", "WEBP"])
 def test_decoders_agree_with_a_plain_decode(backend: str, container: str) -> None:
-    """The documented tolerance: 1 level of 255 on average per image, whatever the path."""
+    """Smooth images: 1 level of 255 on average per image, whatever the path and the scale."""
     decoder = make(backend)
     work = tasks(24, container)
     pixels, reasons = decoder.decode(work, 64)
@@ -231,22 +236,76 @@ def test_decoders_agree_with_a_plain_decode(backend: str, container: str) -> Non
         assert np.abs(pixels[i].numpy().astype(int) - exact(task, 64)).mean() < 1.0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("side", [96, 112, 224])
-def test_decoders_agree_on_a_real_photograph(backend: str, side: int) -> None:
-    """Fine detail, decoded whole (224) and at half its resolution (96: this path once moved windows)."""
+PHOTO_SIZE = (512, 600)
+
+
+def photo_tasks(count: int) -> list[DecodeTask]:
+    """Random windows of a real photograph with fine detail."""
     matplotlib = pytest.importorskip("matplotlib", reason="part of the demo extra, which the tests install")
     content = (Path(matplotlib.get_data_path()) / "sample_data" / "grace_hopper.jpg").read_bytes()
-    size = Image.open(io.BytesIO(content)).size
-    assert size == (512, 600)
-    windows = [random_window(*size, (0.9, 1.0), (0.75, 4 / 3), KeyedRandom("photo", n)) for n in range(12)]
-    work = [DecodeTask(lambda: content, *size, window) for window in windows]
+    assert Image.open(io.BytesIO(content)).size == PHOTO_SIZE
+    windows = [random_window(*PHOTO_SIZE, (0.9, 1.0), (0.75, 4 / 3), KeyedRandom("photo", n)) for n in range(count)]
+    return [DecodeTask(lambda: content, *PHOTO_SIZE, window) for window in windows]
+
+
+@pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "cpu"])
+@pytest.mark.parametrize("side", [96, 112, 224])
+def test_dali_agrees_on_a_real_photograph(backend: str, side: int) -> None:
     decoder = make(backend)
+    work = photo_tasks(12)
     pixels, reasons = decoder.decode(work, side)
     decoder.close()
     assert reasons == [""] * 12
     worst = max(np.abs(pixels[i].numpy().astype(int) - exact(task, side)).mean() for i, task in enumerate(work))
     assert worst < 0.7
+
+
+@pytest.mark.parametrize("side", [64, 112, 224])
+def test_reduced_decoding_stays_within_the_documented_tolerance(side: int) -> None:
+    """33 dB for every image, and on average no more than bilinear differs from bicubic in the same images."""
+    ours, filters, noise = [], [], []
+    for task in photo_tasks(24):
+        decoded = decode_one(task.read(), task, side).numpy().astype(int)
+        bicubic, bilinear = exact(task, side), exact(task, side, Image.Resampling.BILINEAR)
+        ours.append(np.abs(decoded - bicubic).mean())
+        filters.append(np.abs(bilinear - bicubic).mean())
+        noise.append(10 * np.log10(255**2 / np.square(decoded - bicubic).mean()))
+    assert min(noise) > 33
+    assert np.mean(ours) < 1.1 * np.mean(filters)
+
+
+def test_large_jpegs_are_decoded_at_a_reduced_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded: list[tuple[int, int]] = []
+    whole = simplejpeg.decode_jpeg
+
+    def decode_jpeg(*args: Any, **options: Any) -> np.ndarray:
+        pixels = whole(*args, **options)
+        decoded.append(pixels.shape[1::-1])
+        return pixels
+
+    monkeypatch.setattr(simplejpeg, "decode_jpeg", decode_jpeg)
+    for side, wanted in [(400, (512, 600)), (220, (256, 300)), (160, (192, 225)), (100, (128, 150)), (50, (64, 75))]:
+        decoded.clear()
+        for task in photo_tasks(24):
+            decode_one(task.read(), task, side)
+        assert decoded.count(wanted) >= 20, (side, decoded)
+        assert min(width for width, _ in decoded) >= side
+
+
+@given(begin=st.integers(0, 4000), length=st.integers(8, 4000), eighths=st.integers(1, 4), side=st.integers(8, 512))
+def test_a_reduced_window_begins_where_it_should(begin: int, length: int, eighths: int, side: int) -> None:
+    """Place of the first and last output pixel's centre, by torch's rule for a factor, within 1/16 of a pixel."""
+    low, size = begin * eighths / 8, length * eighths / 8
+    assume(size >= side)
+    axis = reduced_axis(low, size, side)
+    if axis is None:  # the whole image is decoded
+        return
+    first, last = (axis.first + (axis.extra + i + 0.5) / axis.factor for i in (0, side - 1))
+    step = size / side
+    assert abs(first - (low + 0.5 * step)) <= 1 / 16 + 1e-6
+    assert abs(last - (low + size - 0.5 * step)) <= 1 / 16 + 1e-6
+    assert int((axis.last - axis.first) * axis.factor) >= axis.extra + side
+    assert axis.last <= math.ceil(low + size)
 
 
 def test_a_missing_dali_is_named_with_its_right_package(monkeypatch: pytest.MonkeyPatch) -> None:
