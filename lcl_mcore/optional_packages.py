@@ -10,7 +10,22 @@ import importlib
 import importlib.metadata
 import importlib.util
 import inspect
+import traceback
 from dataclasses import dataclass
+
+OPTIONAL = {
+    "transformer_engine": (
+        "transformer-engine",
+        "transformer_engine",
+        "transformer-engine-cu13",
+        "transformer-engine-cu12",
+    ),
+    "flash_attn": ("flash-attn",),
+    "apex": ("apex",),
+    "triton": ("triton",),
+    "nvidia.dali": ("nvidia-dali-cuda130", "nvidia-dali-cuda120"),
+}
+"""Packages that are imported where they are found, here or in megatron-core, and the names they are installed under."""
 
 
 @dataclass(frozen=True)
@@ -30,14 +45,44 @@ class Probe:
     reason: str
 
 
+def first_line(error: BaseException) -> str:
+    """Kind of an error and the first line of what it says."""
+    return f"{type(error).__name__}: {(str(error) or '?').splitlines()[0]}"
+
+
+def why_not_imported(module: str) -> str:
+    """'' if `module` imports, else one line. Packages that do not fit this machine raise whatever they like."""
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        return half_installed(error) or first_line(error)
+    return ""
+
+
+def half_installed(error: BaseException) -> str:
+    """What to do about the optional package whose import raised this error; '' if it was raised elsewhere.
+
+    megatron-core imports what it finds and expects an ImportError from what is not there: a package whose compiled part
+    is missing (Transformer Engine without its torch extension) raises something else, through every import on the way.
+    """
+    frames = [frame for frame, _ in traceback.walk_tb(error.__traceback__) if frame.f_code.co_name == "<module>"]
+    importing = [str(frame.f_globals.get("__name__", "")) for frame in frames]
+    for package, distributions in OPTIONAL.items():
+        left_over = isinstance(error, importlib.metadata.PackageNotFoundError) and error.name in distributions
+        if left_over or any(f"{name}.".startswith(f"{package}.") for name in importing):
+            installed = [name for name in distributions if _version((name,))]
+            found = f"{package} {_version(distributions)}".strip()
+            remove = f"pip uninstall {' '.join(installed)}" if installed else f"delete the folder {package}"
+            return f"{found} is there but does not load ({first_line(error)}). Install it whole, or {remove}."
+    return ""
+
+
 def _import(module: str, attribute: str | None = None) -> str | None:
     """None if `module` (and `attribute` in it) imports, else one line saying why not."""
-    try:
-        imported = importlib.import_module(module)
-    except ImportError as error:
-        return f"{type(error).__name__}: {str(error).splitlines()[0]}"
-    except (OSError, RuntimeError) as error:  # a shared library that does not load
-        return f"{module} does not load: {str(error).splitlines()[0]}"
+    reason = why_not_imported(module)
+    if reason:
+        return reason
+    imported = importlib.import_module(module)
     if attribute and not hasattr(imported, attribute):
         return f"{module} is installed but has no `{attribute}`: not the package expected under that name"
     return None

@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from lcl_mcore.errors import ConfigError, LclError, LeaseError, explain
+from lcl_mcore.optional_packages import half_installed
 
 
 def run_main(main: Callable[[], int]) -> None:
@@ -33,14 +34,12 @@ def run_main(main: Callable[[], int]) -> None:
         code = error.exit_code
     except KeyboardInterrupt:
         code = 130
-    except OSError as error:
-        if text := _disk_fault(error):
+    except Exception as error:
+        if text := half_installed(error) or _disk_fault(error):
             print(f"error: {text}", file=sys.stderr, flush=True)
             code = LclError.exit_code
-        else:
+        else:  # reported whole: a bug or a lost peer, not a mistake of the user
             traceback.print_exc()
-    except Exception:  # reported whole: a bug or a lost peer, not a mistake of the user
-        traceback.print_exc()
     _flush()
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_initialized():
@@ -59,8 +58,10 @@ _PATH_FAULTS = {
 }
 
 
-def _disk_fault(error: OSError) -> str:
+def _disk_fault(error: Exception) -> str:
     """What a disk or a path of the user's refuses, in one sentence; empty for all else, and for files of our own."""
+    if not isinstance(error, OSError):
+        return ""
     named = str(error.filename) if isinstance(error.filename, str | os.PathLike) else ""
     ours = Path(__file__).resolve().parents[1] in Path(named).absolute().parents if named else False
     if error.errno in _DISK_FAULTS or (named and not ours and error.errno in _PATH_FAULTS):

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from lcl_mcore import optional_packages
 from lcl_mcore.diagnostics import environment
 from lcl_mcore.diagnostics.preflight import Preflight, format_preflight, run_preflight
 
@@ -78,15 +79,6 @@ class Report:
         return {"healthy": self.healthy, **dataclasses.asdict(self)}
 
 
-def _problem(module: str) -> str:
-    """'' if `module` imports, else one line."""
-    try:
-        importlib.import_module(module)
-    except (ImportError, OSError, RuntimeError, AttributeError, ValueError) as error:
-        return f"does not import: {type(error).__name__}: {(str(error) or '?').splitlines()[0]}"
-    return ""
-
-
 def check_requirements(requirements: Sequence[str], remedy: str) -> list[Line]:
     """Compare what is installed with what is required.
 
@@ -128,9 +120,12 @@ def check_required() -> list[Line]:
     remedy = "Install again: pip install -e ."
     lines += check_requirements(importlib.metadata.requires(PACKAGE) or [], remedy)
     for module in IMPORTS:
-        problem = _problem(module)
-        if problem:
-            lines.append(Line(module, "broken", False, f"{problem}. {remedy}"))
+        try:
+            importlib.import_module(module)
+        except Exception as error:  # packages that do not fit raise whatever they like
+            other = optional_packages.half_installed(error)
+            reason = other or f"does not import: {optional_packages.first_line(error)}. {remedy}"
+            lines.append(Line(module, "broken", False, reason))
     return lines
 
 
@@ -142,7 +137,7 @@ def find_impostors() -> list[str]:
             version = importlib.metadata.version(name)
         except importlib.metadata.PackageNotFoundError:
             continue
-        if _problem(module):
+        if optional_packages.why_not_imported(module):
             found.append(f"{name} {version}: {advice}")
     return found
 
@@ -175,7 +170,6 @@ def choose_parts(precision: str) -> list[Line]:
     import torch
     from lcl_kernels.infonce import select_engine
 
-    from lcl_mcore import optional_packages
     from lcl_mcore.config.schema import DataConfig
     from lcl_mcore.data.decode import build_decoder
     from lcl_mcore.fused_adam import choose_adam
@@ -232,11 +226,11 @@ def examine(
         report.warnings = find_impostors()
         if not report.healthy:
             return report
-        from lcl_mcore.optional_packages import all_probes
-
         report.system, advice = describe_system()
         report.warnings += advice
-        report.optional = [Line(p.name, p.version or "missing", p.usable, p.reason) for p in all_probes()]
+        report.optional = [
+            Line(p.name, p.version or "missing", p.usable, p.reason) for p in optional_packages.all_probes()
+        ]
         report.parts = choose_parts(precision or ("bf16" if environment.gpus() else "fp32"))
         report.errors += [f"{line.name}: {line.reason}" for line in report.parts if not line.ok]
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:

@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -125,6 +126,77 @@ def test_doctor_survives_a_broken_dependency(monkeypatch: pytest.MonkeyPatch) ->
     text = health.format_report(report)
     assert "ERROR no_such_binary: broken. does not import: ModuleNotFoundError" in text
     assert text.endswith("not ready to train")
+
+
+MISSING = "Could not find shared object file for Transformer Engine torch lib."
+HALF_INSTALLED = {
+    "no torch extension": (f"raise FileNotFoundError({MISSING!r})", f"FileNotFoundError: {MISSING}"),
+    "a library that does not load": ("import ctypes; ctypes.CDLL('/no.so')", "OSError: /no.so: cannot open shared"),
+    "made for another torch": ("import torch; torch.no_such_name", "AttributeError: module 'torch' has no attribute"),
+    "its metadata is gone": (
+        "from importlib.metadata import version; version('transformer-engine')",
+        "PackageNotFoundError: No package metadata was found for transformer-engine",
+    ),
+}
+
+
+@pytest.fixture
+def half_installed(tmp_path: Path) -> Callable[[str], Path]:
+    """A folder with a Transformer Engine that says this when it is imported."""
+
+    def make(code: str) -> Path:
+        package = tmp_path / "transformer_engine"
+        package.mkdir()
+        (package / "__init__.py").write_text(code + "\n")
+        return tmp_path
+
+    return make
+
+
+@pytest.mark.parametrize("kind", HALF_INSTALLED)
+def test_a_half_installed_package_is_named_with_its_remedy(
+    kind: str, half_installed: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if doctor_module("transformer_engine"):
+        pytest.skip("a Transformer Engine is installed")
+    code, said = HALF_INSTALLED[kind]
+    monkeypatch.syspath_prepend(half_installed(code))
+    why = probe.why_not_imported("transformer_engine")
+    assert why.startswith(f"transformer_engine is there but does not load ({said}")
+    assert why.endswith("). Install it whole, or delete the folder transformer_engine.")
+
+
+def test_other_errors_name_no_optional_package() -> None:
+    assert probe.why_not_imported("no_such_package") == "ModuleNotFoundError: No module named 'no_such_package'"
+    assert probe.half_installed(FileNotFoundError("a file of the user's")) == ""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", [("doctor",), ("plan", "--recipe", "demo", "--gpus", "1")], ids=lambda c: c[0])
+def test_every_command_says_in_one_line_what_keeps_megatron_core_from_importing(
+    command: tuple[str, ...], half_installed: Callable[[str], Path]
+) -> None:
+    if doctor_module("transformer_engine"):
+        pytest.skip("a Transformer Engine is installed")
+    code, said = HALF_INSTALLED["no torch extension"]
+    path = os.pathsep.join([str(half_installed(code)), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "lcl_mcore", *command],
+        cwd=TOOLS.parent,
+        env={**os.environ, "PYTHONPATH": path},
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+    )
+    error = f"transformer_engine is there but does not load ({said}). "
+    error += "Install it whole, or delete the folder transformer_engine."
+    assert "Traceback" not in done.stdout + done.stderr
+    if command[0] == "doctor":
+        assert done.returncode == 1
+        assert f"ERROR megatron.core: broken. {error}" in done.stdout
+    else:
+        assert (done.returncode, done.stderr) == (2, f"error: {error}\n")
 
 
 @pytest.mark.distributed
