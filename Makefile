@@ -11,12 +11,13 @@ export PYTHONDONTWRITEBYTECODE :=
 STAMP := $(VENV)/.installed
 DEV_STAMP := $(VENV)/.installed-dev
 
-.PHONY: help demo test check lint doctor gpu-report slurm-test clean-demo
+.PHONY: help demo test check lint doctor gpu-report gpu-carry slurm-test clean-demo
 help:
 	@echo "make demo    install, build the demo corpus, pre-train on 2 processes, evaluate (minutes)"
 	@echo "make test    install, lint, type-check, run every test"
 	@echo "make check   the fast part of the tests"
 	@echo "make gpu-report  everything that needs a GPU, measured into one JSON (dry run without one)"
+	@echo "make gpu-carry   what that needs on a GPU machine without a network, into .gpu (then: make gpu-report CARRIED=.gpu)"
 	@echo "make slurm-test  the launch templates on a real SLURM of two nodes, started here (Debian 12; minutes)"
 	@echo "make doctor  what was found on this machine and what will be used"
 
@@ -44,8 +45,12 @@ clean-demo:
 doctor: $(STAMP)
 	@$(BIN)/python tools/doctor.py
 
-gpu-report: $(DEV_STAMP)
-	@$(BIN)/python tools/gpu_report.py
+# On a GPU machine without a network: `make gpu-carry` here, copy the checkout with .gpu, `make gpu-report CARRIED=.gpu` there.
+gpu-report: $(if $(CARRIED),,$(DEV_STAMP))
+	@$(if $(CARRIED),$(PYTHON) tools/gpu_report.py --carried $(CARRIED),$(BIN)/python tools/gpu_report.py)
+
+gpu-carry: $(DEV_STAMP)
+	@$(BIN)/python benchmarks/gpu_carry.py .gpu $(if $(GPU_PYTHON),--python $(GPU_PYTHON))
 
 slurm-test: $(DEV_STAMP)
 	@$(BIN)/python campaigns/slurm.py

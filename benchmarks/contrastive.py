@@ -22,6 +22,7 @@ time is given too, because it says more than the clock on a shared machine. On C
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import platform
@@ -274,15 +275,11 @@ def main() -> None:
         print(json.dumps(measure(CONTENDERS[args.one], args)))
         return
     names = args.contenders or [c for c in CONTENDERS if args.device == "cuda" or c not in CUDA_ONLY]
-    results = []
-    for n in args.n:
-        rounds = [[spawn(name, n, args) for name in names] for _ in range(args.rounds)]
-        results += [best(runs) for runs in zip(*rounds, strict=True)]
-    compare(results)
 
     from lcl_mcore.diagnostics.environment import source_commit
 
-    report = {
+    runs: dict[tuple[int, str], list[dict[str, Any]]] = {}
+    report: dict[str, Any] = {
         "benchmark": "contrastive",
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         **source_commit(),
@@ -292,12 +289,16 @@ def main() -> None:
         "scale": args.scale,
         "repeats": args.repeats,
         "rounds": args.rounds,
-        "results": results,
+        "results": [],
     }
-    print(table(results))
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=2) + "\n")
+    for n, _, name in itertools.product(args.n, range(args.rounds), names):
+        runs.setdefault((n, name), []).append(spawn(name, n, args))
+        report["results"] = [best(done) for done in runs.values()]
+        compare(report["results"])
+        if args.out:  # after each: a time limit loses nothing
+            args.out.parent.mkdir(parents=True, exist_ok=True)
+            args.out.write_text(json.dumps(report, indent=2) + "\n")
+    print(table(report["results"]))
 
 
 if __name__ == "__main__":

@@ -2,10 +2,12 @@
 
     python tools/gpu_report.py                    # on a machine with a GPU; `make gpu-report` installs first
     python tools/gpu_report.py --quick            # fewer sizes; without a GPU a dry run of under a minute
+    python tools/gpu_report.py --carried .gpu     # where only torch is installed: packages from `make gpu-carry`
 
-GPU tests, the contrastive benchmark, speed and memory of training steps, and the planner's memory against a real step.
-Every part is a process of its own with a time budget. A part that cannot run here is in the report with its reason.
-Without a GPU the same parts run at toy sizes, marked "dry": a check of the report itself.
+Speed and memory of training steps, GPU tests, the contrastive benchmark, and the planner's memory against a real step,
+in the order of what they are worth. Every part is a process of its own with a time limit, all limits together are the
+whole, and the report is written after each. A part that cannot run here is in it with its reason. Without a GPU the
+same parts run at toy sizes, marked "dry": a check of the report itself.
 
 Imports nothing heavy, so that this process holds no memory of the GPU that it reports on.
 """
@@ -13,6 +15,7 @@ Imports nothing heavy, so that this process holds no memory of the GPU that it r
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import os
 import re
@@ -23,21 +26,30 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
+
+from gpu_carry import unpack
 
 from lcl_mcore.commands.entry import run_main
 
 ROOT = Path(__file__).resolve().parents[1]
 TOTAL_SECONDS = 525.0
 """Everything together stays below nine minutes."""
-STEP_RECIPES = ("released-b16-laion", "paper-l14")
-CONTRASTIVE_SIZES = (32768, 65536, 131072)
+ENVIRONMENT_SECONDS = 30.0
+STEP_SIZES = {"paper-l14": 24, "released-b16-laion": 256}
+"""Sequences of a micro-batch that fill GPUs of 75 GiB and more; on smaller ones the largest that fits is looked for."""
+LARGE_GPU = 75 * 2**30
+CONTRASTIVE_SIZES = (65536, 32768, 131072)
+LINEAR_MEMORY = ("triton", "inf_cl", "tiled")
+"""Contenders of the contrastive benchmark that store no N x N logits."""
 NAIVE_FITS = 65536
-"""Above this many pairs only these contenders of the contrastive benchmark run: the others store N x N logits."""
-LINEAR_MEMORY = ("tiled", "triton", "inf_cl")
+"""Up to so many pairs these run as well, after them."""
+QUADRATIC_MEMORY = ("lcl", "open_clip", "naive")
+GRACE_SECONDS = 5.0
+"""From the interrupt at a part's limit, upon which pytest writes what it has, to the kill."""
 TAIL = 2000
 """Characters of a failed part's output that the report keeps."""
 
@@ -70,7 +82,7 @@ class Finished:
 
 
 def run_process(command: tuple[str, ...], seconds: float, environment: dict[str, str]) -> Finished:
-    """Run a command from the repository's root; at its time limit it ends with all its children."""
+    """Run a command from the repository's root; at its time limit it is interrupted, then killed with its children."""
     started = time.perf_counter()
     process = subprocess.Popen(
         command,
@@ -86,9 +98,13 @@ def run_process(command: tuple[str, ...], seconds: float, environment: dict[str,
         output, _ = process.communicate(timeout=seconds)
         code: int | None = process.returncode
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, signal.SIGKILL)
-        output, _ = process.communicate()
         code = None
+        os.killpg(process.pid, signal.SIGINT)
+        try:
+            output, _ = process.communicate(timeout=GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
     return Finished(code, output, time.perf_counter() - started)
 
 
@@ -106,13 +122,14 @@ def run_part(part: Part, left: float) -> Result:
         command = tuple(word.replace("{out}", str(out)) for word in part.command)
         done = run_process(command, budget, part.environment)
         base["seconds"] = round(done.seconds, 1)
-        if done.code is None:
-            return base | _failure(f"ran out of its {budget:.0f} s", done.output)
+        late = f"ran out of its {budget:.0f} s" if done.code is None else ""
         try:
             result = part.read(done.output, out)
         except (OSError, ValueError, KeyError, IndexError, ElementTree.ParseError) as error:
             reason = f"exit status {done.code}, no result: {type(error).__name__}: {error}"
-            return base | _failure(reason, done.output)
+            return base | _failure(late or reason, done.output)
+    if late:  # what it had written until then
+        return base | result | _failure(late, done.output)
     if done.code != 0 and result["status"] == "ok":
         result |= _failure(f"exit status {done.code}", done.output)
     elif result["status"] == "failed":
@@ -148,7 +165,7 @@ def read_contrastive(_: str, out: Path) -> Result:
 
 def read_tests(_: str, out: Path) -> Result:
     """Counts from pytest's JUnit file, every failure by name, and every skipped test's reason."""
-    cases = list(ElementTree.parse(out).iter("testcase"))
+    cases = [case for case in ElementTree.parse(out).iter("testcase") if case.get("name")]  # not the one interrupted
     failures: list[dict[str, str]] = []
     skipped: dict[str, list[str]] = {}
     for case in cases:
@@ -175,71 +192,49 @@ def read_tests(_: str, out: Path) -> Result:
 # --- the parts ---
 
 
-def parts(environment: Result, quick: bool) -> Iterator[Part]:
-    """What the report consists of; without a GPU in `environment` a dry run of the same parts."""
-    gpu = bool(environment.get("gpu"))
+def parts(environment: Result, quick: bool, te: dict[str, str] | None = None) -> Iterator[Part]:
+    """What the report consists of, most valuable first; without a GPU in `environment` a dry run of the same parts.
+
+    Args:
+        te: variables that a carried Transformer Engine needs; its parts come last and are apart from the others.
+    """
+    gpu = environment.get("gpu")
     # One thread on a CPU: the dry run shares its machine.
     variables = {"PYTHONWARNINGS": "ignore", **({} if gpu else {"OMP_NUM_THREADS": "1"})}
 
-    def part(name: str, seconds: float, read: Callable[[str, Path], Result], *words: str, not_run: str = "") -> Part:
-        return Part(name, (sys.executable, *words), seconds if gpu else 2 * seconds, read, variables, not_run)
+    def part(name: str, seconds: float, read: Callable[[str, Path], Result], *words: str) -> Part:
+        return Part(name, (sys.executable, *words), seconds if gpu else 3 * seconds, read, variables)
 
-    yield part(
-        "gpu tests",
-        170,
-        read_tests,
-        "-m",
-        "pytest",
-        "-q",
-        "-m",
-        "gpu",
-        "-p",
-        "no:cacheprovider",
-        "-o",
-        "junit_family=xunit2",
-        "--junitxml",
-        "{out}",
-        *gpu_test_files(),
-    )
-    yield part("rates", 40, read_json_line, "-m", "lcl_mcore.diagnostics.environment", "--rates")
-    for recipe in STEP_RECIPES:
-        for precision in ("bf16", "fp8"):
-            counts = ["--steps", "5" if quick else "10"] if gpu else ["--steps", "1", "--dry"]
-            yield part(
-                f"step {recipe} {precision}",
-                75,
-                read_json_line,
-                "benchmarks/step.py",
-                "--recipe",
-                recipe,
-                "--precision",
-                precision,
-                *counts,
-                not_run=why_no_fp8(environment) if precision == "fp8" else "",
-            )
-    yield part(
-        "plan paper-l14",
-        75,
-        read_json_line,
-        "benchmarks/plan_memory.py",
-        "--recipe",
-        "paper-l14",
-        *(["--micro-batch-size", "4"] if gpu else ["--micro-batch-size", "1", "--dry"]),
-    )
-    for n, options in _contrastive_sizes(gpu, quick):
-        yield part(
-            f"contrastive {n}",
-            75,
-            read_contrastive,
-            "benchmarks/contrastive.py",
-            "--n",
-            str(n),
-            *options,
-            "--timeout",
-            "60",
-            "--out",
-            "{out}",
-        )
+    def step(recipe: str, precision: str, seconds: float) -> Part:
+        words = ["--recipe", recipe, "--precision", precision]
+        words += ["--steps", "5" if quick else "10"] if gpu else ["--steps", "1", "--dry"]
+        if gpu and gpu["memory_bytes"] > LARGE_GPU:
+            words += ["--micro-batch-size", str(STEP_SIZES[recipe])]
+        done = part(f"step {recipe} {precision}", seconds, read_json_line, "benchmarks/step.py", *words)
+        no_fp8 = why_no_fp8(environment) if precision == "fp8" else ""
+        return replace(done, not_run=no_fp8, environment=variables | (te or {})) if precision == "fp8" else done
+
+    def contrastive(n: int, seconds: float, *options: str) -> Part:
+        words = ["benchmarks/contrastive.py", "--n", str(n), *options, "--timeout", str(seconds - 5), "--out", "{out}"]
+        return part(f"contrastive {n}", seconds, read_contrastive, *words)
+
+    sizes = [contrastive(n, 40, *options) for n, options in _contrastive_sizes(bool(gpu), quick)]
+    plan = ["--recipe", "paper-l14", "--micro-batch-size", *(["4"] if gpu else ["1", "--dry"])]
+    tests = ["-q", "-m", "gpu", "-p", "no:cacheprovider", "-o", "junit_family=xunit2", "--junitxml", "{out}"]
+    if gpu and importlib.util.find_spec("xdist"):  # each test is a process that hardly fills the GPU
+        tests += ["-n", "8"]
+    yield step("paper-l14", "bf16", 60)
+    yield part("gpu tests", 110, read_tests, "-m", "pytest", *tests, *gpu_test_files())
+    yield sizes[0]
+    yield step("released-b16-laion", "bf16", 40)
+    yield part("plan paper-l14", 45, read_json_line, "benchmarks/plan_memory.py", *plan)
+    yield from sizes[1:]
+    yield part("rates", 15, read_json_line, "-m", "lcl_mcore.diagnostics.environment", "--rates")
+    yield step("paper-l14", "fp8", 40)
+    yield step("released-b16-laion", "fp8", 30)
+    if te:  # which the tests above went without
+        names = ["-k", "transformer_engine or fp8 or te or fusion", *gpu_test_files()]
+        yield replace(part("gpu tests te", 35, read_tests, "-m", "pytest", *tests, *names), environment=variables | te)
 
 
 def gpu_test_files() -> list[str]:
@@ -254,8 +249,8 @@ def _contrastive_sizes(gpu: bool, quick: bool) -> Iterator[tuple[int, tuple[str,
         yield 256, ("--dim", "64", "--device", "cpu", "--threads", "1", *few)
         return
     for n in CONTRASTIVE_SIZES[:1] if quick else CONTRASTIVE_SIZES:
-        few = ["--contenders", *LINEAR_MEMORY] if n > NAIVE_FITS else []
-        yield n, ("--dim", "768", "--device", "cuda", "--repeats", "3", *few)
+        contenders = (*LINEAR_MEMORY, *(QUADRATIC_MEMORY if n <= NAIVE_FITS else ()))
+        yield n, ("--dim", "768", "--device", "cuda", "--repeats", "3", "--contenders", *contenders)
 
 
 def why_no_fp8(environment: Result) -> str:
@@ -287,16 +282,19 @@ def skipped_parts(gpu: bool, quick: bool) -> list[Result]:
 # --- the report ---
 
 
-def make_report(quick: bool, log: Callable[[str], None]) -> Result:
-    """Run all parts. The report's `status` is "failed" if one of them is."""
+def make_report(
+    quick: bool, log: Callable[[str], None], save: Callable[[Result], None], te: dict[str, str] | None = None
+) -> Result:
+    """Run all parts. The report's `status` is "failed" if one of them is; `save` gets it after each, "unfinished"."""
     started = time.perf_counter()
-    asked = Part("environment", (sys.executable, "-m", "lcl_mcore.diagnostics.environment"), 90, read_json_line)
+    words = (sys.executable, "-m", "lcl_mcore.diagnostics.environment")
+    asked = Part("environment", words, ENVIRONMENT_SECONDS, read_json_line, {"PYTHONWARNINGS": "ignore", **(te or {})})
     environment = run_part(asked, asked.seconds)
     gpu = bool(environment.get("gpu"))
     log(f"{environment['gpu']['name'] if gpu else 'no GPU: dry run at toy sizes'}")
     report: Result = {
         "report": "gpu-report",
-        "status": "ok",
+        "status": "unfinished",
         "dry": not gpu,
         "quick": quick,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -305,15 +303,17 @@ def make_report(quick: bool, log: Callable[[str], None]) -> Result:
         "skipped": skipped_parts(gpu, quick),
         "parts": {},
     }
-    for part in parts(environment, quick):
+    for part in parts(environment, quick, te) if environment["status"] == "ok" else ():
         result = run_part(part, TOTAL_SECONDS - (time.perf_counter() - started))
         report["parts"][part.name] = {"dry": not gpu} | result
         log(summary(part.name, report["parts"][part.name]))
         if result["status"] == "not run":
             report["skipped"].append({"part": part.name, "reason": result["reason"]})
-    report["seconds"] = round(time.perf_counter() - started, 1)
-    if any(p["status"] == "failed" for p in (environment, *report["parts"].values())):
-        report["status"] = "failed"
+        report["seconds"] = round(time.perf_counter() - started, 1)
+        save(report)
+    failed = any(p["status"] == "failed" for p in (environment, *report["parts"].values()))
+    report["status"] = "failed" if failed else "ok"
+    save(report)
     return report
 
 
@@ -358,21 +358,30 @@ def _print(line: str) -> None:
 
 
 def main() -> int:
-    """Run all parts, print a line about each, write the report; 1 if a test failed or a part broke."""
+    """Run all parts, print a line about each, write the report after each; 1 if a test failed or a part broke."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/gpu-report-<gpu or cpu-dry>.json")
     parser.add_argument("--quick", action="store_true", help="fewer sizes and steps")
+    parser.add_argument("--carried", type=Path, help="folder of `make gpu-carry`: packages that are missing here")
     parser.add_argument("--commit", help="what to record where the folder is not a git checkout")
     args = parser.parse_args()
-    report = make_report(args.quick, _print)
-    if report["commit"] is None and args.commit:
-        report |= {"commit": args.commit, "dirty": None, "reason": "named on the command line"}
-    path = args.out or default_path(report)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    def save(report: Result) -> None:
+        if report["commit"] is None and args.commit:
+            report |= {"commit": args.commit, "dirty": None, "reason": "named on the command line"}
+        path = args.out or default_path(report)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+    with tempfile.TemporaryDirectory() as folder:
+        te: dict[str, str] = {}
+        if args.carried:
+            variables, te = unpack(args.carried, Path(folder), ROOT)
+            os.environ.update(variables)
+        report = make_report(args.quick, _print, save, te)
     for item in report["skipped"]:
         print(f"skipped: {item['part']}: {item['reason']}")
-    print(f"{report['status']} in {report['seconds']} s: {path}")
+    print(f"{report['status']} in {report['seconds']} s: {args.out or default_path(report)}")
     return 0 if report["status"] == "ok" else 1
 
 

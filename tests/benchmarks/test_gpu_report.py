@@ -2,12 +2,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import importlib.metadata
 import json
+import os
+import shutil
+import subprocess
 import sys
+import tarfile
 import time
+import zipfile
 from pathlib import Path
 from typing import Any
 
+import gpu_carry
 import gpu_report
 import pytest
 import step
@@ -28,7 +36,7 @@ from launch import run_script
 
 ROOT = Path(__file__).resolve().parents[2]
 H100 = {
-    "gpu": {"name": "NVIDIA H100 80GB HBM3", "capability": "9.0"},
+    "gpu": {"name": "NVIDIA H100 80GB HBM3", "capability": "9.0", "memory_bytes": 85_017_493_504},
     "optional": {"transformer-engine": {"usable": False, "reason": "not installed"}},
 }
 BARE: dict[str, Any] = {"gpu": None}
@@ -56,6 +64,19 @@ def test_a_full_report_has_every_part() -> None:
     for part in listed:
         assert part.command[1] == "-m" or (ROOT / part.command[1]).is_file()
     assert "--dry" not in " ".join(word for part in listed for word in part.command)
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_all_limits_together_are_the_whole_and_a_carried_package_comes_last(quick: bool) -> None:
+    te = {"PYTHONPATH": "somewhere"}
+    listed = list(parts(H100, quick, te))
+    assert sum(part.seconds for part in listed) + gpu_report.ENVIRONMENT_SECONDS <= gpu_report.TOTAL_SECONDS
+    assert [part.name for part in listed[:3]] == ["step paper-l14 bf16", "gpu tests", "contrastive 65536"]
+    assert [part.name for part in listed[-3:]] == ["step paper-l14 fp8", "step released-b16-laion fp8", "gpu tests te"]
+    assert [part.name for part in listed if "PYTHONPATH" in part.environment] == [part.name for part in listed[-3:]]
+    assert "--micro-batch-size 24" in " ".join(listed[0].command)
+    small = {**H100, "gpu": {**H100["gpu"], "memory_bytes": 40 * 2**30}}
+    assert "--micro-batch-size" not in next(parts(small, quick)).command
 
 
 def test_the_dry_run_has_the_same_kinds_of_parts() -> None:
@@ -95,6 +116,32 @@ def test_time_runs_out_for_the_part_and_its_children() -> None:
     assert time.perf_counter() - started < 30
 
 
+def test_tests_that_ended_before_the_limit_are_in_the_report(tmp_path: Path) -> None:
+    """Interrupted, pytest writes what it has."""
+    path = tmp_path / "test_slow.py"
+    path.write_text("import time\ndef test_quick(): pass\ndef test_slow(): time.sleep(60)\n")
+    words = ("-m", "pytest", "-q", "-p", "no:cacheprovider", "-c", os.devnull, "--rootdir", str(tmp_path))
+    part = Part("tests", (sys.executable, *words, "--junitxml", "{out}", str(path)), 10.0, read_tests)
+    result = run_part(part, 500)
+    assert (result["status"], result["reason"], result["passed"]) == ("failed", "ran out of its 10 s", 1)
+
+
+def test_the_report_is_written_after_each_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = [script(f"print('{{\"n\": {n}}}')") for n in range(2)]
+    listed = [dataclasses.replace(part, name=f"part {n}") for n, part in enumerate(listed)]
+    environment: dict[str, Any] = {"status": "ok", "gpu": None}
+    monkeypatch.setattr(gpu_report, "parts", lambda *_: [Part("environment", (), 0, read_json_line), *listed])
+    monkeypatch.setattr(gpu_report, "run_part", lambda part, _: {**environment, "name": part.name})
+    saved: list[tuple[str, list[str]]] = []
+    report = gpu_report.make_report(True, str, lambda r: saved.append((r["status"], list(r["parts"]))))
+    names = ["environment", "part 0", "part 1"]
+    assert saved == [*(("unfinished", names[: n + 1]) for n in range(3)), ("ok", names)]
+    environment["status"] = "failed"  # nothing is known about the machine: no dry run in place of the parts
+    saved.clear()
+    report = gpu_report.make_report(True, str, lambda r: saved.append((r["status"], list(r["parts"]))))
+    assert (report["status"], saved) == ("failed", [("failed", [])])
+
+
 def test_no_time_left_is_a_failure() -> None:
     result = run_part(script("print('{}')"), 1.0)
     assert (result["status"], result["reason"]) == ("failed", "no time was left for this part")
@@ -122,6 +169,47 @@ def test_contenders_without_memory_are_results_and_other_errors_are_not(tmp_path
     path.write_text(json.dumps({"results": [full, {"contender": "triton", "n": 9, "error": "KeyError: 1"}]}))
     result = read_contrastive("", path)
     assert (result["status"], result["reason"]) == ("failed", "triton at 9: KeyError: 1")
+
+
+def test_what_is_carried_is_all_that_the_package_needs() -> None:
+    pinned = dict(text.split("==") for text in gpu_carry.wheels({"torch", "numpy"}))
+    assert {"megatron-core", "pydantic", "pydantic-core", "annotated-types", "tyro", "webdataset", "pytest"} <= set(
+        pinned
+    )
+    assert not {"torch", "numpy", "sympy", "lcl-mcore"} & set(pinned)
+    assert pinned["pydantic"] == importlib.metadata.version("pydantic")
+
+
+@pytest.mark.parametrize("form", ["none", "folder", "archive"])
+def test_a_bare_machine_imports_from_what_was_carried(form: str, tmp_path: Path) -> None:
+    carried, there = tmp_path / "carried", tmp_path / "there"
+    (carried / "wheels").mkdir(parents=True)
+    there.mkdir()
+    with zipfile.ZipFile(carried / "wheels" / "carried_thing-1.0-py3-none-any.whl", "w") as wheel:
+        info = "carried_thing-1.0.dist-info"
+        wheel.writestr("carried_thing.py", "VALUE = 7\n")
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: carried-thing\nVersion: 1.0\n")
+        wheel.writestr(
+            f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
+        )
+        wheel.writestr(f"{info}/RECORD", "")
+    if form != "none":
+        (carried / "te").mkdir()
+        (carried / "te" / "transformer_engine_stand_in.py").touch()
+    if form == "archive":
+        with tarfile.open(carried / "te.tar.xz", "w:xz") as archive:
+            archive.add(carried / "te", arcname=".")
+        shutil.rmtree(carried / "te")
+    plain, te = gpu_carry.unpack(carried, there, ROOT)
+    code = "import carried_thing, lcl_kernels, lcl_mcore; print(lcl_mcore.__file__, lcl_kernels.__file__)"
+    environment = {"PATH": os.environ["PATH"], **plain}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(ROOT / "lcl_mcore" / "__init__.py"), str(there / "site/lcl_kernels/__init__.py")]
+    assert bool(te) == (form != "none")
+    if te:
+        code = "import carried_thing, transformer_engine_stand_in"
+        subprocess.run([sys.executable, "-c", code], env=environment | te, check=True)
+        assert "transformer" not in plain["PYTHONPATH"]
 
 
 @pytest.mark.parametrize(("state", "each", "expected"), [(20, 3, 16), (20, 60, 1), (0, 0.1, 64)])
