@@ -276,7 +276,7 @@ def test_dry_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     plan = report["parts"]["plan paper-l14"]
     assert plan["predicted_over_measured"] == pytest.approx(1, abs=0.05)
     assert plan["measured"]["peak_bytes"] > 10**8
-    for recipe in gpu_report.STEP_RECIPES:
+    for recipe in gpu_report.STEP_SIZES:
         measured = report["parts"][f"step {recipe} bf16"]
         assert measured["images_per_second"] > 0
         assert measured["model_flops"] > 0
