@@ -27,7 +27,7 @@ def interpreted(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 @pytest.mark.timeout(250)
 def test_values_and_gradients_match_fp64(interpreted: dict[str, Any]) -> None:
     """In half precision what is left is one rounding of each result: 2^-9 of its size at most."""
-    assert len(interpreted["cases"]) == 42
+    assert len(interpreted["cases"]) == 27
     for case in interpreted["cases"]:
         for part, error in case["errors"].items():
             assert error < (2**-7.5 if case["half"] else 1e-6), (case["name"], part)
@@ -36,7 +36,7 @@ def test_values_and_gradients_match_fp64(interpreted: dict[str, Any]) -> None:
 @pytest.mark.timeout(250)
 def test_masks_have_the_bits_of_their_definition(interpreted: dict[str, Any]) -> None:
     found = [case["same_mask"] for case in interpreted["cases"] if "same_mask" in case]
-    assert found == [True] * 30
+    assert found == [True] * 15
 
 
 @pytest.mark.timeout(250)
