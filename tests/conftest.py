@@ -20,13 +20,11 @@ def groups() -> Groups:
     from lcl_mcore.distributed.device import init_process_group, pick_device
 
     device = pick_device("cpu")
-    from megatron.core import parallel_state
 
     from lcl_mcore.distributed.groups import make_groups
 
     if not torch.distributed.is_initialized():
         init_process_group(device, 60)
-    parallel_state.destroy_model_parallel()  # of a test that joined a job of its own
     return make_groups(1, 1, 60, 1)
 
 

@@ -724,6 +724,13 @@ class RunConfig:
             "FP8 needs a GPU of compute capability 8.9 or newer",
             "Use --precision fp32 or bf16.",
         )
+        stages = self.parallel.pipeline_parallel_size
+        require(
+            not fp8 or self.train.fp8_recipe != "delayed" or stages == 1,
+            f"train.fp8_recipe = delayed with parallel.pipeline_parallel_size = {stages}",
+            "Transformer Engine shares its scales among all processes of the job, and stages have different ones",
+            "Use --fp8-recipe current or block.",
+        )
         for name in ("recompute_vision", "recompute_language"):
             require(
                 not fp8 or getattr(self.parallel, name) != "selective",

@@ -120,9 +120,13 @@ def pick_device(requested: str = "auto") -> Device:
 def init_process_group(device: Device, timeout_seconds: float) -> torch.distributed.Store:
     """Join the job that torchrun (or SLURM through torchrun) described; a single process if none did.
 
+    gloo connects two ranks when they first talk: the groups on the host would otherwise hold a socket for every pair of
+    ranks each, which are more than a process may open long before a job has a thousand.
+
     Returns:
         The store that this job's processes share; nothing of an earlier attempt is in it.
     """
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1")
         os.environ.setdefault("MASTER_PORT", "0")

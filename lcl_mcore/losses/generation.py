@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 import torch.distributed as dist
+import torch.nn.functional as F
 from lcl_kernels import linear_cross_entropy
-from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
-from megatron.core.tensor_parallel.mappings import copy_to_tensor_model_parallel_region
+from megatron.core.tensor_parallel.mappings import (
+    copy_to_tensor_model_parallel_region,
+    gather_from_tensor_model_parallel_region,
+)
 from torch import Tensor
 
 
@@ -39,10 +41,8 @@ def generation_loss_sum(
             hidden, weight, labels, vocab_start=vocab_start, tp_group=tp_group, valid_vocab=vocab_size
         )
     shared = copy_to_tensor_model_parallel_region(hidden, group=tp_group)
-    logits = (shared @ weight.T).float()
-    padding = torch.arange(weight.shape[0], device=weight.device) + vocab_start >= vocab_size
-    logits = logits.masked_fill(padding, torch.finfo(torch.float32).min)
-    return vocab_parallel_cross_entropy(logits[:, None].contiguous(), labels[:, None]).sum()
+    logits = gather_from_tensor_model_parallel_region((shared @ weight.T).float(), group=tp_group)
+    return F.cross_entropy(logits[:, :vocab_size], labels, reduction="sum")
 
 
 def generation_weight(counts: Sequence[int], rank: int, mean: str) -> float:

@@ -86,17 +86,18 @@ class Prediction:
 
 def purpose(call: CollectiveCall) -> str:
     """What a collective is for."""
-    if call.group == "contrastive-loss" or call.group == "pipeline-ends":
-        return "contrastive loss"
-    if call.op.startswith(("send", "recv")):
+    reduces = call.op.startswith("allreduce")
+    if call.group == "tensor":
+        return "copies of the ViT" if call.phase == "optimizer" else "tensor parallel"
+    if call.group == "pipeline":
         return "pipeline"
-    if call.phase == "optimizer":
-        return "copies of the ViT" if "TENSOR" in call.group else "gradient norm"
-    if "DATA_PARALLEL" in call.group:
-        return "parameters" if "gather" in call.op else "gradients"
-    if "EMBEDDING" in call.group:
+    if call.group == "pipeline-ends" and reduces:
         return "tied embedding"
-    return "tensor parallel"
+    if call.group in ("contrastive-loss", "pipeline-ends"):
+        return "contrastive loss"
+    if reduces and call.phase == "optimizer":
+        return "gradient norm"
+    return "parameters" if "gather" in call.op else "gradients"
 
 
 def stage_time(count: RankCount, cluster: Cluster, micro_batches: int, repeat: float) -> StageTime:

@@ -16,7 +16,6 @@ from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -206,7 +205,6 @@ def _simulated_job(kind: str, world_size: int, rank: int) -> Iterator[Device]:
             warnings.simplefilter("ignore")
             yield Device(kind, meta, "fake", f"simulated {kind}")
     finally:
-        parallel_state.destroy_model_parallel()
         dist.destroy_process_group()
 
 

@@ -127,6 +127,10 @@ OF_DEMO = {
         "train.precision = fp8 with train.backend = torch: FP8 layers come from Transformer Engine. "
         "Use --backend auto, or --precision bf16."
     ),
+    "--precision fp8 --fp8-recipe delayed --pp 2": (
+        "train.fp8_recipe = delayed with parallel.pipeline_parallel_size = 2: Transformer Engine shares its scales "
+        "among all processes of the job, and stages have different ones. Use --fp8-recipe current or block."
+    ),
     "--precision fp8 --recompute-language selective": (
         "parallel.recompute_language = selective with train.precision = fp8: Transformer Engine recomputes whole "
         "layers. Use full or block:N."

@@ -17,7 +17,6 @@ sys.path[:0] = [str(Path(__file__).parents[1] / "models"), str(Path(__file__).pa
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 from megatron.core.distributed import finalize_model_grads
 from megatron.core.distributed.param_and_grad_buffer import shard_buffer
 
@@ -286,7 +285,6 @@ def main() -> None:
                 "world": world,
             }
             results += [place | case for case in cases(groups, parallel, last=parallel is layouts[-1])]
-        parallel_state.destroy_model_parallel()
     if dist.get_rank() == 0:
         print(json.dumps(results))
     dist.destroy_process_group()

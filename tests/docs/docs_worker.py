@@ -21,7 +21,6 @@ from typing import Any
 from unittest import mock
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 from torch.distributed.run import get_args_parser
 
 from lcl_mcore.config import arguments as command_line
@@ -105,7 +104,6 @@ def carry_out(job: dict[str, Any], workspace: Path) -> dict[str, Any]:
         except Exception:  # a tool that is broken; the test shows where
             output.write(traceback.format_exc())
     sys.path[:] = path_before
-    parallel_state.destroy_model_parallel()
     if dist.is_initialized():
         dist.destroy_process_group()
     result["steps"] = [carry_out(step(words), workspace) for words in result.pop("started")]

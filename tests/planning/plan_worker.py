@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from lcl_mcore.config.recipes import load_recipe
 from lcl_mcore.config.schema import ParallelConfig, RunConfig
@@ -63,7 +62,6 @@ def main() -> None:
         config = config_for(parallel)
         groups = make_groups(parallel.tensor_parallel_size, parallel.pipeline_parallel_size, 120, 0)
         real[name] = count_step(config, detached(device, groups), synthetic_step(config, groups.dp.size()))
-        parallel_state.destroy_model_parallel()
     dist.barrier()
     dist.destroy_process_group()
     seen, simulator = {}, Simulator("cpu")

@@ -80,7 +80,7 @@ def test_what_recompute_and_splitting_cost(committed: Counts) -> None:
     assert 2 * both == pytest.approx(plain["FLOPs"]["forward: attention"], rel=0.01)
     for counts in (plain, first, last):
         assert 2 * counts["FLOPs"]["backward: attention"] == 5 * counts["FLOPs"]["forward: attention"]
-    sent, received = (f"PIPELINE_MODEL_PARALLEL_GROUP: {op}" for op in ("send", "recv_"))
+    sent, received = (f"pipeline: {op}" for op in ("send", "recv_"))
     assert first["bytes communicated"][sent] == last["bytes communicated"][received]
     assert last["bytes communicated"][sent] == first["bytes communicated"][received]
 
@@ -91,14 +91,14 @@ def test_growth_is_named(committed: Counts) -> None:
     found = copy.deepcopy(committed)
     assert changes(committed, found) == []
     found["counts"][place]["FLOPs"]["forward: matmul"] += 2
-    found["counts"][place]["collectives"]["TENSOR_MODEL_PARALLEL_GROUP: allreduce_"] += 1
+    found["counts"][place]["collectives"]["tensor: allreduce_"] += 1
     found["counts"][place]["bytes communicated"]["WORLD: allreduce_"] = 8
     before = found["operators"][versions][place]["forward"]
     found["operators"][versions][place]["forward"] += sum(found["operators"][versions][place].values()) // 40
     lines = changes(committed, found)
     assert [line.removeprefix(f"{place}: ").split(":")[0] for line in lines] == [
         "FLOPs, forward",
-        "collectives, TENSOR_MODEL_PARALLEL_GROUP",
+        "collectives, tensor",
         "bytes communicated, WORLD",
         f"operators with {versions}",
     ]

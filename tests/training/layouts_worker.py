@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from lcl_mcore.commands.pretrain import parse_options
 from lcl_mcore.distributed.context import Context
@@ -58,7 +57,6 @@ def main() -> None:
         trainer = Trainer(config, context, RunLease(), resume=options.init_from is None, init_from=options.init_from)
         assert trainer.train() == 0
         leave_parameters(trainer, out / f"rank{rank}.pt")
-        parallel_state.destroy_model_parallel()
     dist.destroy_process_group()
 
 

@@ -14,7 +14,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from megatron.core import parallel_state
 
 from lcl_mcore.build import build_training
 from lcl_mcore.checkpoint.shards import WEIGHTS, training_shards
@@ -66,7 +65,6 @@ def main() -> None:
     for name, parallel in LAYOUTS.items():
         for source in map(Path, sys.argv[1:]):
             found.setdefault(name, []).append(compare(Path(sys.argv[1]), source, parallel))
-            parallel_state.destroy_model_parallel()
     if dist.get_rank() == 0:
         print(json.dumps(found))
     dist.destroy_process_group()
