@@ -21,12 +21,11 @@ _MIXERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
 def key64(*parts: Part) -> int:
     """64 pseudo-random bits that depend on the given parts, their types and their order."""
-    digest = blake2b(digest_size=8)
+    content = bytearray()
     for part in parts:
         encoded = part.encode() if isinstance(part, str) else b"%d" % part
-        digest.update(b"%c%d:" % (b"s" if isinstance(part, str) else b"i", len(encoded)))
-        digest.update(encoded)
-    return int.from_bytes(digest.digest(), "little")
+        content += b"%c%d:%b" % (b"s" if isinstance(part, str) else b"i", len(encoded), encoded)
+    return int.from_bytes(blake2b(content, digest_size=8).digest(), "little")
 
 
 def key63(*parts: Part) -> int:

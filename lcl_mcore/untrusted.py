@@ -99,7 +99,9 @@ def clean_text(value: object, *, max_chars: int = 1 << 20) -> str:
         raise BadJsonError(f"a text is expected, found {type(value).__name__}")
     if len(value) > max_chars:
         raise BadJsonError(f"a text of {len(value)} characters, at most {max_chars} are accepted")
-    return value.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\x00", "")
+    if not value.isascii():
+        value = value.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return value.replace("\x00", "")
 
 
 def _finite(text: str) -> float:

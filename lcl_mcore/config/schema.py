@@ -301,8 +301,9 @@ class DataConfig:
     """Random resized crop: smallest and largest aspect ratio of the window (OpenCLIP: 3/4 4/3)."""
     decode_backend: Literal["auto", "cpu", "dali"] = "auto"
     """auto: DALI with a GPU and an installed DALI, else cpu (libjpeg-turbo and Pillow)."""
-    decode_threads: PositiveInt = 2
-    """Threads that read and decode images."""
+    decode_threads: PositiveInt | Literal["auto"] = "auto"
+    """Threads of each rank that read and decode images. auto: the cores this process may use, divided by the ranks of
+    its node, at most 16."""
     prefetch_steps: PositiveInt = 2
     """Steps prepared ahead of the one being trained on."""
     max_consecutive_failures: PositiveInt = 100

@@ -129,7 +129,9 @@ class Collator:
             lengths.append(size - at)
         digest.update(tokens.astype("<i8").tobytes())
         for image in images:
-            digest.update(f"{image.number} {image.window}\n".encode())
+            w = image.window  # in the words with which runs have always been hashed
+            shown = f"Window(left={w.left}, top={w.top}, width={w.width}, height={w.height})"
+            digest.update(f"{image.number} {shown}\n".encode())
         labels_at = np.flatnonzero(is_target)
         return SequencePlan(
             tokens=tokens,

@@ -27,9 +27,10 @@ def random_window(
 
     Follows the usual rule: a few attempts, then the largest centred window of an allowed ratio.
     """
+    log_ratio = (math.log(ratio[0]), math.log(ratio[1]))
     for _ in range(ATTEMPTS):
         area = width * height * random.uniform(*scale)
-        aspect = math.exp(random.uniform(math.log(ratio[0]), math.log(ratio[1])))
+        aspect = math.exp(random.uniform(*log_ratio))
         w, h = round(math.sqrt(area * aspect)), round(math.sqrt(area / aspect))
         if 0 < w <= width and 0 < h <= height:
             return Window(random.below(width - w + 1), random.below(height - h + 1), w, h)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
@@ -41,6 +42,7 @@ from lcl_mcore.errors import ConfigError, DataError, explain
 
 logger = logging.getLogger(__name__)
 GREY = 128
+MAX_THREADS = 16  # more wait for the one that holds the interpreter's lock
 MAX_EXTRA, NEAR = (
     24,
     1 / 16,
@@ -80,7 +82,20 @@ def build_decoder(config: DataConfig, device: torch.device) -> Decoder:
     wants_dali = config.decode_backend == "dali" or (
         config.decode_backend == "auto" and device.type == "cuda" and optional_packages.dali().usable
     )
-    return DaliDecoder(config.decode_threads, device) if wants_dali else CpuDecoder(config.decode_threads)
+    threads = decode_threads(config)
+    return DaliDecoder(threads, device) if wants_dali else CpuDecoder(threads, device)
+
+
+def decode_threads(config: DataConfig) -> int:
+    """How many threads decode in this process; `auto`: its share of the cores that the node's ranks may use."""
+    if config.decode_threads != "auto":
+        return config.decode_threads
+    return min(max(cores_of_rank(), 1), MAX_THREADS)
+
+
+def cores_of_rank() -> int:
+    """CPU cores for each rank of this node, which share what this process may run on."""
+    return len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 class ImageReader:
@@ -90,6 +105,7 @@ class ImageReader:
         self._config = config
         self._mixture = mixture
         self._decoder = build_decoder(config, device)
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="images")
         self._side = image_size
         self._consecutive = 0
 
@@ -98,16 +114,24 @@ class ImageReader:
         """Which back end decodes."""
         return self._decoder.name
 
-    def read(self, images: Sequence[ImagePlan]) -> tuple[Tensor, list[bool]]:
-        """Read and decode.
+    def begin(self, images: Sequence[ImagePlan]) -> Callable[[], tuple[Tensor, list[bool]]]:
+        """Start to read and decode, in other threads; what is returned waits for it, and is to be called in order.
 
         Returns:
-            uint8 [n, 3, H, W], and which of them failed (these are grey).
-
-        Raises:
-            DataError: `max_consecutive_failures` images failed one after the other.
+            Gives uint8 [n, 3, H, W], and which of them failed (these are grey); raises `DataError` when
+            `max_consecutive_failures` images failed one after the other.
         """
-        pixels, reasons = self._decoder.decode([self._task(image) for image in images], self._side)
+        decoding = self._thread.submit(self._decoder.decode, [self._task(image) for image in images], self._side)
+        return partial(self._finish, images, decoding)
+
+    def read(self, images: Sequence[ImagePlan]) -> tuple[Tensor, list[bool]]:
+        """`begin`, and wait."""
+        return self.begin(images)()
+
+    def _finish(
+        self, images: Sequence[ImagePlan], decoding: Future[tuple[Tensor, list[str]]]
+    ) -> tuple[Tensor, list[bool]]:
+        pixels, reasons = decoding.result()
         for image, reason in zip(images, reasons, strict=True):
             self._consecutive = self._consecutive + 1 if reason else 0
             if not reason:
@@ -121,6 +145,7 @@ class ImageReader:
 
     def close(self) -> None:
         """End the decoder's threads."""
+        self._thread.shutdown(wait=True, cancel_futures=True)
         self._decoder.close()
 
     def _task(self, image: ImagePlan) -> DecodeTask:
@@ -144,13 +169,24 @@ class CpuDecoder:
 
     name = "cpu"
 
-    def __init__(self, threads: int) -> None:
+    def __init__(self, threads: int, device: torch.device) -> None:
+        self._threads = threads
+        self._pinned = device.type == "cuda"  # copies to the device then do not wait
         self._pool = ThreadPoolExecutor(threads, thread_name_prefix="decode")
 
     def decode(self, tasks: Sequence[DecodeTask], side: int) -> tuple[Tensor, list[str]]:
-        """All images, on the pool's threads."""
-        pixels = torch.empty((len(tasks), 3, side, side), dtype=torch.uint8)
-        reasons = list(self._pool.map(lambda i: _decode_into(pixels[i], tasks[i], side), range(len(tasks))))
+        """All images, on the pool's threads, each into its place."""
+        pixels = torch.empty((len(tasks), 3, side, side), dtype=torch.uint8, pin_memory=self._pinned)
+        places = pixels.unbind()
+        reasons = [""] * len(tasks)
+        numbers = iter(range(len(tasks)))  # every thread takes the next one
+
+        def work() -> None:
+            for i in numbers:
+                reasons[i] = _decode_into(places[i], tasks[i], side)
+
+        for worker in [self._pool.submit(work) for _ in range(min(self._threads, len(tasks)))]:
+            worker.result()
         return pixels, reasons
 
     def close(self) -> None:
@@ -188,9 +224,11 @@ def decode_one(content: bytes, task: DecodeTask, side: int) -> Tensor:
 
 def _is_ordinary_jpeg(content: bytes, task: DecodeTask) -> bool:
     """Whether libjpeg-turbo alone shows it as it is meant: upright, of the size in the manifest."""
-    if not content.startswith(JPEG) or (may_be_turned(content) and orientation(open_image(content)) != 1):
+    if not content.startswith(JPEG):
         return False
     refuse_many_scans(content)
+    if may_be_turned(content) and orientation(open_image(content)) != 1:
+        return False
     try:
         height, width, _, _ = simplejpeg.decode_jpeg_header(content)
     except ValueError:

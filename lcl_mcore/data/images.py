@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,7 +24,10 @@ ORIENTATION = 0x0112
 BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262
 SMALL_GREYS = {"L;2": 85, "L;4": 17}  # values of 2 and 4 bits are spread over 0..255, the transparent one is not
 JPEG = b"\xff\xd8"
-TURNING = (b"Exif\0\0", b"http://ns.adobe.com/xap/1.0/")
+APP1 = 0xE1  # where EXIF data and XMP stand
+TURNING = re.compile(  # the tag in both byte orders, unless the one short number 1 follows; and XMP's, unless it is 1
+    rb"\x01\x12(?!\0\x03\0\0\0\x01\0\x01)|\x12\x01(?!\x03\0\x01\0\0\0\x01\0)|(?<!/)tiff:Orientation(?!(?:=\"|>)1)"
+)
 START_OF_SCAN = b"\xff\xda"  # cannot stand inside a scan's data
 
 
@@ -90,7 +94,11 @@ def open_photograph(content: bytes, *, max_pixels: int = MAX_PIXELS) -> ImageFil
 
 def refuse_many_scans(content: bytes) -> None:
     """Raise `BadImageError` for a JPEG that would take too long."""
-    if content.startswith(JPEG) and (scans := content.count(START_OF_SCAN)) > MAX_SCANS:
+    if not content.startswith(JPEG):
+        return
+    values = np.frombuffer(content, np.uint8)
+    scans = np.count_nonzero((values[:-1] == START_OF_SCAN[0]) & (values[1:] == START_OF_SCAN[1]))
+    if scans > MAX_SCANS:
         raise BadImageError("too many scans", f"{scans} > {MAX_SCANS}")
 
 
@@ -112,8 +120,16 @@ def orientation(image: Image.Image) -> int:
 
 
 def may_be_turned(content: bytes) -> bool:
-    """Whether a JPEG has EXIF data or XMP, which may turn it, before its first scan."""
-    return any(content.find(mark, 0, max(content.find(START_OF_SCAN), 0)) >= 0 for mark in TURNING)
+    """Whether something in a JPEG's header, up to its first scan, could say that it is not upright."""
+    at = len(JPEG)
+    while content[at : at + 2] != START_OF_SCAN:
+        if content[at : at + 1] != b"\xff" or len(content) < at + 4:
+            return True
+        end = at + 2 + int.from_bytes(content[at + 2 : at + 4])
+        if content[at + 1] == APP1 and TURNING.search(content, at, end):
+            return True
+        at = end
+    return False
 
 
 def is_wide(image: ImageFile.ImageFile) -> bool:

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from lcl_mcore.batch import GlobalCounts, MicroBatch, StepBatch
 from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.data.broadcast import RankReport, gather_reports, receive_step, send_step
-from lcl_mcore.data.collate import Collator, micro_batch
+from lcl_mcore.data.collate import Collator, SequencePlan, micro_batch
 from lcl_mcore.data.decode import ImageReader
 from lcl_mcore.data.mixture import Mixture
 from lcl_mcore.data.packing import SampleStream
@@ -168,6 +168,14 @@ class StepLoader(Iterator[StepBatch]):
                 return
 
 
+@dataclass(frozen=True)
+class StepPlan:
+    """One rank's sequences of a step, without pixels, and the states of its sample streams behind them."""
+
+    sequences: tuple[SequencePlan, ...]
+    states: tuple[tuple[int, ...], ...]
+
+
 class StepReader:
     """Reads, decodes and exchanges the sequences of one data-parallel rank."""
 
@@ -186,6 +194,8 @@ class StepReader:
         start = read_position(position, self._identity)
         warn_of_other_decoder(position, self._images.decoder_name)
         self._step, self._hash = start.step, start.order_hash
+        self._planned = start.step
+        self._ahead: StepPlan | Exception | None = None
         own = streams // context.dp_size
         self._first_stream = context.dp_rank * own
         self._streams = [
@@ -229,32 +239,51 @@ class StepReader:
 
     def _read(self) -> tuple[tuple[MicroBatch, ...], RankReport]:
         """This rank's micro-batches of the next step, and what the other ranks need to know of them."""
-        seed = self._config.train.seed
-        packed = list((self._pool.map if self._pool else map)(SampleStream.next_sequence, self._streams))
-        sequences = [
-            # "row" is the name that the key has had in every saved run
-            self._collator.sequence(spans, key63(seed, "row", self._step, self._first_stream + i))
-            for i, spans in enumerate(packed)
-        ]
+        plan = self._next_plan()
         size = self._config.train.micro_batch_size
+        parts = [plan.sequences[start : start + size] for start in range(0, len(plan.sequences), size)]
+        pixels_of = [self._images.begin([image for sequence in part for image in sequence.images]) for part in parts]
+        self._plan_ahead()  # while other threads decode
         batches = []
         failures = 0
-        for start in range(0, len(sequences), size):
-            part = sequences[start : start + size]
-            pixels, failed = self._images.read([image for sequence in part for image in sequence.images])
+        for part, read in zip(parts, pixels_of, strict=True):
+            pixels, failed = read()
             failures += sum(failed)
             batches.append(micro_batch(part, pixels, failed))
         sums = (
             sum(len(batch.image_starts) for batch in batches),
             sum(len(batch.context_positions) for batch in batches),
             sum(len(batch.target_positions) for batch in batches),
-            sum(sequence.used for sequence in sequences),
-            sum(sequence.attention_pairs for sequence in sequences),
+            sum(sequence.used for sequence in plan.sequences),
+            sum(sequence.attention_pairs for sequence in plan.sequences),
             failures,
             *(len(batch.context_positions) for batch in batches),
         )
-        states = tuple(tuple(stream.state) for stream in self._streams)
-        return tuple(batches), RankReport(sums, tuple(sequence.digest for sequence in sequences), states)
+        return tuple(batches), RankReport(sums, tuple(sequence.digest for sequence in plan.sequences), plan.states)
+
+    def _next_plan(self) -> StepPlan:
+        """The next step's, made ahead if there was time; an error of that time is raised now."""
+        ahead, self._ahead = self._ahead, None
+        if isinstance(ahead, Exception):
+            raise ahead
+        return self._plan() if ahead is None else ahead
+
+    def _plan_ahead(self) -> None:
+        try:
+            self._ahead = self._plan()
+        except Exception as error:  # belongs to the step after this one
+            self._ahead = error
+
+    def _plan(self) -> StepPlan:
+        seed = self._config.train.seed
+        packed = list((self._pool.map if self._pool else map)(SampleStream.next_sequence, self._streams))
+        sequences = tuple(
+            # "row" is the name that the key has had in every saved run
+            self._collator.sequence(spans, key63(seed, "row", self._planned, self._first_stream + i))
+            for i, spans in enumerate(packed)
+        )
+        self._planned += 1
+        return StepPlan(sequences, tuple(tuple(stream.state) for stream in self._streams))
 
     def _complete(self, batches: tuple[MicroBatch, ...], reports: list[RankReport]) -> StepBatch:
         """The step with the counts of all ranks, the order hash and the position after it."""

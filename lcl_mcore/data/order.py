@@ -98,8 +98,9 @@ class DocumentOrder:
 
     def sample(self, stream: int, n: int) -> SampleIndex:
         """The n-th document of a stream."""
-        phase, source = self._phase(stream), self.source(stream, n)
+        phase = self._phase(stream)
         place = n + phase
+        source = int(self._schedule[place % len(self._schedule)])
         earlier = self._total(source, place) - self._total(source, phase)
         element = stream + earlier * self.streams
         epoch, i = divmod(element, self.sizes[source])

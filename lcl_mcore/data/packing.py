@@ -340,6 +340,7 @@ class PackingStream:
         self._block: list[PackedSequence] | None = None
         self._after = state
         self._taken = state.taken
+        self._read_documents: dict[int, TokenizedDocument] = {}
 
     @property
     def state(self) -> StreamState:
@@ -367,6 +368,8 @@ class PackingStream:
     def _read_block(self) -> list[PackedSequence]:
         if self._block is None:
             self._block, self._after = self._next_block(self._start)
+            # what is carried into the next block need not be read again for it
+            self._read_documents = {n: self._read_documents[n] for n, _, _ in self._after.carry}
         return self._block
 
     def _best_fit(self, state: StreamState) -> tuple[list[PackedSequence], StreamState]:
@@ -411,18 +414,24 @@ class PackingStream:
         return [tuple(sequence)], StreamState(next_sample, 0, carry)
 
     def _carried(self, n: int, first_segment: int, offset: int) -> Span:
-        document = self._documents.document(n)
+        document = self._document(n)
         if document is None or first_segment >= len(document.segments):
             raise DataError(
                 explain(f"saved document {n}", "has other content now", "Use the data set of the saved run.")
             )
         return span_from(n, document, self._packer.image_length, first_segment, offset)
 
+    def _document(self, n: int) -> TokenizedDocument | None:
+        document = self._read_documents.get(n) or self._documents.document(n)
+        if document is not None:
+            self._read_documents[n] = document
+        return document
+
     def _read(self, next_sample: int) -> tuple[Span, int]:
         """The next document of this packing that is used, and the number after it."""
         own = (n for n in itertools.count(next_sample) if self._documents.packing(n) == self._packing)
         for n in itertools.islice(own, MAX_UNUSED_SAMPLES):
-            document = self._documents.document(n)
+            document = self._document(n)
             if document is not None:
                 return span_from(n, document, self._packer.image_length), n + 1
         rule = "not one of them is used under the settings of its source"

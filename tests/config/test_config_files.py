@@ -29,7 +29,7 @@ def test_a_file_of_an_earlier_version_is_the_same_run() -> None:
     words = "--recipe large-g14 --tp 4 --data a:2 b --tokenizer t --no-overlap --averaging rank"
     words += " --optimizer-backend torch --vision-parallel tensor --no-gradient-accumulation-fusion"
     words += " --faults.skip-batches 3 7 --data.packing best_fit --model.language.embedding-dropout 0.1"
-    words += " --model.vision.layer-scale 1e-5"
+    words += " --model.vision.layer-scale 1e-5 --data.decode-threads 2"
     expected = parse_options(words.split()).run
     sources = tuple(dataclasses.replace(source, min_images=0) for source in expected.data.sources)
     expected = dataclasses.replace(expected, data=dataclasses.replace(expected.data, sources=sources))

@@ -51,7 +51,7 @@ def break_reader() -> None:
     def fail(*arguments: Any) -> None:
         raise TypeError("no such thing")
 
-    ImageReader.read = fail  # type: ignore[assignment,method-assign]
+    ImageReader.begin = fail  # type: ignore[assignment,method-assign]
 
 
 def main() -> None:

@@ -20,8 +20,18 @@ from PIL import Image
 from corpora import config, image_bytes, make_dataset, open_loader
 from lcl_mcore import optional_packages
 from lcl_mcore.data.crop import Window, centre_window, random_window
-from lcl_mcore.data.decode import CpuDecoder, DaliDecoder, Decoder, DecodeTask, build_decoder, decode_one, reduced_axis
-from lcl_mcore.data.images import BadImageError, open_image, upright_rgb
+from lcl_mcore.data.decode import (
+    CpuDecoder,
+    DaliDecoder,
+    Decoder,
+    DecodeTask,
+    build_decoder,
+    decode_one,
+    decode_threads,
+    reduced_axis,
+)
+from lcl_mcore.data.images import BadImageError, may_be_turned, open_image, upright_rgb
+from lcl_mcore.data.images import orientation as orientation_of
 from lcl_mcore.errors import ConfigError, DataError
 from lcl_mcore.rng import KeyedRandom
 
@@ -147,6 +157,33 @@ def test_many_scans_are_refused_before_they_cost_time() -> None:
         open_image(content.replace(b"\xff\xda", b"\xff\xda" * 21, 10))
 
 
+def turned(orientation: int, byte_order: str = "", xmp: str = "") -> bytes:
+    exif = Image.Exif()
+    if byte_order:
+        exif.endian = byte_order
+        exif[0x0112] = orientation
+    exif[0x010E] = "a description"
+    return saved(colours(), "JPEG", exif=exif, xmp=xmp.format(orientation).encode())
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize(
+    ("byte_order", "xmp"),
+    [("<", ""), (">", ""), ("", '<x tiff:Orientation="{}"/>'), ("", "<tiff:Orientation>{}</tiff:Orientation>")],
+)
+def test_only_upright_jpegs_pass_without_a_closer_look(orientation: int, byte_order: str, xmp: str) -> None:
+    content = turned(orientation, byte_order, xmp)
+    assert orientation_of(open_image(content)) == orientation
+    assert may_be_turned(content) == (orientation != 1)
+
+
+def test_odd_jpeg_headers_are_left_to_pillow() -> None:
+    content = saved(colours(), "JPEG")
+    assert not may_be_turned(content)
+    for odd in (content[:2], content[:30], content[:2] + b"\xff" + content[2:], content[:2] + b"\0" + content[2:]):
+        assert may_be_turned(odd)
+
+
 def test_exif_orientation_turns_the_image() -> None:
     image = colours()
     exif = Image.Exif()
@@ -212,7 +249,7 @@ CPU = torch.device("cpu")
 
 
 def make(backend: str) -> Decoder:
-    return CpuDecoder(2) if backend == "cpu" else DaliDecoder(2, CPU, resize_inside=backend == "dali-resize")
+    return CpuDecoder(2, CPU) if backend == "cpu" else DaliDecoder(2, CPU, resize_inside=backend == "dali-resize")
 
 
 def exact(task: DecodeTask, side: int, resampling: Image.Resampling = Image.Resampling.BICUBIC) -> np.ndarray:
@@ -318,6 +355,18 @@ def test_a_missing_dali_is_named_with_its_right_package(monkeypatch: pytest.Monk
         "nvidia-dali-cuda130 (or -cuda120); the package named nvidia-dali is not NVIDIA's."
     )
     assert build_decoder(config(decode_backend="auto"), torch.device("cuda")).name == "cpu"
+
+
+@pytest.mark.parametrize(("cores", "ranks", "threads"), [(192, "8", 16), (24, "8", 3), (2, "8", 1), (8, None, 8)])
+def test_threads_by_cores_and_ranks(
+    cores: int, ranks: str | None, threads: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda process: set(range(cores)))
+    monkeypatch.delenv("LOCAL_WORLD_SIZE", raising=False)
+    if ranks:
+        monkeypatch.setenv("LOCAL_WORLD_SIZE", ranks)
+    assert decode_threads(config()) == threads
+    assert decode_threads(config(decode_threads=5)) == 5
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
