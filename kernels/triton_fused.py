@@ -7,11 +7,14 @@ between these and plain torch: ``lcl_kernels.residual``, ``lcl_kernels.activatio
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, Literal
 
 import torch
+from lcl_kernels._pair_terms import check_choice
 from torch import Tensor
 
 PROGRAMS = 512
@@ -48,9 +51,31 @@ _LIBRARY.define(
 )
 
 
-def interpreted() -> bool:
-    """Whether Triton runs in its interpreter, which takes tensors of the CPU."""
-    return os.environ.get("TRITON_INTERPRET") == "1"
+FusedImpl = Literal["auto", "triton", "plain"]
+"""What serves a fused operator: "auto" is Triton where it runs, else plain torch."""
+
+
+def launches_triton(impl: FusedImpl, like: Tensor) -> bool:
+    """Whether an operator on such tensors is one of ours.
+
+    Raises:
+        ValueError: an unknown `impl`, or "triton" where it cannot run.
+    """
+    check_choice("impl", impl, FusedImpl)
+    if impl == "plain":
+        return False
+    if like.is_meta:  # no values, so nothing is launched: a planner counts what a GPU would do
+        return True
+    runs = like.dtype != torch.float64 and (like.is_cuda or os.environ.get("TRITON_INTERPRET") == "1")
+    if impl == "triton" and not (runs and _triton_is_here()):
+        here = f"{like.dtype} on {like.device}" if _triton_is_here() else "a machine without the triton package"
+        raise ValueError(f'impl="triton" cannot run on {here}; use impl="plain"')
+    return runs and _triton_is_here()
+
+
+@functools.cache
+def _triton_is_here() -> bool:
+    return importlib.util.find_spec("triton") is not None
 
 
 def block_of(width: int) -> int:

@@ -10,12 +10,18 @@ import itertools
 import json
 import sys
 from collections.abc import Callable
-from typing import Any
+from typing import Any, get_args
 from unittest import mock
 
 import torch
-import torch.nn.functional as F
-from lcl_kernels import triton_fused
+from lcl_kernels import (
+    bias_activation,
+    bias_activation_reference,
+    residual_branch,
+    residual_branch_reference,
+    triton_fused,
+)
+from lcl_kernels.activation import Activation
 from torch import Tensor
 
 OPS = torch.ops.lcl
@@ -55,76 +61,54 @@ def drawn(row_keys: Tensor, width: int) -> Tensor:
     return torch.tensor([[kept(key, c) for c in range(width)] for key in row_keys.tolist()])
 
 
-def residual_case(rows: int, width: int, dtype: torch.dtype, mask: str, gain: bool, bias: bool, norm: bool) -> Any:
-    """Forward and backward of one residual branch; the exact mask of a branch of ones is compared too."""
-    names = ("residual", "branch", "bias", "gain", "weight", "shift")
-    shapes = ((rows, width),) * 2 + ((width,),) * 4
-    x = {n: normal(*s, dtype=dtype, seed=i) for i, (n, s) in enumerate(zip(names, shapes, strict=True))}
-    for name, there in (("bias", bias), ("gain", gain), ("weight", norm), ("shift", norm)):
-        if not there:
-            del x[name]
+def residual_case(rows: int, width: int, dtype: torch.dtype, mask: str, parts: str) -> Any:
+    """Forward and backward of one residual branch with some of gain (g), bias (b) and norm (n); and its exact mask."""
+    made = {"residual": (rows, width), "branch": (rows, width), "bias": (width,), "gain": (width,)}
+    made |= {"weight": (width,), "shift": (width,)}
+    key = {"bias": "b", "gain": "g", "weight": "n", "shift": "n"}
+    x = {n: normal(*s, dtype=dtype, seed=i) for i, (n, s) in enumerate(made.items()) if key.get(n, "") in parts}
     keys = torch.randint(-(2**63), 2**63 - 1, (rows,), generator=torch.Generator().manual_seed(9))
-    row_scale = torch.tensor([1.25, 0.0, 1.25]) if mask == "rows" else None
-    row_keys = keys if mask == "elements" else None
+    options: dict[str, Any] = {}
     scale = torch.ones(rows, width, dtype=torch.float64)
-    if row_scale is not None:
-        scale *= row_scale.repeat_interleave(rows // 3)[:, None]
-    if row_keys is not None:
-        scale *= drawn(row_keys, width) * (65536 / (65536 - round(DROPOUT * 65536)))
-    masks = (row_scale, row_keys, DROPOUT)
-    out = OPS.residual_branch(
-        x["branch"], x.get("bias"), x.get("gain"), x["residual"], x.get("weight"), x.get("shift"), 1e-5, *masks
-    )
-    g_sum, g_normed = (normal(rows, width, dtype=dtype, seed=s) for s in (7, 8))
-    kept = (out[0], *out[2:]) if norm else (None, None, None)
-    gradients = OPS.residual_branch_backward(
-        g_sum,
-        g_normed if norm else None,
-        *kept,
-        x["branch"] if gain else None,
-        x.get("bias"),
-        x.get("gain"),
-        x.get("weight"),
-        *masks,
-    )
-    leaves = {name: value.double().requires_grad_() for name, value in x.items()}
-    branch = leaves["branch"] + leaves.get("bias", 0.0)
-    total = leaves["residual"] + branch * leaves.get("gain", 1.0) * scale
-    loss = (total * g_sum).sum()
-    errors = {"sum": relative(out[0], total)}
-    if norm:
-        normed = F.layer_norm(total, (width,), leaves["weight"], leaves["shift"], 1e-5)
-        loss = loss + (normed * g_normed).sum()
-        errors["normed"] = relative(out[1], normed)
-    loss.backward()
-    order = ("branch", "residual", "bias", "gain", "weight", "shift")
-    ours = dict(zip(order, gradients, strict=True))
-    ours["residual"] = ours["residual"] if norm else g_sum
-    ours["branch"] = ours["branch"] if gain or mask != "none" else ours["residual"]
-    errors |= {f"grad {name}": relative(ours[name], leaf.grad) for name, leaf in leaves.items()}
-    ones, zeros = torch.ones(rows, width), torch.zeros(rows, width)
-    exact = OPS.residual_branch(ones, None, None, zeros, None, None, 0.0, *masks)[0]
+    if mask == "rows":
+        options["row_scale"] = torch.tensor([1.25, 0.0, 1.25])
+        scale *= options["row_scale"].repeat_interleave(rows // 3)[:, None]
+    if mask == "elements":
+        options["dropout"] = keys, DROPOUT
+        scale *= drawn(keys, width) * (65536 / (65536 - round(DROPOUT * 65536)))
+    weights = [normal(rows, width, dtype=dtype, seed=s) for s in (7, 8)]
+    outcome = []
+    for function, cast in ((residual_branch, dtype), (residual_branch_reference, torch.float64)):
+        leaves = {name: value.detach().to(cast).requires_grad_() for name, value in x.items()}
+        norm = (leaves["weight"], leaves["shift"], 1e-5) if "n" in parts else None
+        out = function(
+            leaves["residual"], leaves["branch"], bias=leaves.get("bias"), gain=leaves.get("gain"), norm=norm, **options
+        )
+        pairs = [(o, w) for o, w in zip(out, weights, strict=True) if o is not None]
+        torch.autograd.backward([o for o, _ in pairs], [w.to(cast) for _, w in pairs])
+        results = {f"output {i}": o.detach() for i, (o, _) in enumerate(pairs)}
+        outcome.append(results | {f"grad {name}": leaf.grad for name, leaf in leaves.items()})
+    ours, truth = outcome
+    exact, _ = residual_branch(torch.zeros(rows, width), torch.ones(rows, width), **options)
     return {
-        "name": f"residual {rows}x{width} {dtype} {mask} gain={gain} bias={bias} norm={norm}",
+        "name": f"residual {rows}x{width} {dtype} {mask} {parts}",
         "half": dtype != torch.float32,
-        "errors": errors,
+        "errors": {name: relative(ours[name], truth[name]) for name in truth},
         "same_mask": torch.equal(exact, scale.float()),
     }
 
 
-def activation_case(rows: int, width: int, dtype: torch.dtype, gelu: bool, bias: bool) -> Any:
-    x, g = (normal(rows, width, dtype=dtype, seed=s) for s in (0, 1))
-    b = normal(width, dtype=dtype, seed=2) if bias else None
-    y = OPS.bias_activation(x, b, gelu)
-    grad_x, grad_bias = OPS.bias_activation_backward(g, x if gelu else y, b, gelu)
-    leaf, bias_leaf = (t.double().requires_grad_() for t in (x, b if b is not None else torch.zeros(width)))
-    truth = (F.gelu if gelu else F.relu)(leaf + bias_leaf)
-    (truth * g).sum().backward()
-    errors = {"y": relative(y, truth), "grad x": relative(grad_x, leaf.grad)}
-    if bias:
-        errors["grad bias"] = relative(grad_bias, bias_leaf.grad)
-    name = f"activation {rows}x{width} {dtype} gelu={gelu} bias={bias}"
-    return {"name": name, "half": dtype != torch.float32, "errors": errors}
+def activation_case(rows: int, width: int, dtype: torch.dtype, kind: Activation, bias: bool) -> Any:
+    values = [normal(rows, width, dtype=dtype, seed=0)] + [normal(width, dtype=dtype, seed=2)] * bias
+    g = normal(rows, width, dtype=dtype, seed=1)
+    ours, truth = ([v.detach().to(d).requires_grad_() for v in values] for d in (dtype, torch.float64))
+    y = bias_activation(ours[0], ours[1] if bias else None, kind)
+    y.backward(g)
+    expected = bias_activation_reference(truth[0], truth[1] if bias else None, kind)
+    expected.backward(g.double())
+    errors = {"y": relative(y.detach(), expected.detach())}
+    errors |= {f"grad {i}": relative(a.grad, b.grad) for i, (a, b) in enumerate(zip(ours, truth, strict=True))}
+    return {"name": f"{kind} {rows}x{width} {dtype} bias={bias}", "half": dtype != torch.float32, "errors": errors}
 
 
 def vocabulary_case(rows: int, words: int, valid: int, dtype: torch.dtype, bias: bool, vocab_start: int = 0) -> Any:
@@ -164,16 +148,12 @@ def main() -> None:
         mock.patch.dict(triton_fused.VOCABULARY_LAUNCH, BLOCK=64),
         mock.patch.dict(triton_fused.REDUCE_TILE, ROWS=2),
     ):
-        parts = {"none": ("", "b", "bn"), "rows": ("gbn", "", "g"), "elements": ("gb", "bn", "n")}
-        cases = [
-            residual_case(9, 40, full, mask, "g" in there, "b" in there, "n" in there)
-            for mask, choices in parts.items()
-            for there in choices
-        ]
-        cases += [residual_case(6, w, half, m, True, True, True) for w, m in zip((384, 768, 1024), parts, strict=True)]
-        cases += [residual_case(3, 33, half, mask, False, True, True) for mask in parts]
-        for gelu, bias in itertools.product((True, False), (True, False)):
-            cases += [activation_case(11, 40, full, gelu, bias), activation_case(9, 1030, half, gelu, bias)]
+        choices = {"none": ("", "b", "bn"), "rows": ("gbn", "", "g"), "elements": ("gb", "bn", "n")}
+        cases = [residual_case(9, 40, full, mask, parts) for mask, some in choices.items() for parts in some]
+        cases += [residual_case(6, w, half, m, "gbn") for w, m in zip((384, 768, 1024), choices, strict=True)]
+        cases += [residual_case(3, 33, half, mask, "bn") for mask in choices]
+        for kind, bias in itertools.product(get_args(Activation), (True, False)):
+            cases += [activation_case(11, 40, full, kind, bias), activation_case(9, 1030, half, kind, bias)]
         for bias in (True, False):
             cases += [
                 vocabulary_case(5, 150, 131, full, bias),
