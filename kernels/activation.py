@@ -35,7 +35,7 @@ def bias_activation(x: Tensor, bias: Tensor | None, kind: Activation, *, impl: F
         )
     if not launches_triton(impl, x):
         return bias_activation_reference(x, bias, kind)
-    y: Tensor = _BiasActivation.apply(x, bias, kind == "gelu")
+    y: Tensor = _FusedActivation.apply(x, bias, kind == "gelu")
     return y
 
 
@@ -44,7 +44,7 @@ def bias_activation_reference(x: Tensor, bias: Tensor | None, kind: Activation) 
     return (F.gelu if kind == "gelu" else F.relu)(x if bias is None else x + bias)
 
 
-class _BiasActivation(torch.autograd.Function):
+class _FusedActivation(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, bias: Tensor | None, gelu: bool) -> Tensor:
         x = x.contiguous()

@@ -63,7 +63,7 @@ def residual_branch(
         return _compose(residual, branch, bias, gain, row_scale, dropout, norm)
     weight, shift, eps = norm or (None, None, 0.0)
     keys, p = dropout or (None, 0.0)
-    total, normed = _ResidualBranch.apply(residual, branch, bias, gain, weight, shift, row_scale, keys, p, eps)
+    total, normed = _FusedResidual.apply(residual, branch, bias, gain, weight, shift, row_scale, keys, p, eps)
     return total, normed
 
 
@@ -134,7 +134,7 @@ def _compose(
     return total, F.layer_norm(total, weight.shape, weight, shift, eps)
 
 
-class _ResidualBranch(torch.autograd.Function):
+class _FusedResidual(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
