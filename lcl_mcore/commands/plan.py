@@ -9,6 +9,7 @@ import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import tyro
 
@@ -42,8 +43,11 @@ def main() -> int:
     options.run.check_processes(options.gpus)  # mistakes are answered before the slow imports
     os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "ERROR")  # fake groups have no device to warn about
 
+    from lcl_mcore.distributed import cpu
+
+    cpu.install()  # before megatron-core is imported, which would load torch's compiler otherwise
     from lcl_mcore.diagnostics.environment import source_commit
-    from lcl_mcore.planning.plan_text import plan_text
+    from lcl_mcore.planning.plan_text import asked_text, layouts_text
     from lcl_mcore.planning.planner import make_plan
 
     started = time.perf_counter()
@@ -53,13 +57,18 @@ def main() -> int:
 
     command = " ".join(["python", "tools/plan.py", *sys.argv[1:]])
     origin = {"command": command, **source_commit(), "date": datetime.now(UTC).isoformat(timespec="seconds")}
-    plan = make_plan(options, log)
-    report = plan_text(plan)
-    print(json.dumps(origin | plan, indent=1) if options.json else report)
+
+    def show(asked: dict[str, Any]) -> None:
+        if not options.json:
+            print(asked_text(asked), flush=True)
+
+    plan = make_plan(options, log, show)
+    print(json.dumps(origin | plan, indent=1) if options.json else layouts_text(plan))
     if options.out is not None:
         options.out.parent.mkdir(parents=True, exist_ok=True)
         head = "".join(f"{name}: {value}\n" for name, value in origin.items())
-        options.out.with_suffix(".txt").write_text(f"{head}\n{report}\n", encoding="utf-8")
+        report = f"{head}\n{asked_text(plan)}\n{layouts_text(plan)}\n"
+        options.out.with_suffix(".txt").write_text(report, encoding="utf-8")
         options.out.with_suffix(".json").write_text(json.dumps(origin | plan, indent=1) + "\n", encoding="utf-8")
     return 0 if plan["memory"]["fits"] and not plan["lint"]["problems"] else 1
 

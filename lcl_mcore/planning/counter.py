@@ -7,6 +7,7 @@ collectives return at once, and numbers read by the host are 1.
 
 from __future__ import annotations
 
+import functools
 import weakref
 from collections import Counter
 from collections.abc import Iterator
@@ -69,8 +70,6 @@ _RESHAPE = {"aten::set_", "aten::resize_", "aten::resize_as_"}
 _RUN = object()
 
 TensorLayout = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
-KnownResults = dict[Any, list[TensorLayout]]
-"""Layouts of the results of calls on tensors without values, as torch worked them out; empty: run the operator."""
 
 
 class CollectiveCall(NamedTuple):
@@ -116,13 +115,44 @@ class OperatorCall(NamedTuple):
     bytes: int
 
 
+class Cost(NamedTuple):
+    """What a call costs in whatever phase; attributes as in `OperatorCall`."""
+
+    kind: str
+    dtype: str
+    flops: int
+    bytes: int
+
+
+class KnownCall(NamedTuple):
+    """What is known of calls on tensors without values, by the layouts of their arguments.
+
+    Attributes:
+        results: their layouts, as torch worked them out; none: the operator has to run.
+        cost: None where there is none.
+    """
+
+    results: tuple[TensorLayout, ...]
+    cost: Cost | None
+
+
+KnownCalls = dict[Any, KnownCall]
+
+
 class _LiveStorage(NamedTuple):
     reference: weakref.ref[torch.UntypedStorage]
     bytes: int
     part: str
 
 
-class StepCounter(TorchDispatchMode):
+class _Dispatch:
+    """Holds `StepCounter`'s method: one in a subclass of `TorchDispatchMode` itself would load torch's compiler."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        return self.call(func, args, kwargs or {})  # type: ignore[attr-defined]
+
+
+class StepCounter(_Dispatch, TorchDispatchMode):
     """Counts while it is entered, and observes which part of the step runs (`lcl_mcore.train_step.StepObserver`).
 
     Attributes:
@@ -133,13 +163,13 @@ class StepCounter(TorchDispatchMode):
         collectives: in the order they were issued.
     """
 
-    def __init__(self, device: torch.device, *, rounding: int = 1, known_results: KnownResults | None = None) -> None:
+    def __init__(self, device: torch.device, *, rounding: int = 1, known_calls: KnownCalls | None = None) -> None:
         """Count tensors and operators of one device.
 
         Args:
             device: where the step runs; on "meta" nothing is computed or sent.
             rounding: tensors take a multiple of this many bytes.
-            known_results: what torch said about results of earlier counts on "meta"; extended here.
+            known_calls: what was found in earlier counts on "meta"; extended here.
         """
         super().__init__()
         self.device_type, self.rounding = device.type, rounding
@@ -150,7 +180,7 @@ class StepCounter(TorchDispatchMode):
         self.parts: Counter[str] = Counter()
         self.peak_parts: dict[str, int] = {}
         self.phase_peaks: Counter[str] = Counter()
-        self._known_results: KnownResults = {} if known_results is None else known_results
+        self._known_calls: KnownCalls = {} if known_calls is None else known_calls
         self._storages: dict[int, _LiveStorage] = {}
         self._host_values: dict[int, list[int]] = {}  # of small index tensors sent to the device
         self._part, self._phase = "activations", "other"
@@ -214,15 +244,29 @@ class StepCounter(TorchDispatchMode):
 
     # --- operators ---
 
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Any, args: Any, kwargs: dict[str, Any]) -> Any:
+        """One operator: its results, counted."""
         if func.namespace == "c10d":
             return self._collective(func, args, kwargs)
         if func is _ATEN._local_scalar_dense.default and args[0].device.type == "meta":
             dtype = args[0].dtype
             return False if dtype is torch.bool else 1.0 if dtype.is_floating_point else 1
-        out = self._without_values(func, args, kwargs) if self.simulated else _RUN
-        if out is _RUN:
+        name, is_view, single = _facts(func)
+        if is_view:
+            return func(*args, **kwargs)
+        key = _call_key(func, args, kwargs) if self.simulated else None
+        known = self._known_calls.get(key)
+        if known is not None and known.results:
+            made = [
+                torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in known.results
+            ]
+            for tensor in made:
+                self._track(tensor, self._part)
+            self._add(known.cost if name not in _ATTENTION else self._cost(name, func, args, kwargs, made))
+            return made[0] if single else tuple(made)
+        out = _RUN if key is None else self._without_values(name, func, args, kwargs)
+        ran = out is _RUN
+        if ran:
             out = func(*args, **kwargs)
         outputs = _tensors(out)
         sent = (
@@ -230,19 +274,29 @@ class StepCounter(TorchDispatchMode):
             and args[0].device.type != self.device_type
             and outputs[0].device.type == self.device_type
         )
-        keys = [self._track(t, "input" if sent else self._part) for t in outputs]
+        places = [self._track(t, "input" if sent else self._part) for t in outputs]
         if sent and args[0].dtype == torch.int32:
-            self._host_values[keys[0]] = args[0].tolist()
-        self._count(func, args, kwargs, outputs)
+            self._host_values[places[0]] = args[0].tolist()
+        if known is None:
+            cost = self._cost(name, func, args, kwargs, outputs)
+            repeatable = ran and not func._schema.is_mutable and _is_plain(out)
+            if key is not None:
+                self._known_calls[key] = KnownCall(tuple(map(_layout, outputs)) if repeatable else (), cost)
+        else:
+            cost = known.cost
+        self._add(cost)
         return out
 
-    def _count(self, func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> None:
-        name = _name(func)
-        if func.is_view or name in _NO_TRAFFIC:
-            return
+    def _add(self, cost: Cost | None) -> None:
+        if cost is not None:
+            self.operators[OperatorCall(self.phase, *cost)] += 1
+
+    def _cost(self, name: str, func: Any, args: Any, kwargs: Any, outputs: list[Tensor]) -> Cost | None:
+        if name in _NO_TRAFFIC:
+            return None
         inputs = _tensors((args, tuple(value for key, value in kwargs.items() if key != "out")))
         if not any(t.device.type == self.device_type for t in (*inputs, *outputs)):
-            return
+            return None
         kind, factors, flops = "other", inputs, 0
         if func.overloadpacket in _MATMULS:
             left, right = _MATMULS[func.overloadpacket]
@@ -253,9 +307,7 @@ class StepCounter(TorchDispatchMode):
             kind, factors = "attention", [args[query], args[key]]
             flops = matmuls * 2 * self._scores(func, args, kwargs, *factors) * factors[0].shape[-1]
         dtype = next((t.dtype for t in factors if t.is_floating_point()), torch.float32)
-        moved = self._traffic(name, args, inputs, outputs)
-        call = OperatorCall(self.phase, kind, str(dtype).removeprefix("torch."), flops, moved)
-        self.operators[call] += 1
+        return Cost(kind, str(dtype).removeprefix("torch."), flops, self._traffic(name, args, inputs, outputs))
 
     def _traffic(self, name: str, args: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
         """Bytes read and written on the device."""
@@ -286,36 +338,18 @@ class StepCounter(TorchDispatchMode):
         ends = self._host_values.get(cumulative.untyped_storage()._cdata)
         return None if ends is None else [b - a for a, b in pairwise(ends)]
 
-    def _without_values(self, func: Any, args: Any, kwargs: Any) -> Any:
-        """Results of an operator on tensors without values; `_RUN` for one that has to run.
-
-        Shapes of results are looked up by shapes of arguments: torch works them out in Python, which for small
-        operators takes longer than all the rest.
-        """
-        name = _name(func)
+    def _without_values(self, name: str, func: Any, args: Any, kwargs: Any) -> Any:
+        """Results of an operator that torch could not run on tensors without values; `_RUN` for all others."""
         if name in ("aten::_fused_adamw_", "aten::_fused_adam_"):
             return None
-        key = _call_key(func, args, kwargs)
-        if key is None:
-            return _RUN
         if name in ("aten::mm", "aten::addmm") and "dtype" in func._overloadname:  # CUDA's alone
-            return (
-                kwargs["out"]
-                if "out" in kwargs
-                else args[0].new_empty(args[0].shape[0], args[1].shape[1], dtype=args[2])
-            )
+            if "out" in kwargs:
+                return kwargs["out"]
+            return args[0].new_empty(args[0].shape[0], args[1].shape[1], dtype=args[2])
         if func._schema.is_mutable:
             in_place = name.endswith("_") and name not in _RESHAPE and isinstance(args[0], Tensor)
             return args[0] if in_place else kwargs["out"] if isinstance(kwargs.get("out"), Tensor) else _RUN
-        known = self._known_results.get(key)
-        if known is None:
-            out = func(*args, **kwargs)
-            self._known_results[key] = [_layout(t) for t in _tensors(out)] if _is_plain(out) else []
-            return out
-        if not known:
-            return _RUN
-        made = [torch.empty_strided(size, stride, dtype=dtype, device="meta") for size, stride, dtype in known]
-        return made[0] if len(func._schema.returns) == 1 else tuple(made)
+        return _RUN
 
     # --- collectives ---
 
@@ -350,9 +384,10 @@ class StepCounter(TorchDispatchMode):
                 self._storages[key] = known._replace(part="communication")
 
 
-def _name(func: Any) -> str:
-    """`aten::mm` for any overload of it."""
-    return str(func.overloadpacket._qualified_op_name)
+@functools.cache
+def _facts(func: Any) -> tuple[str, bool, bool]:
+    """`aten::mm` for any overload of it, whether its results are views, and whether there is one."""
+    return str(func.overloadpacket._qualified_op_name), func.is_view, len(func._schema.returns) == 1
 
 
 def _pairs(queries: int, keys: int, causal: bool) -> int:
@@ -372,28 +407,28 @@ def _layout(tensor: Tensor) -> TensorLayout:
     return tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
+def _empty(layout: TensorLayout) -> Tensor:
+    size, stride, dtype = layout
+    return torch.empty_strided(size, stride, dtype=dtype, device="meta")
+
+
 def _is_plain(out: Any) -> bool:
     """One tensor or a tuple of tensors, all without values."""
     values = out if isinstance(out, tuple) else (out,)
     return all(isinstance(v, Tensor) and v.device.type == "meta" for v in values)
 
 
-def _call_key(func: Any, args: Any, kwargs: Any) -> tuple[Any, ...] | None:
-    """What the shapes of a call's results depend on; None where data of the host may matter, and for views."""
-    if func.is_view or func.namespace not in ("aten", "torch_attn"):
-        return None
+def _call_key(func: Any, args: Any, kwargs: dict[str, Any]) -> tuple[Any, ...] | None:
+    """What the shapes of a call's results depend on; None where data of the host may matter."""
     parts: list[Any] = [func]
-    for value in (*args, *kwargs.items()):
-        if isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], str):
-            parts.append(value[0])
-            value = value[1]
+    for value in (*args, *kwargs.keys(), *kwargs.values()):
         for item in value if isinstance(value, list | tuple) else (value,):
             if isinstance(item, Tensor):
-                if item.device.type != "meta":
+                if not item.is_meta:
                     return None
-                parts.append(_layout(item))
+                parts += (item.shape, item.stride(), item.dtype)
             else:
-                parts.append((type(item), item) if isinstance(item, int | float | str | type(None)) else str(item))
+                parts += (type(item), item) if isinstance(item, int | float | str | type(None)) else (str(item),)
     return tuple(parts)
 
 

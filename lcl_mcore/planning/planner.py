@@ -15,12 +15,12 @@ from lcl_mcore.hardware import find_gpu
 from lcl_mcore.planning.cluster import Cluster, make_cluster
 from lcl_mcore.planning.lint import RankOrder, lint
 from lcl_mcore.planning.predict import Prediction, predict, purpose, reliability
-from lcl_mcore.planning.request import PlanRequest
+from lcl_mcore.planning.request import LAUNCH_SOURCE, Assumptions, PlanRequest
 from lcl_mcore.planning.simulate import RankCount, Simulator, representatives
 
 PREDICTED = "predicted, not measured"
-MOST_MICRO_BATCHES = 8
-"""More than these are counted in proportion (a pipeline needs more to fill)."""
+MOST_MICRO_BATCHES = 3
+"""More than these are counted in proportion (a pipeline needs more to fill): images of sequences repeat after three."""
 LARGEST_MICRO_BATCH = 64
 """Sequences; larger micro-batches are not tried."""
 FEW_MESHES = ((1, 1), (2, 1), (1, 2))
@@ -63,12 +63,15 @@ class LayoutEstimate:
         return text
 
 
-def make_plan(request: PlanRequest, log: Callable[[str], None]) -> dict[str, Any]:
+def make_plan(
+    request: PlanRequest, log: Callable[[str], None], show: Callable[[dict[str, Any]], None] = lambda plan: None
+) -> dict[str, Any]:
     """Count the requested layout on every tensor and pipeline index, predict, lint, compare with other layouts.
 
     Args:
         request: the job and the machine.
         log: called with a line about each thing that is done.
+        show: called with the plan of the requested layout before others are looked at.
 
     Raises:
         ConfigError: the request is not a job that can start.
@@ -89,12 +92,7 @@ def make_plan(request: PlanRequest, log: Callable[[str], None]) -> dict[str, Any
     prediction = predict(config, request.gpus, counts, batch, cluster, repeat)
     order = RankOrder(parallel.tensor_parallel_size, parallel.pipeline_parallel_size, dp)
     chosen = LayoutEstimate(config, prediction, _fullest(counts), all_counted=True)
-    layouts = [chosen]
-    if request.search != "none":
-        for found in _variants(simulator, config, request.gpus, cluster, request.search == "wide"):
-            log(f"compared {found.flags}")
-            layouts.append(found)
-    return {
+    plan = {
         "kind": PREDICTED,
         "recipe": config.recipe,
         "gpus": request.gpus,
@@ -119,9 +117,18 @@ def make_plan(request: PlanRequest, log: Callable[[str], None]) -> dict[str, Any
             "calls": [len(c.collectives) for c in counts],
             "problems": lint({c.rank: c.collectives for c in counts}, order),
         },
-        "layouts": [_layout(item) for item in _ranked(layouts)],
+        "layouts": [_layout(chosen)],
         "assumptions": _assumptions(request, cluster),
     }
+    show(plan)
+    layouts = [chosen]
+    if request.search != "none":
+        for found in _variants(simulator, config, request.gpus, cluster, request.search == "wide"):
+            expected = found.prediction
+            fits = "" if expected.fits else ", does not fit"
+            log(f"{expected.seconds * 1e3:.1f} ms, MFU {expected.mfu:.1%}{fits}: {found.flags}")
+            layouts.append(found)
+    return plan | {"layouts": [_layout(item) for item in _ranked(layouts)]}
 
 
 def _with_micro_batches(config: RunConfig, micro_batches: int, dp: int) -> RunConfig:
@@ -378,7 +385,9 @@ def _assumptions(request: PlanRequest, cluster: Cluster) -> list[str]:
         f"lcl_mcore.hardware (data sheets); tensors may fill {a.headroom:.0%}, the rest is for kernels' "
         "workspaces, NCCL and fragmentation",
         f"matmuls reach {a.matmul:.0%} of the dense rate, attention {a.attention:.0%}, all other operators "
-        f"{a.memory:.0%} of the memory bandwidth; the host needs {a.launch * 1e6:.1f} us per operator",
+        f"{a.memory:.0%} of the memory bandwidth",
+        f"the host needs {a.launch * 1e6:.1f} us per operator"
+        + (f" ({LAUNCH_SOURCE})" if a.launch == Assumptions.launch else ""),
         f"bus bandwidth {cluster.node / 1e9:.0f} GB/s within a node of {a.gpus_per_node}, "
         f"{cluster.network / 1e9:.0f} GB/s per GPU between nodes; {a.node_latency * 1e6:.0f} and "
         f"{a.network_latency * 1e6:.0f} us per doubling",

@@ -28,7 +28,7 @@ from lcl_mcore.distributed.device import Device
 from lcl_mcore.distributed.groups import make_groups
 from lcl_mcore.models.backends import Backends, Choice
 from lcl_mcore.models.layers import torch_backend
-from lcl_mcore.planning.counter import CollectiveCall, KnownResults, OperatorCall, StepCounter
+from lcl_mcore.planning.counter import CollectiveCall, KnownCalls, OperatorCall, StepCounter
 
 MODEL_STATE = ("weights", "gradients", "optimizer")
 PARTS = (*MODEL_STATE, "input", "activations", "loss", "communication")
@@ -78,7 +78,7 @@ class Simulator:
     def __init__(self, kind: Literal["cuda", "cpu"] = "cuda") -> None:
         """Simulate GPUs, or CPUs for comparison with a real run in fp32."""
         self.kind = kind
-        self.known_results: KnownResults = {}
+        self.known_calls: KnownCalls = {}
 
     def count(self, config: RunConfig, world_size: int, rank: int, batch: StepBatch) -> RankCount:
         """One step of one rank of a job.
@@ -104,7 +104,7 @@ class Simulator:
                 batch,
                 backends=Backends(torch_backend(attention), False, (choice,)),
                 rounding=ROUNDING[self.kind],
-                known_results=self.known_results,
+                known_calls=self.known_calls,
             )
 
 
@@ -121,7 +121,7 @@ def count_step(
     *,
     backends: Backends | None = None,
     rounding: int = 1,
-    known_results: KnownResults | None = None,
+    known_calls: KnownCalls | None = None,
 ) -> RankCount:
     """Build this rank's share of the job, run a small step, and then one under the counter.
 
@@ -130,17 +130,17 @@ def count_step(
         batch: what this rank trains on.
         backends: which implementation serves each part; None: the fastest that is here.
         rounding: tensors take a multiple of this many bytes.
-        known_results: see `StepCounter`.
+        known_calls: see `StepCounter`.
     """
     device, groups = context.device.device, context.groups
-    counter = StepCounter(device, rounding=rounding, known_results=known_results)
+    counter = StepCounter(device, rounding=rounding, known_calls=known_calls)
     training = build_training(config, context, backends=backends, observer=counter)
     _own_model_state(counter, training)
     model_state = {part: counter.parts[part] for part in MODEL_STATE}
     for micro in batch.micro_batches:  # which is on the device already if that is a CPU
         counter.own("input", *(v for v in micro.__dict__.values() if isinstance(v, Tensor)))
     # megatron learns in the first step which gradients to wait for, and overlaps from the second one on.
-    with StepCounter(device, known_results=known_results):
+    with StepCounter(device, known_calls=known_calls):
         training.step.run(0, _first_micro_batch(batch), config.optim.lr)
     gc.collect()
     gc.disable()  # as in training, where it is collected between steps

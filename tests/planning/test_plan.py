@@ -157,6 +157,8 @@ def test_command(tmp_path: Path) -> None:
     text = out.with_suffix(".txt").read_text()
     assert "fits: " in text
     assert "bottleneck: " in text
-    numbers = [line for line in text.split("assumptions")[0].splitlines() if line.startswith("  ")]
-    assert len(numbers) > 15
-    assert all(line.endswith("[predicted, not measured]") for line in numbers)
+    sections = [part.splitlines() for part in text.partition("assumptions")[0].split("\n\n")[2:] if part.strip()]
+    assert len(sections) == 7
+    assert all(section[0].endswith("[predicted, not measured]") for section in sections)
+    assert all(line.startswith("  ") for section in sections for line in section[1:])
+    assert max(map(len, text.partition("\n\n")[2].splitlines())) <= 80
