@@ -15,6 +15,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import cached_property
 from typing import Protocol
 
 from lcl_mcore.config.schema import DataConfig, Packing
@@ -44,7 +45,7 @@ class Span:
     end: bool
     length: int
 
-    @property
+    @cached_property
     def images(self) -> int:
         """How many images it holds."""
         return sum(segment.image >= 0 for segment in self.segments)
@@ -186,25 +187,23 @@ def best_subset(spans: Sequence[Span], room: int, wanted_images: float | None, e
     # Bit `images * stride + tokens` of `reachable` says that such a subset exists. The stride is wide enough
     # that adding one span never spills into the next number of images; `valid` then clears what exceeds the room.
     stride = 2 * (room + 1)
-    count = _image_counter(wanted_images)
-    image_counts = sum(count(span) for span in spans) + 1
+    images = [0 if wanted_images is None else span.images for span in spans]
+    # No subset has more images than fit in the room, however many wait: so the work grows with the spans alone.
+    densest = max(count * room // span.length for count, span in zip(images, spans, strict=True))
+    image_counts = min(sum(images), densest) + 1
     valid = sum(((1 << (room + 1)) - 1) << (stride * i) for i in range(image_counts))
     history = [1]
-    for span in spans:
+    for count, span in zip(images, spans, strict=True):
         before = history[-1]
-        shift = count(span) * stride + span.length
+        shift = count * stride + span.length
         history.append(before if span.length > room else before | (before << shift & valid))
     target = _best_bit(history[-1], stride, image_counts, room, wanted_images, enough)
     chosen = []
     for i in reversed(range(len(spans))):
         if not history[i] >> target & 1:
             chosen.append(i)
-            target -= count(spans[i]) * stride + spans[i].length
+            target -= images[i] * stride + spans[i].length
     return chosen[::-1]
-
-
-def _image_counter(wanted_images: float | None) -> Callable[[Span], int]:
-    return (lambda span: 0) if wanted_images is None else (lambda span: span.images)
 
 
 def _best_bit(reachable: int, stride: int, image_counts: int, room: int, wanted: float | None, enough: int) -> int:

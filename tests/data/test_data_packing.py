@@ -7,11 +7,15 @@ import itertools
 import json
 import random
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from lcl_mcore.config.schema import DataConfig, Packing
+from lcl_mcore.data import packing
 from lcl_mcore.data.format import Document, ImageEntry, Members
 from lcl_mcore.data.order import SampleIndex
 from lcl_mcore.data.packing import SampleStream, best_subset, span_from
@@ -54,6 +58,59 @@ def test_best_subset_is_exact() -> None:
         room = rng.randint(10, 200)
         best = max(s for k in range(10) for c in itertools.combinations(sizes, k) if (s := sum(c)) <= room)
         assert sum(sizes[i] for i in best_subset(spans, room, None, 0)) == best
+
+
+def best_subset_by_every_subset(
+    sizes: Sequence[tuple[int, int]], room: int, wanted: float | None, enough: int
+) -> list[int]:
+    """The rule, spelt out: (tokens, images) of all subsets; of equal ones that of the older spans."""
+    best: dict[tuple[int, int], list[int]] = {(0, 0): []}
+    for i, (length, images) in enumerate(sizes):
+        for (tokens, count), chosen in list(best.items()):
+            found = (tokens + length, count + (0 if wanted is None else images))
+            if found[0] <= room and found not in best:
+                best[found] = [*chosen, i]
+    fullest = {count: max(t for t, c in best if c == count) for _, count in best}
+    full = [count for count in sorted(fullest) if fullest[count] >= max(enough, 0)]
+    if wanted is not None and full:
+        count = min(full, key=lambda c: (abs(c - wanted), -fullest[c]))
+    else:
+        count = max(fullest, key=lambda c: (fullest[c], -c))
+    return best[fullest[count], count]
+
+
+@given(
+    sizes=st.lists(st.tuples(st.integers(1, 40), st.integers(0, 4)), max_size=24),
+    room=st.integers(0, 120),
+    wanted=st.none() | st.floats(0, 12, allow_nan=False),
+    enough=st.integers(-10, 120),
+)
+def test_subsets_are_those_of_the_rule(
+    sizes: list[tuple[int, int]], room: int, wanted: float | None, enough: int
+) -> None:
+    """However dense the images are: bounding their number by the room loses nothing."""
+    spans = [
+        span_from(i, document(i, [*(["i"] * images), *([words] if words else [])]), 5)
+        for i, (words, images) in enumerate(sizes)
+    ]
+    measured = [(span.length, span.images) for span in spans]
+    assert best_subset(spans, room, wanted, enough) == best_subset_by_every_subset(measured, room, wanted, enough)
+
+
+def test_work_grows_with_the_documents_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Numbers of images that are looked at: as many as fit in a sequence, with 64 or 512 documents waiting."""
+    asked: list[int] = []
+    best_bit = packing._best_bit
+
+    def watched(reachable: int, stride: int, image_counts: int, *more: Any) -> int:
+        asked.append(image_counts)
+        return best_bit(reachable, stride, image_counts, *more)
+
+    monkeypatch.setattr(packing, "_best_bit", watched)
+    for count in (64, 512):
+        spans = [span_from(n, document(n, ["i", "i", 10 + n % 50]), IMAGE) for n in range(count)]
+        best_subset(spans, 8192, 30.0, 7000)
+    assert asked == [41, 41]
 
 
 def mixed(rng: random.Random) -> list[int | str]:
