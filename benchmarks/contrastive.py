@@ -1,22 +1,24 @@
 """Time and peak memory of contrastive losses, forward and backward, at the same sizes in one run.
 
-    python benchmarks/contrastive.py --n 16384 --dim 768 --out benchmarks/results/contrastive-cpu.json
+    python benchmarks/contrastive.py --n 8192 --dim 512 --threads 1 --rounds 5 --out contrastive.json
 
 Contenders (each restated here from its published formula, one process standing for one rank)
     naive           one N x N matrix of logits, two cross-entropies
     open_clip       local loss with gradient-carrying gather: a matrix for each direction
     lcl             the released LCL loss: a masked matrix for each direction, own rows first, fp32
     tiled           lcl_kernels.infonce(impl="tiled")
+    tiled_bf16      the same with precision="bf16", on a CPU
     triton          lcl_kernels.infonce(impl="triton", precision="fp16"), on CUDA
     inf_cl          Inf-CL's passes (arXiv:2410.17243) on CUDA: each direction by itself, a sum pass and one
                     recomputing pass per operand's gradient, 20 N^2 D FLOP. Run with our fp16 kernels, so a
                     lower bound of its time: its own multiply in TF32 and accumulate in global memory.
 
-Every contender runs in a fresh process. Memory is what it adds to a process that already holds the inputs and
-has run once at a small size: on a CPU the resident peak over the resident size before, on CUDA the same of
-the allocator. Gradients of the inputs are part of it. Time is the best of repeats and rounds; on a CPU the CPU
-time is given too, because it says more than the clock on a shared machine. On CUDA the arithmetic floor is
-8 N^2 D FLOP over the rate of a large fp16 product measured in the same process.
+Memory: every contender runs in a fresh process and is charged what it adds to one that already holds the inputs and
+has run once at a small size: on a CPU the resident peak over the resident size before, on CUDA the same of the
+allocator. Gradients of the inputs are part of it.
+Time on a CPU is processor time, which says more than the clock on a shared machine: all contenders alternate in one
+process, and a ratio to naive is the median of the rounds' ratios. On CUDA it is the best of repeats and rounds beside
+the arithmetic floor, 8 N^2 D FLOP over the rate of a large fp16 product measured in the same process.
 """
 
 from __future__ import annotations
@@ -30,9 +32,10 @@ import resource
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -71,6 +74,10 @@ def tiled(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     return infonce(image, text, scale, impl="tiled", precision="fp16" if image.is_cuda else "fp32")
 
 
+def tiled_bf16(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
+    return infonce(image, text, scale, impl="tiled", precision="bf16")
+
+
 def triton(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     return infonce(image, text, scale, impl="triton", precision="fp16")
 
@@ -87,9 +94,10 @@ def inf_cl(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     loss = torch.zeros((), device=x.device)
     for rows, columns, flip in ((x, y, False), (y, x, True)):
         # Different keys on both sides: here the positive stays in the sum.
-        lse, _ = engine.block_lse(rows, columns, keys, other, s, columns=False)
-        own, _ = engine.block_gradients(rows, columns, keys, other, s, lse, nothing, want_y=False)
-        theirs, _ = engine.block_gradients(columns, rows, keys, other, s, nothing, lse, want_y=False)
+        block = engine.Block(rows, columns, keys, other, s)
+        lse, _ = block.lse(columns=False)
+        own, _ = block.gradients(lse, nothing, want_y=False)
+        theirs, _ = engine.Block(columns, rows, keys, other, s).gradients(nothing, lse, want_y=False)
         loss = loss + 0.5 * (lse - positive).mean()
         for target, part, positives in ((flip, own, columns), (not flip, theirs, rows)):
             gradients[target] += (part - positives.float()) * (0.5 * s / len(x))
@@ -97,8 +105,8 @@ def inf_cl(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     return loss
 
 
-CONTENDERS: dict[str, Loss] = {f.__name__: f for f in (naive, open_clip, lcl, tiled, triton, inf_cl)}
-CUDA_ONLY = ("triton", "inf_cl")
+CONTENDERS: dict[str, Loss] = {f.__name__: f for f in (naive, open_clip, lcl, tiled, tiled_bf16, triton, inf_cl)}
+OF_ONE_DEVICE = {"tiled_bf16": "cpu", "triton": "cuda", "inf_cl": "cuda"}
 
 
 def inputs(n: int, dim: int, scale: float, device: str) -> tuple[Tensor, Tensor, Tensor]:
@@ -123,14 +131,30 @@ def measure_cpu(loss: Loss, args: argparse.Namespace) -> dict[str, Any]:
     leaves = inputs(args.n[0], args.dim, args.scale, "cpu")
     step(loss, *inputs(256, args.dim, args.scale, "cpu"))
     before = resident_bytes()
-    clock, processor = [], []
-    for _ in range(args.repeats):
-        wall, cpu = time.perf_counter(), time.process_time()
-        value = step(loss, *leaves)
-        clock.append(time.perf_counter() - wall)
-        processor.append(time.process_time() - cpu)
+    value = step(loss, *leaves)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
-    return {"seconds": min(clock), "cpu_seconds": min(processor), "peak_bytes": peak, "loss": value}
+    return {"peak_bytes": peak, "loss": value}
+
+
+def alternate_cpu(names: Sequence[str], args: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """Times of all contenders, one call each in every round; the first call of each is not counted."""
+    for name in names:
+        step(CONTENDERS[name], *inputs(256, args.dim, args.scale, "cpu"))
+    leaves = inputs(args.n[0], args.dim, args.scale, "cpu")
+    rounds: dict[str, list[tuple[float, float]]] = {name: [] for name in names}
+    for _ in range(args.rounds):
+        for name in names:
+            clock, processor = time.perf_counter(), time.process_time()
+            step(CONTENDERS[name], *leaves)
+            rounds[name].append((time.perf_counter() - clock, time.process_time() - processor))
+    return {
+        name: {
+            "seconds": min(clock for clock, _ in taken),
+            "cpu_seconds": min(processor for _, processor in taken),
+            "cpu_seconds_rounds": [processor for _, processor in taken],
+        }
+        for name, taken in rounds.items()
+    }
 
 
 def resident_bytes() -> int:
@@ -192,33 +216,51 @@ def hardware(device: str) -> dict[str, Any]:
     return found
 
 
-def spawn(name: str, n: int, args: argparse.Namespace) -> dict[str, Any]:
-    """One contender at one size in a process of its own; an out-of-memory failure is a result."""
-    command = [sys.executable, "-W", "ignore", __file__, "--one", name, "--n", str(n)]
-    for option in ("dim", "scale", "device", "threads", "repeats"):
+def spawn(names: Sequence[str], n: int, args: argparse.Namespace, what: str = "memory") -> dict[str, Any]:
+    """What a process of its own prints for these contenders at one size; an out-of-memory failure is a result."""
+    command = [sys.executable, "-W", "ignore", __file__, "--inside", what, "--contenders", *names, "--n", str(n)]
+    for option in ("dim", "scale", "device", "threads", "repeats", "rounds"):
         command += [f"--{option}", str(getattr(args, option))]
-    load = os.getloadavg()[0]
-    result: dict[str, Any] = {"contender": name, "n": n, "load_before": load}
     try:
         run = subprocess.run(command, capture_output=True, text=True, check=False, timeout=args.timeout)
     except subprocess.TimeoutExpired:
-        return result | {"error": f"not done in {args.timeout} s"}
+        return {"error": f"not done in {args.timeout} s"}
     if run.returncode != 0:
         lines = run.stderr.strip().splitlines()
-        return result | {"error": lines[-1] if lines else f"exit status {run.returncode}"}
-    return result | json.loads(run.stdout.splitlines()[-1])
+        return {"error": lines[-1] if lines else f"exit status {run.returncode}"}
+    result: dict[str, Any] = json.loads(run.stdout.splitlines()[-1])
+    return result
+
+
+def measurements(names: Sequence[str], args: argparse.Namespace) -> Iterator[tuple[int, str, dict[str, Any]]]:
+    """Size, contender and result as they come; several results of one pair are parts of one (:func:`best`)."""
+    if args.device == "cuda":
+        for n, _, name in itertools.product(args.n, range(args.rounds), names):
+            yield n, name, spawn([name], n, args)
+        return
+    for n in args.n:
+        able = []
+        for name in names:
+            memory = {"load_before": os.getloadavg()[0]} | spawn([name], n, args)
+            if "error" not in memory:
+                able.append(name)
+            yield n, name, memory
+        times = spawn(able, n, args, "time") if able else {}
+        for name in able:
+            yield n, name, times.get(name, times)
 
 
 def best(runs: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One result from several runs of a contender: the least time, the largest memory."""
+    """One result from several of a contender: the least time, the largest memory."""
     good = [r for r in runs if "error" not in r]
     if not good:
         return runs[0]
-    merged = dict(good[0])
-    for key in ("seconds", "cpu_seconds", "load_before", "times_floor"):
+    merged = {key: value for run in good for key, value in run.items()}
+    for key, choose in (("seconds", min), ("times_floor", min), ("peak_bytes", max)):
         if key in merged:
-            merged[key] = min(r[key] for r in good)
-    merged["peak_bytes"] = max(r["peak_bytes"] for r in good)
+            merged[key] = choose(r[key] for r in good if key in r)
+    if "seconds" not in merged:
+        merged |= next((r for r in runs if "error" in r), {})
     return merged
 
 
@@ -229,21 +271,24 @@ def compare(results: list[dict[str, Any]]) -> None:
         reference = base.get(result["n"])
         if reference is None or "seconds" not in result:
             continue
-        result["time_over_naive"] = result["seconds"] / reference["seconds"]
-        if "cpu_seconds" in result:
-            result["cpu_time_over_naive"] = result["cpu_seconds"] / reference["cpu_seconds"]
+        if "cpu_seconds_rounds" in result:
+            pairs = zip(result["cpu_seconds_rounds"], reference["cpu_seconds_rounds"], strict=True)
+            result["cpu_time_over_naive"] = median(ours / naive for ours, naive in pairs)
+        else:
+            result["time_over_naive"] = result["seconds"] / reference["seconds"]
         result["memory_over_naive"] = result["peak_bytes"] / max(reference["peak_bytes"], 1)
 
 
 def table(results: list[dict[str, Any]]) -> str:
     lines = [f"{'N':>7} {'contender':>10} {'seconds':>9} {'vs naive':>9} {'peak MB':>9} {'vs naive':>9}  floor"]
     for r in results:
-        if "error" in r:
-            lines.append(f"{r['n']:>7} {r['contender']:>10} {r['error'][:60]}")
+        if "seconds" not in r:
+            lines.append(f"{r['n']:>7} {r['contender']:>10} {r.get('error', 'no time')[:60]}")
             continue
-        ratios = [f"{r[k]:9.3f}" if k in r else " " * 9 for k in ("time_over_naive", "memory_over_naive")]
+        time_ratio = "cpu_time_over_naive" if "cpu_seconds" in r else "time_over_naive"
+        ratios = [f"{r[k]:9.3f}" if k in r else " " * 9 for k in (time_ratio, "memory_over_naive")]
         floor = f"{r['times_floor']:.2f}x" if "times_floor" in r else ""
-        start = f"{r['n']:>7} {r['contender']:>10} {r['seconds']:9.4f} {ratios[0]}"
+        start = f"{r['n']:>7} {r['contender']:>10} {r.get('cpu_seconds', r['seconds']):9.4f} {ratios[0]}"
         lines.append(f"{start} {r['peak_bytes'] / 1e6:9.1f} {ratios[1]}  {floor}")
     return "\n".join(lines)
 
@@ -255,12 +300,12 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--scale", type=float, default=30.0, help="logit scale")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--threads", type=int, default=min(2, os.cpu_count() or 1), help="CPU threads")
-    parser.add_argument("--repeats", type=int, default=1, help="runs of which the best counts")
-    parser.add_argument("--rounds", type=int, default=1, help="passes over all contenders, the best counts")
+    parser.add_argument("--repeats", type=int, default=1, help="on CUDA: runs in a process, of which the best counts")
+    parser.add_argument("--rounds", type=int, default=1, help="passes over all contenders")
     parser.add_argument("--contenders", nargs="+", choices=tuple(CONTENDERS), help="default: all that can run")
     parser.add_argument("--timeout", type=float, default=600.0, help="seconds for one contender")
     parser.add_argument("--out", type=Path, help="JSON file to write")
-    parser.add_argument("--one", choices=tuple(CONTENDERS), help=argparse.SUPPRESS)
+    parser.add_argument("--inside", choices=("memory", "time"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.device == "auto":
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -270,11 +315,15 @@ def arguments() -> argparse.Namespace:
 def main() -> None:
     args = arguments()
     torch.set_num_threads(args.threads)
-    if args.one:
-        measure = measure_cuda if args.device == "cuda" else measure_cpu
-        print(json.dumps(measure(CONTENDERS[args.one], args)))
+    if args.inside:
+        loss = CONTENDERS[args.contenders[0]]
+        if args.device == "cuda":
+            print(json.dumps(measure_cuda(loss, args)))
+        else:
+            found = measure_cpu(loss, args) if args.inside == "memory" else alternate_cpu(args.contenders, args)
+            print(json.dumps(found))
         return
-    names = args.contenders or [c for c in CONTENDERS if args.device == "cuda" or c not in CUDA_ONLY]
+    names = args.contenders or [c for c in CONTENDERS if OF_ONE_DEVICE.get(c, args.device) == args.device]
 
     from lcl_mcore.diagnostics.environment import source_commit
 
@@ -291,8 +340,8 @@ def main() -> None:
         "rounds": args.rounds,
         "results": [],
     }
-    for n, _, name in itertools.product(args.n, range(args.rounds), names):
-        runs.setdefault((n, name), []).append(spawn(name, n, args))
+    for n, name, result in measurements(names, args):
+        runs.setdefault((n, name), []).append({"contender": name, "n": n} | result)
         report["results"] = [best(done) for done in runs.values()]
         compare(report["results"])
         if args.out:  # after each: a time limit loses nothing

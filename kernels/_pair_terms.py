@@ -20,12 +20,14 @@ from typing import Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-Precision = Literal["fp32", "tf32x3", "fp16"]
+Precision = Literal["fp32", "tf32x3", "fp16", "bf16"]
 Impl = Literal["auto", "reference", "tiled", "triton"]
 
 FP16_GAIN = 2.0**14
 """Factor on gradient entries before rounding to fp16: entries lie in [0, 2], so 2 * 2^14 < 65504 still
 fits, and the many entries near 1/N leave fp16's subnormal range."""
+KEPT_BYTES = 1 << 28
+"""Exponentials that a loss may keep from its sums to its gradients on a CPU: all of them up to N = 8192 in fp32."""
 
 
 def check_choice(name: str, value: str, allowed: object) -> None:
@@ -41,13 +43,13 @@ def work_dtype(*tensors: Tensor) -> torch.dtype:
 
 
 def operand(x: Tensor, precision: Precision, dtype: torch.dtype) -> Tensor:
-    """The embedding as the matrix unit sees it: fp16 for ``precision="fp16"``, else the work dtype.
+    """The embedding as the matrix unit sees it: rounded to ``precision="fp16"`` or "bf16", else the work dtype.
 
-    fp16 rather than bf16: normalised embeddings have |x| <= 1, so fp16's range is enough and its error is 8x
-    smaller at the same speed.
+    Where both are to be had, fp16: normalised embeddings have |x| <= 1, so fp16's range is enough and its error is
+    8x smaller at the same speed. bf16 is for CPUs, whose matrix units know nothing else.
     """
-    if precision == "fp16" and dtype != torch.float64:
-        dtype = torch.float16
+    if dtype != torch.float64:
+        dtype = {"fp16": torch.float16, "bf16": torch.bfloat16}.get(precision, dtype)
     return x.detach().to(dtype).contiguous()
 
 

@@ -38,6 +38,7 @@ from lcl_kernels._gathers import (
     sum_over,
 )
 from lcl_kernels._pair_terms import (
+    KEPT_BYTES,
     Impl,
     Precision,
     add_positive,
@@ -67,7 +68,7 @@ class DistributedInfoNCE:
         tp_group: ranks that hold the same pairs and share the work.
         weighting: "image", every pair counts the same; "rank", every non-empty rank counts the same.
         schedule: "auto" (:func:`lcl_kernels.schedule.choose_schedule`), "reduce_scatter" or "gather_both".
-        precision: as in :func:`lcl_kernels.infonce`; "fp16" also halves the gathers.
+        precision: as in :func:`lcl_kernels.infonce`; "fp16" and "bf16" also halve the gathers.
         impl: "auto", "tiled" or "triton".
         reduce_size: factor on all gradients, see the module text.
         rates: rates for "auto".
@@ -150,7 +151,7 @@ class PendingInfoNCE:
                 self.layout.counts,
                 dim,
                 tp_size=self.layout.tp_size,
-                wire_bytes=2 if owner.precision == "fp16" else 4,
+                wire_bytes=2 if owner.precision in ("fp16", "bf16") else 4,
                 rates=owner.rates,
             )
         else:
@@ -292,8 +293,10 @@ def _reduce_scatter(
     positive = local.s * local.cos
     positives = step.gather_now(positive)  # overlaps with the sums
     columns = step.gathered("text")
-    block = (local.x, columns, local.sequence_keys, local.col_keys, local.s)
-    lr, lc = engine.block_lse(*block, precision=owner.precision)
+    keys = (local.sequence_keys, local.col_keys)
+    keep = KEPT_BYTES if with_gradients else 0
+    block = engine.Block(local.x, columns, *keys, local.s, precision=owner.precision, keep=keep)
+    lr, lc = block.lse()
     lc = merge_lse_reduced(lc, owner.dp_group)
     # This TP rank knows the column sums of its slice only; -inf elsewhere makes the merge a gather.
     own = torch.full_like(lr, -torch.inf)
@@ -305,7 +308,7 @@ def _reduce_scatter(
         return terms.loss, None
     if local.v_columns is not None:
         col = col - local.v_columns.log()
-    dx, dy_all = engine.block_gradients(*block, terms.row, col, precision=owner.precision)
+    dx, dy_all = block.gradients(terms.row, col)
     dy = torch.zeros_like(dx)
     dy[layout.own_rows] = reduce_to_owners(dy_all, layout, owner.dp_group)
     return terms.loss, _complete(dx, dy, terms.diagonal, local, owner.tp_group)
@@ -316,21 +319,20 @@ def _gather_both(
 ) -> tuple[Tensor, tuple[Tensor, Tensor] | None]:
     engine = step.engine(local.x)
     rest = (local.sequence_keys, local.col_keys, local.s)
-    precision = step.owner.precision
+    options: dict[str, Any] = {"precision": step.owner.precision, "keep": KEPT_BYTES // 2 if with_gradients else 0}
     # Text rows first: they need the image gather, which started earlier than that of the texts.
-    images = step.gathered("image")
-    lc, _ = engine.block_lse(local.y, images, *rest, columns=False, precision=precision)
-    texts = step.gathered("text")
-    lr, _ = engine.block_lse(local.x, texts, *rest, columns=False, precision=precision)
+    text_rows = engine.Block(local.y, step.gathered("image"), *rest, **options)
+    lc, _ = text_rows.lse(columns=False)
+    image_rows = engine.Block(local.x, step.gathered("text"), *rest, **options)
+    lr, _ = image_rows.lse(columns=False)
     lr, lc = merge_lse(torch.stack([lr, lc]), step.owner.tp_group)
     terms = pair_terms(lr, lc, local.s * local.cos, local.v)
     if not with_gradients:
         return terms.loss, None
     # The only gradient exchange: two numbers per pair, weights already folded in.
     row, col = step.gather_now(torch.stack([terms.row, terms.col], dim=1)).wait().unbind(1)
-    options: dict[str, Any] = {"want_y": False, "precision": precision}
-    dx, _ = engine.block_gradients(local.x, texts, *rest, terms.row, col.contiguous(), **options)
-    dy, _ = engine.block_gradients(local.y, images, *rest, terms.col, row.contiguous(), **options)
+    dx, _ = image_rows.gradients(terms.row, col.contiguous(), want_y=False)
+    dy, _ = text_rows.gradients(terms.col, row.contiguous(), want_y=False)
     return terms.loss, _complete(dx, dy, terms.diagonal, local, step.owner.tp_group)
 
 

@@ -59,7 +59,7 @@ def config(kernel: Kernel, precision: Precision, capability: int) -> Config:
 
     Newer generations use the newest entry not above theirs, older ones the oldest.
     """
-    table = {"fp16": _FP16, "tf32x3": _TF32X3, "fp32": _FP32}[precision]
+    table = {"fp16": _FP16, "bf16": _FP16, "tf32x3": _TF32X3, "fp32": _FP32}[precision]
     known = [c for c in table if c <= capability]
     return table[max(known) if known else min(table)][kernel]
 

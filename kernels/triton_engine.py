@@ -1,14 +1,11 @@
-"""``block_lse`` and ``block_gradients`` in Triton: same meaning as in ``lcl_kernels.tiled``, for GPUs.
+"""``Block`` in Triton: same meaning as in ``lcl_kernels.tiled``, for GPUs.
 
 How a block is done
-    1. ``sums``: logits of every tile once, one exponential each, shifted by one number c for the whole
-       block. With b = max|x| max|y| and n = max(M, K) terms, c = max(0, |s| b + ln n - 84): sums then stay
-       below e^88.7, and most of fp32's range lies below c. (c = |s| b, the obvious choice, loses every
-       logit under c - 87.)
-    2. The sums themselves show whether anything was lost: terms below 2^-126 are flushed to zero, n of
-       them are 2^-24 of the sum only if the sum is below n 2^-102. If any row or column is, a device flag
-       makes ``fallback`` and ``merge`` recompute with a maximum per row and column. They are always launched
-       and return at once otherwise, since reading the flag would stop the host.
+    1. ``sums``: logits of every tile once, one exponential each, shifted by one number for the whole block
+       (``lcl_kernels._common_shift``).
+    2. If the sums show that anything was lost to fp32's range, a device flag makes ``fallback`` and ``merge``
+       recompute with a maximum per row and column. They are always launched and return at once otherwise,
+       since reading the flag would stop the host.
     3. ``gradient`` writes G for a chunk of rows in fp16, scaled by 2^14; two matrix products consume it. The
        8 N^2 D FLOP are the minimum of a method that does not keep the logits: a column's normaliser needs
        all rows.
@@ -27,125 +24,110 @@ from typing import Any
 import torch
 import triton
 from lcl_kernels import triton_ops as ops
+from lcl_kernels._common_shift import common_shift, factors_out_of_range, smallest_sum
 from lcl_kernels._pair_terms import FP16_GAIN, Precision
 from lcl_kernels.triton_config import INTERPRETER, Config, Kernel, config
 from torch import Tensor
 
-HEADROOM = 84.0
-"""exp(84) leaves 4.7 nats to fp32's largest number for rounding and norms slightly above 1."""
-FLUSH_BITS = 102
-"""Sums of n terms above n * 2^-102 have lost less than one part in 2^24 to flushing at 2^-126."""
 SUM_ROWS = 16384
 """Rows per launch of the sums, which bounds the partial column sums."""
 GRADIENT_BYTES = 1 << 30
 
 
-def block_lse(
-    x: Tensor,
-    y: Tensor,
-    x_keys: Tensor,
-    y_keys: Tensor,
-    scale: Tensor,
-    *,
-    columns: bool = True,
-    tile: tuple[int, int] | None = None,
-    precision: Precision = "fp32",
-) -> tuple[Tensor, Tensor | None]:
-    """See :func:`lcl_kernels.tiled.block_lse`; ``tile`` is not used, ``precision`` chooses the product of
-    fp32 operands ("fp32" or "tf32x3")."""
-    m, k = x.shape[0], y.shape[0]
-    lr = torch.full((m,), -math.inf, dtype=torch.float32, device=x.device)
-    lc = torch.full((k,), -math.inf, dtype=torch.float32, device=x.device) if columns else None
-    if m == 0 or k == 0:
+class Block:
+    """See :class:`lcl_kernels.tiled.Block`.
+
+    Args:
+        tile: its first number overrides the rows per chunk of G.
+        precision: chooses the product of fp32 operands, "fp32" or "tf32x3".
+        keep: not used; logits are formed again.
+    """
+
+    def __init__(
+        self,
+        x: Tensor,
+        y: Tensor,
+        x_keys: Tensor,
+        y_keys: Tensor,
+        scale: Tensor,
+        *,
+        tile: tuple[int, int] | None = None,
+        precision: Precision = "fp32",
+        keep: int = 0,
+    ) -> None:
+        if _interpreted() and x.dtype == torch.bfloat16:
+            raise ValueError('precision="bf16": Triton\'s interpreter multiplies it as integers; use "fp16"')
+        self.x, self.y, self.x_keys, self.y_keys, self.scale = x, y, x_keys, y_keys, scale
+        self.tile, self.precision = tile, precision
+        self.empty = len(x) == 0 or len(y) == 0
+        self.terms = max(len(x), len(y))
+        self.shift = None if self.empty else common_shift(x, y, scale)
+
+    def lse(self, *, columns: bool = True) -> tuple[Tensor, Tensor | None]:
+        """See :meth:`lcl_kernels.tiled.Block.lse`."""
+        x, y, shift = self.x, self.y, self.shift
+        lr = torch.full((len(x),), -math.inf, dtype=torch.float32, device=x.device)
+        lc = torch.full((len(y),), -math.inf, dtype=torch.float32, device=x.device) if columns else None
+        if shift is None:
+            return lr, lc
+        block = (x, y, self.x_keys, self.y_keys, self.scale)
+        with _device(x):
+            row_sums, col_sums = _sums(*block, shift, columns, self.precision)
+            floor = smallest_sum(self.terms, torch.float32)
+            lost = row_sums.min() < floor
+            torch.add(row_sums.log(), shift, out=lr)
+            if lc is not None and col_sums is not None:
+                lost = lost | (col_sums.min() < floor)
+                torch.add(col_sums.log(), shift, out=lc)
+            _fallback(*block, lost.to(torch.int32), lr, lc, self.precision)
         return lr, lc
-    with _device(x):
-        shift = block_shift(x, y, scale)
-        row_sums, col_sums = _sums(x, y, x_keys, y_keys, scale, shift, columns, precision)
-        floor = max(m, k) * 2.0**-FLUSH_BITS
-        lost = row_sums.min() < floor
-        torch.add(row_sums.log(), shift, out=lr)
-        if lc is not None and col_sums is not None:
-            lost = lost | (col_sums.min() < floor)
-            torch.add(col_sums.log(), shift, out=lc)
-        _fallback(x, y, x_keys, y_keys, scale, lost.to(torch.int32), lr, lc, precision)
-    return lr, lc
 
-
-def block_gradients(
-    x: Tensor,
-    y: Tensor,
-    x_keys: Tensor,
-    y_keys: Tensor,
-    scale: Tensor,
-    row: Tensor,
-    col: Tensor,
-    *,
-    want_y: bool = True,
-    tile: tuple[int, int] | None = None,
-    precision: Precision = "fp32",
-) -> tuple[Tensor, Tensor | None]:
-    """See :func:`lcl_kernels.tiled.block_gradients`; ``tile[0]`` overrides the rows per chunk of G."""
-    m, k, d = x.shape[0], y.shape[0], x.shape[1]
-    dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
-    dy = torch.zeros(y.shape, dtype=torch.float32, device=x.device) if want_y else None
-    if m == 0 or k == 0:
+    def gradients(self, row: Tensor, col: Tensor, *, want_y: bool = True) -> tuple[Tensor, Tensor | None]:
+        """See :meth:`lcl_kernels.tiled.Block.gradients`."""
+        x, y, shift, precision = self.x, self.y, self.shift, self.precision
+        m, k, d = x.shape[0], y.shape[0], x.shape[1]
+        dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
+        dy = torch.zeros(y.shape, dtype=torch.float32, device=x.device) if want_y else None
+        if shift is None:
+            return dx, dy
+        gain = FP16_GAIN if x.dtype == torch.float16 else 1.0
+        shape = _shape("gradient", x, precision)
+        # Rows of G start at multiples of 16 bytes, else neither the stores nor the products use wide accesses.
+        stride = -(-k // 8) * 8
+        rows = self.tile[0] if self.tile else max(1024, GRADIENT_BYTES // (stride * x.element_size()) // 1024 * 1024)
+        rows = min(rows, m)
+        buffer = torch.empty((rows, stride), dtype=x.dtype, device=x.device)
+        with _device(x):
+            flag = factors_out_of_range(row, col, shift, self.terms).to(torch.int32)
+            for start in range(0, m, rows):
+                part = slice(start, min(start + rows, m))
+                count = part.stop - part.start
+                grid = (triton.cdiv(count, shape.rows) * triton.cdiv(k, shape.columns),)
+                ops.gradient_kernel[grid](
+                    x[part],
+                    y,
+                    self.x_keys[part],
+                    self.y_keys,
+                    buffer,
+                    row[part],
+                    col,
+                    self.scale,
+                    shift,
+                    flag,
+                    count,
+                    k,
+                    stride,
+                    gain,
+                    D=d,
+                    GROUP=8,
+                    PREC=_dot_precision(x, precision),
+                    **_launch(shape),
+                )
+                g = buffer[:count, :k]
+                _accumulate(dx[part], g, y, gain, precision)
+                if dy is not None:
+                    _accumulate(dy, g.T, x[part], gain, precision)
         return dx, dy
-    half = x.dtype == torch.float16
-    gain = FP16_GAIN if half else 1.0
-    shape = _shape("gradient", x, precision)
-    # Rows of G start at multiples of 16 bytes, else neither the stores nor the products use wide accesses.
-    stride = -(-k // 8) * 8
-    rows = tile[0] if tile else max(1024, GRADIENT_BYTES // (stride * x.element_size()) // 1024 * 1024)
-    rows = min(rows, m)
-    buffer = torch.empty((rows, stride), dtype=x.dtype, device=x.device)
-    with _device(x):
-        shift = block_shift(x, y, scale)
-        flag = _out_of_range(row, col, shift, max(m, k)).to(torch.int32)
-        for start in range(0, m, rows):
-            part = slice(start, min(start + rows, m))
-            count = part.stop - part.start
-            grid = (triton.cdiv(count, shape.rows) * triton.cdiv(k, shape.columns),)
-            ops.gradient_kernel[grid](
-                x[part],
-                y,
-                x_keys[part],
-                y_keys,
-                buffer,
-                row[part],
-                col,
-                scale,
-                shift,
-                flag,
-                count,
-                k,
-                stride,
-                gain,
-                D=d,
-                GROUP=8,
-                PREC=_dot_precision(x, precision),
-                **_launch(shape),
-            )
-            g = buffer[:count, :k]
-            _accumulate(dx[part], g, y, gain, precision)
-            if dy is not None:
-                _accumulate(dy, g.T, x[part], gain, precision)
-    return dx, dy
-
-
-def block_shift(x: Tensor, y: Tensor, scale: Tensor) -> Tensor:
-    """0-dim fp32 shift c of the block, on the device; see the module text."""
-    norms = [torch.linalg.vector_norm(t, dim=1, dtype=torch.float32).amax() for t in (x, y)]
-    slack = math.log(max(x.shape[0], y.shape[0])) - HEADROOM
-    return (scale.abs() * norms[0] * norms[1] + slack).clamp_min(0.0).to(torch.float32)
-
-
-def _out_of_range(row: Tensor, col: Tensor, shift: Tensor, terms: int) -> Tensor:
-    """True if a factor exp(shift - row) could overflow, vanish, or multiply sums that lost terms."""
-    low = shift + math.log(terms) - FLUSH_BITS * math.log(2.0)
-    both = torch.cat([row, col])
-    # +inf marks weight 0: its factor is 0 and meant to be.
-    high = torch.where(torch.isinf(both), shift, both)
-    return (both.min() < low) | (high.max() > shift + 86.0)
 
 
 def _sums(
@@ -242,7 +224,7 @@ def _partials(x: Tensor, y: Tensor, shape: Config, columns: bool) -> Any:
 
 def _accumulate(into: Tensor, g: Tensor, other: Tensor, gain: float, precision: Precision) -> None:
     """``into += g @ other / gain`` in fp32."""
-    if other.dtype == torch.float16 and other.is_cuda:
+    if other.dtype != torch.float32 and other.is_cuda:
         torch.addmm(into, g, other, out_dtype=torch.float32, alpha=1 / gain, out=into)
     elif precision == "tf32x3" and other.dtype == torch.float32:
         shape = _shape("matmul", other, precision)
@@ -270,7 +252,7 @@ def _shape(kernel: Kernel, x: Tensor, precision: Precision) -> Config:
     if _interpreted():
         return INTERPRETER
     major, minor = torch.cuda.get_device_capability(x.device)
-    return config(kernel, "fp16" if x.dtype == torch.float16 else precision, 10 * major + minor)
+    return config(kernel, precision if x.dtype == torch.float32 else "fp16", 10 * major + minor)
 
 
 def _launch(shape: Config) -> dict[str, int]:
@@ -284,5 +266,5 @@ def _launch(shape: Config) -> dict[str, int]:
 
 
 def _dot_precision(x: Tensor, precision: Precision) -> str:
-    # Of no effect on fp16 operands; named so that one kernel text serves all.
+    # Of no effect on half-precision operands; named so that one kernel text serves all.
     return "tf32x3" if x.dtype == torch.float32 and precision == "tf32x3" else "ieee"

@@ -383,8 +383,9 @@ class LossConfig:
     """Do not use images of one document as each other's negatives."""
     contrastive_impl: Literal["auto", "reference", "tiled", "triton"] = "auto"
     """Kernel of the contrastive loss."""
-    contrastive_precision: Literal["auto", "fp32", "tf32x3", "fp16"] = "auto"
-    """Operands of the logits; sums are always fp32. auto: fp16 in bf16 and FP8 runs on CUDA, else fp32."""
+    contrastive_precision: Literal["auto", "fp32", "tf32x3", "fp16", "bf16"] = "auto"
+    """Operands of the logits; sums are always fp32. auto: fp16 in bf16 and FP8 runs on CUDA, else fp32. bf16 is for
+    CPUs with units for it."""
     contrastive_schedule: Literal["auto", "reduce_scatter", "gather_both"] = "auto"
     """Collectives of the contrastive loss."""
     generation_impl: Literal["auto", "reference", "chunked"] = "auto"

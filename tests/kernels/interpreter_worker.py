@@ -115,13 +115,12 @@ def block_case(m: int, k: int, d: int, columns: bool, scale: float) -> dict[str,
     x_keys, y_keys = (torch.arange(10, 10 + c, dtype=torch.int32) for c in (m, k))
     s = torch.tensor(scale)
     with mock.patch.object(torch, "empty", poisoned_empty):
-        lr, lc = triton_engine.block_lse(x, y, x_keys, y_keys, s, columns=columns)
+        block = triton_engine.Block(x, y, x_keys, y_keys, s, tile=(48, 0))
+        lr, lc = block.lse(columns=columns)
     logits = (scale * x.double() @ y.double().T).masked_fill(x_keys[:, None] == y_keys, -torch.inf)
     row, col = logits.logsumexp(1), logits.logsumexp(0)
     with mock.patch.object(torch, "empty", poisoned_empty):
-        dx, dy = triton_engine.block_gradients(
-            x, y, x_keys, y_keys, s, row.float(), col.float(), want_y=columns, tile=(48, 0)
-        )
+        dx, dy = block.gradients(row.float(), col.float(), want_y=columns)
     g = (logits - row[:, None]).exp() + (logits - col).exp()
     worst = [float((lr - row).abs().max()), relative(dx, g @ y.double())]
     if columns:
@@ -152,7 +151,7 @@ def main() -> None:
         block_case(33, 65, 40, False, 50.0),
     ]
     # The fallback must run when forced and be skipped otherwise: the same numbers by either way.
-    with mock.patch.object(triton_engine, "FLUSH_BITS", -200):
+    with mock.patch.object(triton_engine, "smallest_sum", return_value=float("inf")):
         cases.append(case(77, 64, 14.3, sum_rows=32) | {"name": "forced fallback"})
     with mock.patch.object(triton_engine, "_fallback"):
         broken = case(40, 64, 100.0, kind="opposite")["loss"]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 from lcl_kernels import infonce, infonce_reference, tiled
 from torch import Tensor
 from torch.nn.functional import cross_entropy, normalize
+
+infonce_module = import_module("lcl_kernels.infonce")  # the package exports the function under the same name
 
 
 def embeddings(n: int, d: int, kind: str = "trained") -> tuple[Tensor, Tensor]:
@@ -239,7 +242,7 @@ def test_incoming_gradient_scales_and_evaluation_skips_gradients(monkeypatch: py
     def fail(*args: object, **kwargs: object) -> None:
         raise AssertionError("gradients formed in evaluation")
 
-    monkeypatch.setattr(tiled, "block_gradients", fail)
+    monkeypatch.setattr(tiled.Block, "gradients", fail)
     with torch.no_grad():
         assert infonce(image, text, 10.0).item() == loss.item()
 
@@ -258,20 +261,52 @@ def test_backward_repeats_while_the_graph_is_kept_and_then_hands_its_buffers_ove
     assert image.grad.data_ptr() == saved
 
 
-def test_memory_does_not_grow_with_n_squared(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No allocation of the loss exceeds the gradients or one tile."""
-    largest = 0
-    real = torch.empty
+@pytest.mark.parametrize(("keep", "tiles"), [(0, 1), (3 * 8000, 4), (1 << 28, 130)])
+def test_memory_does_not_grow_with_n_squared(monkeypatch: pytest.MonkeyPatch, keep: int, tiles: int) -> None:
+    """Exponentials wait in at most ``KEPT_BYTES``; beyond them there is one tile, and a strip of it."""
+    numbers = 0
+    real = tiled.Block._memory
 
-    def empty(*args: Any, **kwargs: Any) -> Tensor:
-        nonlocal largest
-        result = real(*args, **kwargs)
-        largest = max(largest, result.numel())
-        return result
+    def memory(self: tiled.Block, count: int, size: int) -> list[Tensor]:
+        nonlocal numbers
+        numbers += count * size
+        return real(self, count, size)
 
-    monkeypatch.setattr(torch, "empty", empty)
-    evaluate(*embeddings(500, 8), 10.0, tile=(50, 40))
-    assert largest == 50 * 40
+    whole = evaluate(*embeddings(500, 8), 10.0, tile=(500, 500))
+    monkeypatch.setattr(tiled.Block, "_memory", memory)
+    monkeypatch.setattr(infonce_module, "KEPT_BYTES", keep)
+    kept = evaluate(*embeddings(500, 8), 10.0, tile=(50, 40))
+    gradient_tile = 0 if tiles == 130 else 1
+    assert numbers == 50 * 40 * (tiles + gradient_tile + 1)
+    assert max(errors(kept, whole)) < 3e-6
+
+
+def test_one_shift_serves_unless_it_loses_exponentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Opposite embeddings have all logits at -s: at s = 100 the shifted sums vanish and maxima take over."""
+    by_maxima = []
+    real = tiled.Block._lse_by_maxima
+    monkeypatch.setattr(tiled.Block, "_lse_by_maxima", lambda self, columns: by_maxima.append(1) or real(self, columns))
+    for kind, scale, expected in (("trained", 100.0, 0), ("opposite", 30.0, 0), ("opposite", 100.0, 1)):
+        by_maxima.clear()
+        image, text = embeddings(60, 32, kind)
+        ours = evaluate(image, text, scale, tile=(16, 24))
+        truth = evaluate(image, text, scale, torch.float64, impl="reference")
+        assert len(by_maxima) == expected, (kind, scale)
+        assert max(errors(ours, truth, floor=scale * 60**-0.5)) < 1e-5
+    # Lengths of 4 put the logits beyond fp32's exponential: sums and factors both leave its range.
+    image, text = (4.0 * x for x in embeddings(60, 32, "saturated"))
+    assert max(errors(evaluate(image, text, 30.0), evaluate(image, text, 30.0, torch.float64, impl="reference"))) < 1e-4
+
+
+@pytest.mark.parametrize("kind", ["trained", "random"])
+def test_bf16_products_cost_what_their_rounding_costs(kind: str) -> None:
+    """docs/kernels.md states the bound; on a CPU without bf16 units only the operands are rounded."""
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    image, text = embeddings(300, 256, kind)
+    truth = evaluate(image, text, 30.0, torch.float64, impl="reference")
+    ours = evaluate(image, text, 30.0, precision="bf16", tile=(128, 128))
+    assert 1e-5 < max(errors(ours, truth)) < 1e-2
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
 
 
 @pytest.mark.parametrize(
