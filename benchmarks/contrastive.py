@@ -84,7 +84,7 @@ def triton(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
 
 def inf_cl(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     """Forms the gradients too and hands them over, as its backward pass would."""
-    from lcl_kernels import triton_engine as engine
+    from lcl_kernels.triton_engine import TritonBlock
 
     x, y, s = image.detach().half(), text.detach().half(), scale.detach()
     keys, other = (torch.arange(i * len(x), (i + 1) * len(x), dtype=torch.int32, device=x.device) for i in (0, 1))
@@ -94,10 +94,10 @@ def inf_cl(image: Tensor, text: Tensor, scale: Tensor) -> Tensor:
     loss = torch.zeros((), device=x.device)
     for rows, columns, flip in ((x, y, False), (y, x, True)):
         # Different keys on both sides: here the positive stays in the sum.
-        block = engine.Block(rows, columns, keys, other, s)
+        block = TritonBlock(rows, columns, keys, other, s)
         lse, _ = block.lse(columns=False)
         own, _ = block.gradients(lse, nothing, want_y=False)
-        theirs, _ = engine.Block(columns, rows, keys, other, s).gradients(nothing, lse, want_y=False)
+        theirs, _ = TritonBlock(columns, rows, keys, other, s).gradients(nothing, lse, want_y=False)
         loss = loss + 0.5 * (lse - positive).mean()
         for target, part, positives in ((flip, own, columns), (not flip, theirs, rows)):
             gradients[target] += (part - positives.float()) * (0.5 * s / len(x))

@@ -15,7 +15,8 @@ the positive dominates; ``logsumexp - S_ii`` over all columns subtracts two near
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, get_args
 
 import torch
 from torch import Tensor
@@ -28,6 +29,17 @@ FP16_GAIN = 2.0**14
 fits, and the many entries near 1/N leave fp16's subnormal range."""
 KEPT_BYTES = 1 << 28
 """Exponentials that a loss may keep from its sums to its gradients on a CPU: all of them up to N = 8192 in fp32."""
+
+
+class Block(Protocol):
+    """Rows against columns of one step, as :class:`lcl_kernels.tiled.TiledBlock` states it."""
+
+    def lse(self, *, columns: bool = True) -> tuple[Tensor, Any]: ...
+
+    def gradients(self, row: Tensor, col: Tensor, *, want_y: bool = True) -> tuple[Tensor, Any]: ...
+
+
+Engine: TypeAlias = Callable[..., Block]
 
 
 def check_choice(name: str, value: str, allowed: object) -> None:

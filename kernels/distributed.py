@@ -22,12 +22,10 @@ Weight modes and the two schedules are described in ``lcl_kernels.schedule``, th
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
 from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
-from lcl_kernels import tiled
 from lcl_kernels._gathers import (
     RaggedGather,
     group_rank,
@@ -39,6 +37,7 @@ from lcl_kernels._gathers import (
 )
 from lcl_kernels._pair_terms import (
     KEPT_BYTES,
+    Engine,
     Impl,
     Precision,
     add_positive,
@@ -56,6 +55,7 @@ from lcl_kernels._pair_terms import (
 )
 from lcl_kernels.infonce import select_engine
 from lcl_kernels.schedule import CommunicationRates, PairShards, Schedule, Weighting, choose_schedule, pair_weights
+from lcl_kernels.tiled import TiledBlock
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -225,9 +225,9 @@ class PendingInfoNCE:
         """Start the gather of this rank's slice of ``rows`` ``[n, ...]``."""
         return self._gather(rows)
 
-    def engine(self, like: Tensor) -> ModuleType:
-        """The block implementation for these tensors."""
-        return select_engine(self.owner.impl, like) or tiled
+    def engine(self, like: Tensor) -> Engine:
+        """The class of blocks for these tensors."""
+        return select_engine(self.owner.impl, like) or TiledBlock
 
 
 class _Local(NamedTuple):
@@ -295,7 +295,7 @@ def _reduce_scatter(
     columns = step.gathered("text")
     keys = (local.sequence_keys, local.col_keys)
     keep = KEPT_BYTES if with_gradients else 0
-    block = engine.Block(local.x, columns, *keys, local.s, precision=owner.precision, keep=keep)
+    block = engine(local.x, columns, *keys, local.s, precision=owner.precision, keep=keep)
     lr, lc = block.lse()
     lc = merge_lse_reduced(lc, owner.dp_group)
     # This TP rank knows the column sums of its slice only; -inf elsewhere makes the merge a gather.
@@ -321,9 +321,9 @@ def _gather_both(
     rest = (local.sequence_keys, local.col_keys, local.s)
     options: dict[str, Any] = {"precision": step.owner.precision, "keep": KEPT_BYTES // 2 if with_gradients else 0}
     # Text rows first: they need the image gather, which started earlier than that of the texts.
-    text_rows = engine.Block(local.y, step.gathered("image"), *rest, **options)
+    text_rows = engine(local.y, step.gathered("image"), *rest, **options)
     lc, _ = text_rows.lse(columns=False)
-    image_rows = engine.Block(local.x, step.gathered("text"), *rest, **options)
+    image_rows = engine(local.x, step.gathered("text"), *rest, **options)
     lr, _ = image_rows.lse(columns=False)
     lr, lc = merge_lse(torch.stack([lr, lc]), step.owner.tp_group)
     terms = pair_terms(lr, lc, local.s * local.cos, local.v)

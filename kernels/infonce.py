@@ -9,13 +9,12 @@ multiplied by the incoming gradient in backward, so backward launches no kernel 
 from __future__ import annotations
 
 import os
-from types import ModuleType
 from typing import Any
 
 import torch
-from lcl_kernels import tiled
 from lcl_kernels._pair_terms import (
     KEPT_BYTES,
+    Engine,
     Impl,
     Precision,
     add_positive,
@@ -32,6 +31,7 @@ from lcl_kernels._pair_terms import (
     work_dtype,
 )
 from lcl_kernels.reference import infonce_reference
+from lcl_kernels.tiled import TiledBlock
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -84,8 +84,8 @@ def infonce(
     return loss
 
 
-def select_engine(impl: Impl, like: Tensor) -> ModuleType | None:
-    """The module whose ``Block`` serves these tensors; None means the reference.
+def select_engine(impl: Impl, like: Tensor) -> Engine | None:
+    """The class of blocks that serves these tensors; None means the reference.
 
     Raises:
         ValueError: unknown ``impl``, or "triton" asked for where it cannot run.
@@ -94,16 +94,16 @@ def select_engine(impl: Impl, like: Tensor) -> ModuleType | None:
     if impl == "reference":
         return None
     if impl == "tiled" or (impl == "auto" and not _triton_runs(like)):
-        return tiled
+        return TiledBlock
     try:
-        from lcl_kernels import triton_engine
+        from lcl_kernels.triton_engine import TritonBlock
     except ImportError as error:
         if impl == "auto":
-            return tiled
+            return TiledBlock
         raise ValueError('impl="triton" needs the triton package; install it or use impl="tiled"') from error
     if not _triton_runs(like):
         raise ValueError(f'impl="triton" cannot run on {like.dtype} on {like.device}; use impl="tiled"')
-    return triton_engine
+    return TritonBlock
 
 
 def _triton_runs(like: Tensor) -> bool:
@@ -116,7 +116,7 @@ class _Options:
 
     def __init__(
         self,
-        engine: ModuleType,
+        engine: Engine,
         precision: Precision,
         weights: Tensor | None,
         group_ids: Tensor | None,
@@ -155,7 +155,7 @@ class _InfoNCE(torch.autograd.Function):
             unit = w.max().clamp_min(torch.finfo(dtype).tiny)
             v = w / unit
         keep = KEPT_BYTES if wanted else 0
-        block = options.engine.Block(x, y, keys, keys, s, tile=options.tile, precision=options.precision, keep=keep)
+        block = options.engine(x, y, keys, keys, s, tile=options.tile, precision=options.precision, keep=keep)
         lr, lc = block.lse()
         cos = row_dot(x, y, dtype)
         terms = pair_terms(lr, lc, s * cos, v)

@@ -1,7 +1,7 @@
 """Blocks of the contrastive loss in plain torch: any device, no N x N memory, no host synchronisation on CUDA.
 
 Two operations on a rectangular block of rows ``x [M, D]`` against columns ``y [K, D]`` carry the whole loss,
-on one device or on many: :meth:`Block.lse` and :meth:`Block.gradients`. ``lcl_kernels.triton_engine``
+on one device or on many: :meth:`TiledBlock.lse` and :meth:`TiledBlock.gradients`. ``lcl_kernels.triton_engine``
 offers the same two with the same meaning.
 
 Logits exist for one tile at a time. On a CPU, where the host may look at numbers, all exponentials share one
@@ -32,7 +32,7 @@ def tile_shape(device: torch.device) -> tuple[int, int]:
     return (2048, 2048) if device.type == "cpu" else (4096, 8192)
 
 
-class Block:
+class TiledBlock:
     """One block of one step: its sums, then its gradients.
 
     Args:

@@ -1,4 +1,4 @@
-"""``Block`` in Triton: same meaning as in ``lcl_kernels.tiled``, for GPUs.
+"""``TritonBlock``: same meaning as ``lcl_kernels.tiled.TiledBlock``, for GPUs.
 
 How a block is done
     1. ``sums``: logits of every tile once, one exponential each, shifted by one number for the whole block
@@ -34,8 +34,8 @@ SUM_ROWS = 16384
 GRADIENT_BYTES = 1 << 30
 
 
-class Block:
-    """See :class:`lcl_kernels.tiled.Block`.
+class TritonBlock:
+    """See :class:`lcl_kernels.tiled.TiledBlock`.
 
     Args:
         tile: its first number overrides the rows per chunk of G.
@@ -64,7 +64,7 @@ class Block:
         self.shift = None if self.empty else common_shift(x, y, scale)
 
     def lse(self, *, columns: bool = True) -> tuple[Tensor, Tensor | None]:
-        """See :meth:`lcl_kernels.tiled.Block.lse`."""
+        """See :meth:`lcl_kernels.tiled.TiledBlock.lse`."""
         x, y, shift = self.x, self.y, self.shift
         lr = torch.full((len(x),), -math.inf, dtype=torch.float32, device=x.device)
         lc = torch.full((len(y),), -math.inf, dtype=torch.float32, device=x.device) if columns else None
@@ -83,7 +83,7 @@ class Block:
         return lr, lc
 
     def gradients(self, row: Tensor, col: Tensor, *, want_y: bool = True) -> tuple[Tensor, Tensor | None]:
-        """See :meth:`lcl_kernels.tiled.Block.gradients`."""
+        """See :meth:`lcl_kernels.tiled.TiledBlock.gradients`."""
         x, y, shift, precision = self.x, self.y, self.shift, self.precision
         m, k, d = x.shape[0], y.shape[0], x.shape[1]
         dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device)

@@ -115,7 +115,7 @@ def block_case(m: int, k: int, d: int, columns: bool, scale: float) -> dict[str,
     x_keys, y_keys = (torch.arange(10, 10 + c, dtype=torch.int32) for c in (m, k))
     s = torch.tensor(scale)
     with mock.patch.object(torch, "empty", poisoned_empty):
-        block = triton_engine.Block(x, y, x_keys, y_keys, s, tile=(48, 0))
+        block = triton_engine.TritonBlock(x, y, x_keys, y_keys, s, tile=(48, 0))
         lr, lc = block.lse(columns=columns)
     logits = (scale * x.double() @ y.double().T).masked_fill(x_keys[:, None] == y_keys, -torch.inf)
     row, col = logits.logsumexp(1), logits.logsumexp(0)

@@ -242,7 +242,7 @@ def test_incoming_gradient_scales_and_evaluation_skips_gradients(monkeypatch: py
     def fail(*args: object, **kwargs: object) -> None:
         raise AssertionError("gradients formed in evaluation")
 
-    monkeypatch.setattr(tiled.Block, "gradients", fail)
+    monkeypatch.setattr(tiled.TiledBlock, "gradients", fail)
     with torch.no_grad():
         assert infonce(image, text, 10.0).item() == loss.item()
 
@@ -265,15 +265,15 @@ def test_backward_repeats_while_the_graph_is_kept_and_then_hands_its_buffers_ove
 def test_memory_does_not_grow_with_n_squared(monkeypatch: pytest.MonkeyPatch, keep: int, tiles: int) -> None:
     """Exponentials wait in at most ``KEPT_BYTES``; beyond them there is one tile, and a strip of it."""
     numbers = 0
-    real = tiled.Block._memory
+    real = tiled.TiledBlock._memory
 
-    def memory(self: tiled.Block, count: int, size: int) -> list[Tensor]:
+    def memory(self: tiled.TiledBlock, count: int, size: int) -> list[Tensor]:
         nonlocal numbers
         numbers += count * size
         return real(self, count, size)
 
     whole = evaluate(*embeddings(500, 8), 10.0, tile=(500, 500))
-    monkeypatch.setattr(tiled.Block, "_memory", memory)
+    monkeypatch.setattr(tiled.TiledBlock, "_memory", memory)
     monkeypatch.setattr(infonce_module, "KEPT_BYTES", keep)
     kept = evaluate(*embeddings(500, 8), 10.0, tile=(50, 40))
     gradient_tile = 0 if tiles == 130 else 1
@@ -284,8 +284,10 @@ def test_memory_does_not_grow_with_n_squared(monkeypatch: pytest.MonkeyPatch, ke
 def test_one_shift_serves_unless_it_loses_exponentials(monkeypatch: pytest.MonkeyPatch) -> None:
     """Opposite embeddings have all logits at -s: at s = 100 the shifted sums vanish and maxima take over."""
     by_maxima = []
-    real = tiled.Block._lse_by_maxima
-    monkeypatch.setattr(tiled.Block, "_lse_by_maxima", lambda self, columns: by_maxima.append(1) or real(self, columns))
+    real = tiled.TiledBlock._lse_by_maxima
+    monkeypatch.setattr(
+        tiled.TiledBlock, "_lse_by_maxima", lambda self, columns: by_maxima.append(1) or real(self, columns)
+    )
     for kind, scale, expected in (("trained", 100.0, 0), ("opposite", 30.0, 0), ("opposite", 100.0, 1)):
         by_maxima.clear()
         image, text = embeddings(60, 32, kind)
