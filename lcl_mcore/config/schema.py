@@ -504,6 +504,14 @@ class TrainConfig:
     backend: Literal["auto", "torch", "te"] = "auto"
     """Transformer layers: Transformer Engine's, or megatron-core's own with torch kernels."""
 
+    @property
+    def token_multiple(self) -> int:
+        """What Transformer Engine wants token counts and widths to be a multiple of: 16 in FP8 (see its `autocast`), 32
+        with block scales, so that GPUs that serve them in MXFP8's blocks of 32 take them too; 1 in other precisions."""
+        if self.precision != "fp8":
+            return 1
+        return 32 if self.fp8_recipe == "block" else 16
+
     def __post_init__(self) -> None:
         require(
             self.global_batch_size % self.micro_batch_size == 0,
@@ -733,6 +741,7 @@ class RunConfig:
             "Transformer Engine shares its scales among all processes of the job, and stages have different ones",
             "Use --fp8-recipe current or block.",
         )
+        self._check_fp8_sizes()
         for name in ("recompute_vision", "recompute_language"):
             require(
                 not fp8 or getattr(self.parallel, name) != "selective",
@@ -746,6 +755,30 @@ class RunConfig:
             "its kernels work on CUDA only",
             "Use --optimizer-backend auto.",
         )
+
+    def _check_fp8_sizes(self) -> None:
+        """Every side of an FP8 matmul on one rank; the ViT's token counts are padded instead (`models.lcl`)."""
+        multiple, tp = self.train.token_multiple, self.parallel.tensor_parallel_size
+        vision, language = self.model.vision, self.model.language
+        shares = {"vision": 1 if self.resolved_vision_parallel == "data" else tp, "language": tp}
+        length, sequences = self.data.sequence_length, self.train.micro_batch_size
+        tokens = (f"data.sequence_length = {length} x train.micro_batch_size = {sequences}", length * sequences)
+        if self.evaluation.every:  # whose last micro-batch may hold a single sequence
+            tokens = (f"data.sequence_length = {length}", length)
+        sizes = {
+            tokens: tp if self.parallel.sequence_parallel else 1,
+            (f"model.vision.width = {vision.width}", vision.width): shares["vision"],
+            (f"model.vision.mlp_width = {vision.mlp_width}", vision.mlp_width): shares["vision"],
+            (f"model.language.width = {language.width}", language.width): shares["language"],
+            (f"model.language.mlp_width = {language.mlp_width}", language.mlp_width): shares["language"],
+        }
+        for (text, size), ranks in sizes.items():
+            require(
+                size % (multiple * ranks) == 0,
+                f"{text} with train.precision = fp8" + (f" over {ranks} tensor-parallel ranks" if ranks > 1 else ""),
+                f"FP8 matmuls with {self.train.fp8_recipe} scaling take multiples of {multiple} on each rank",
+                f"Use a multiple of {multiple * ranks}, or --precision bf16.",
+            )
 
     @property
     def resolved_vision_parallel(self) -> Literal["tensor", "data"]:

@@ -66,6 +66,16 @@ class Temperature(nn.Module):
         self.log_scale.clamp_(*LOG_SCALE_RANGE)
 
 
+def image_multiple(tokens: int, shares: int, token_multiple: int) -> int:
+    """What the number of images is filled up to a multiple of, so that each of `shares` tensor-parallel ranks has whole
+    images and a multiple of `token_multiple` tokens.
+
+    Args:
+        tokens: of an image in the encoder.
+    """
+    return shares * token_multiple // math.gcd(tokens, token_multiple)
+
+
 class LclModel(MegatronModule):
     """LCL, or the part of it that stands on one pipeline stage.
 
@@ -88,7 +98,7 @@ class LclModel(MegatronModule):
         )
         super().__init__(config=language_config)
         self.shape, self.tp_group = config.model, groups.tp
-        self.fp8 = config.train.precision == "fp8"
+        self.token_multiple = config.train.token_multiple
         self.vision_data = config.resolved_vision_parallel == "data" and config.parallel.tensor_parallel_size > 1
         """Every TP rank holds the whole ViT and encodes a share of the images."""
         self.stage_layers = stage_layers
@@ -133,9 +143,7 @@ class LclModel(MegatronModule):
         """
         n = images.shape[0]
         shares = self.tp_group.size() if self.config.sequence_parallel or self.vision_data else 1
-        multiple = shares
-        if self.fp8:  # its matrix products want token counts that are multiples of 16
-            multiple = shares * 16 if self.vision_data else math.lcm(shares, 16)
+        multiple = image_multiple(self.shape.vision.tokens, shares, self.token_multiple)
         missing = max(-(-n // multiple), 1) * multiple - n
         if missing:
             images = torch.cat((images, images.new_zeros(missing, *images.shape[1:])))

@@ -131,6 +131,18 @@ OF_DEMO = {
         "train.fp8_recipe = delayed with parallel.pipeline_parallel_size = 2: Transformer Engine shares its scales "
         "among all processes of the job, and stages have different ones. Use --fp8-recipe current or block."
     ),
+    "--precision fp8 --data.sequence-length 250": (
+        "data.sequence_length = 250 x train.micro_batch_size = 4 with train.precision = fp8: FP8 matmuls with current "
+        "scaling take multiples of 16 on each rank. Use a multiple of 16, or --precision bf16."
+    ),
+    "--precision fp8 --data.sequence-length 252 --tp 2 --sequence-parallel --evaluation.every 5 --evaluation.data x": (
+        "data.sequence_length = 252 with train.precision = fp8 over 2 tensor-parallel ranks: FP8 matmuls with current "
+        "scaling take multiples of 16 on each rank. Use a multiple of 32, or --precision bf16."
+    ),
+    "--precision fp8 --fp8-recipe block --tp 2 --model.language.mlp-width 1568": (
+        "model.language.mlp_width = 1568 with train.precision = fp8 over 2 tensor-parallel ranks: FP8 matmuls "
+        "with block scaling take multiples of 32 on each rank. Use a multiple of 64, or --precision bf16."
+    ),
     "--precision fp8 --recompute-language selective": (
         "parallel.recompute_language = selective with train.precision = fp8: Transformer Engine recomputes whole "
         "layers. Use full or block:N."

@@ -15,7 +15,7 @@ from batches import CLIP, OPT, SHAPES, Document, micro_batch, with_rates
 from lcl_mcore.batch import MicroBatch
 from lcl_mcore.config.schema import ModelConfig
 from lcl_mcore.models.attention import make_segments
-from lcl_mcore.models.lcl import INITIAL_LOG_SCALE, LclModel
+from lcl_mcore.models.lcl import INITIAL_LOG_SCALE, LclModel, image_multiple
 from lcl_mcore.rng import uniform
 
 Build = Callable[..., LclModel]
@@ -287,3 +287,35 @@ def test_recomputed_activations_give_the_same_gradients(build: Build) -> None:
     for name, grad in grads[0].items():
         for other in grads[1:]:
             assert torch.equal(grad, other[name]), name
+
+
+@pytest.mark.parametrize("tokens", [1, 16, 17, 197, 256, 257, 264])
+@pytest.mark.parametrize("shares", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("token_multiple", [1, 16, 32])
+def test_images_are_filled_up_to_whole_shares_of_token_counts_that_fp8_takes(
+    tokens: int, shares: int, token_multiple: int
+) -> None:
+    """The smallest number of images for which each rank has whole images and a multiple of tokens."""
+    fitting = (n for n in range(1, 1000) if n % shares == 0 and n // shares * tokens % token_multiple == 0)
+    assert image_multiple(tokens, shares, token_multiple) == next(fitting)
+
+
+def test_images_added_for_fp8_change_nothing(build: Build, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three images are encoded as sixteen; features and gradients are those of three."""
+    model, seen = build(OPT), []
+    images = torch.randint(0, 256, (3, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    encode = model.vision.forward
+    monkeypatch.setattr(model.vision, "forward", lambda x, *rest: seen.append(len(x)) or encode(x, *rest))
+    results = []
+    for multiple in (1, 16):
+        model.zero_grad()
+        model.token_multiple = multiple
+        features = model.encode_images(images, torch.arange(3), 0)
+        (features.vectors.sum() + features.latents.square().sum()).backward()
+        gradients = [p.grad.clone() for p in model.vision.parameters() if p.grad is not None]
+        results.append([features.vectors, features.latents, *gradients])
+    tokens = OPT.vision.tokens
+    assert seen == [3, -(-3 // (16 // math.gcd(tokens, 16))) * (16 // math.gcd(tokens, 16))]
+    assert seen[1] > 3
+    for plain, padded in zip(*results, strict=True):
+        torch.testing.assert_close(padded, plain, rtol=1e-4, atol=1e-5)
