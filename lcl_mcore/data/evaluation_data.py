@@ -11,7 +11,7 @@ import torch
 from lcl_mcore.batch import MicroBatch
 from lcl_mcore.config.schema import DataConfig, RunConfig, SourceConfig
 from lcl_mcore.data.collate import Collator, SequencePlan, micro_batch
-from lcl_mcore.data.decode import ImageReader
+from lcl_mcore.data.image_reader import ImageReader
 from lcl_mcore.data.loader import DataContext
 from lcl_mcore.data.mixture import Mixture
 from lcl_mcore.data.order import SampleIndex

@@ -25,10 +25,11 @@ from lcl_mcore.batch import GlobalCounts, MicroBatch, StepBatch
 from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.data.broadcast import RankReport, gather_reports, receive_step, send_step
 from lcl_mcore.data.collate import Collator, SequencePlan, micro_batch
-from lcl_mcore.data.decode import ImageReader
+from lcl_mcore.data.image_reader import ImageReader
 from lcl_mcore.data.mixture import Mixture
 from lcl_mcore.data.packing import SampleStream
 from lcl_mcore.data.tokenizer import Tokenizer
+from lcl_mcore.distributed.device import SideStream, take_over
 from lcl_mcore.errors import DataError, explain
 from lcl_mcore.rng import key63
 
@@ -113,7 +114,7 @@ class StepLoader(Iterator[StepBatch]):
         self._source = source
         self._device = device
         self._credits = threading.Semaphore(depth)
-        self._steps: queue.SimpleQueue[StepBatch | BaseException] = queue.SimpleQueue()
+        self._steps: queue.SimpleQueue[tuple[StepBatch, torch.cuda.Event | None] | BaseException] = queue.SimpleQueue()
         self._stopped = threading.Event()
         self._failed: BaseException | None = None
         self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
@@ -130,11 +131,13 @@ class StepLoader(Iterator[StepBatch]):
             raise self._failed
         if self._stopped.is_set():
             raise StopIteration
-        step = self._steps.get()
-        if isinstance(step, BaseException):
-            self._failed = step
-            raise step
+        item = self._steps.get()
+        if isinstance(item, BaseException):
+            self._failed = item
+            raise item
         self._credits.release()
+        step, made = item
+        take_over([batch.images for batch in step.micro_batches], made)
         return step
 
     @property
@@ -154,18 +157,19 @@ class StepLoader(Iterator[StepBatch]):
         on_cuda = self._device.type == "cuda"
         if on_cuda:  # the current device is a thread's own; a new thread would otherwise use the first one
             torch.cuda.set_device(self._device)
-        while True:
-            self._credits.acquire()
-            if self._stopped.is_set():
-                return
-            try:
-                step = self._source.next_step()
-                if on_cuda:
-                    step = replace(step, micro_batches=tuple(batch.pin_memory() for batch in step.micro_batches))
-                self._steps.put(step)
-            except BaseException as error:  # handed to the consumer, whatever it is
-                self._steps.put(error)
-                return
+        with self._source.side.current():
+            while True:
+                self._credits.acquire()
+                if self._stopped.is_set():
+                    return
+                try:
+                    step = self._source.next_step()
+                    if on_cuda:
+                        step = replace(step, micro_batches=tuple(batch.pin_memory() for batch in step.micro_batches))
+                    self._steps.put((step, self._source.side.mark()))
+                except BaseException as error:  # handed to the consumer, whatever it is
+                    self._steps.put(error)
+                    return
 
 
 @dataclass(frozen=True)
@@ -189,6 +193,7 @@ class StepReader:
         self._context = context
         self._mixture = Mixture(data, tokenizer, latents, streams=streams, seed=seed)
         self._images = ImageReader(data, self._mixture, config.model.vision.image_size, context.device)
+        self.side = self._images.side
         self._collator = Collator(data, tokenizer, latents, seed=seed)
         self._identity = describe_run(config, self._mixture, tokenizer)
         start = read_position(position, self._identity)
@@ -323,6 +328,7 @@ class StepReceiver:
 
     def __init__(self, context: DataContext) -> None:
         assert context.model_group is not None
+        self.side = SideStream(torch.device("cpu"))  # what arrives lies on the host
         self._group = context.model_group
         self._pixel_ranks = context.pixel_ranks
 

@@ -171,7 +171,8 @@ def choose_parts(precision: str) -> list[Line]:
     from lcl_kernels.infonce import select_engine
 
     from lcl_mcore.config.schema import DataConfig
-    from lcl_mcore.data.decode import build_decoder
+    from lcl_mcore.data.image_reader import ENOUGH_CORES, build_decoder
+    from lcl_mcore.distributed.device import SideStream
     from lcl_mcore.fused_adam import choose_adam
     from lcl_mcore.models.backends import choose_gradient_fusion, choose_layers
 
@@ -190,9 +191,9 @@ def choose_parts(precision: str) -> list[Line]:
     reason = "contrastive" if name == "triton" else f"contrastive; triton: {optional_packages.triton().reason}"
     lines.append(Line("loss", name, True, reason))
     lines.append(Line("", "chunked", True, "vocabulary cross-entropy, logits never stored whole"))
-    decoder = build_decoder(DataConfig(), torch.device(device))
+    decoder = build_decoder(DataConfig(), torch.device(device), SideStream(torch.device("cpu")))
     dali = optional_packages.dali()
-    why_not = dali.reason if not dali.usable else "decodes on a GPU, and none is visible"
+    why_not = dali.reason if not dali.usable else f"for a GPU with fewer than {ENOUGH_CORES} cores"
     reason = "" if decoder.name == "dali" else f"libjpeg-turbo and Pillow on threads; dali: {why_not}"
     lines.append(Line("decode", decoder.name, True, reason))
     decoder.close()

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +35,40 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     if device.type == "cuda":
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
+
+
+class SideStream:
+    """A stream of its own for device work beside training, which would otherwise queue behind training's kernels.
+
+    On a CPU there is none, and everything here does nothing.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+
+    @property
+    def handle(self) -> int | None:
+        """The `cudaStream_t`, for other libraries."""
+        return None if self._stream is None else int(self._stream.cuda_stream)
+
+    def current(self) -> AbstractContextManager[Any]:
+        """Within it, the calling thread's work goes to this stream."""
+        return nullcontext() if self._stream is None else torch.cuda.stream(self._stream)
+
+    def mark(self) -> torch.cuda.Event | None:
+        """An event behind all that was launched here so far."""
+        return None if self._stream is None else self._stream.record_event()
+
+
+def take_over(tensors: Iterable[Tensor], made: torch.cuda.Event | None) -> None:
+    """Let the current stream use tensors of a `SideStream`: it waits for the mark behind them, the host does not."""
+    if made is None:
+        return
+    stream = torch.cuda.current_stream()
+    stream.wait_event(made)
+    for tensor in tensors:
+        if tensor.is_cuda:
+            tensor.record_stream(stream)  # or the allocator would give its memory away while it is read
 
 
 @dataclass(frozen=True)

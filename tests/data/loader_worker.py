@@ -18,7 +18,7 @@ import torch.distributed as dist
 
 from corpora import config, run_config, small_tokenizer
 from lcl_mcore.batch import MicroBatch
-from lcl_mcore.data.decode import ImageReader
+from lcl_mcore.data.image_reader import ImageReader
 from lcl_mcore.data.loader import DataContext, build_loader
 from lcl_mcore.errors import DataError
 

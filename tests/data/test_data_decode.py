@@ -20,18 +20,12 @@ from PIL import Image
 from corpora import config, image_bytes, make_dataset, open_loader
 from lcl_mcore import optional_packages
 from lcl_mcore.data.crop import Window, centre_window, random_window
-from lcl_mcore.data.decode import (
-    CpuDecoder,
-    DaliDecoder,
-    Decoder,
-    DecodeTask,
-    build_decoder,
-    decode_one,
-    decode_threads,
-    reduced_axis,
-)
+from lcl_mcore.data.dali import DaliDecoder
+from lcl_mcore.data.decode import CpuDecoder, Decoder, DecodeTask, decode_one, reduced_axis
+from lcl_mcore.data.image_reader import build_decoder, decode_threads
 from lcl_mcore.data.images import BadImageError, may_be_turned, open_image, upright_rgb
 from lcl_mcore.data.images import orientation as orientation_of
+from lcl_mcore.distributed.device import SideStream
 from lcl_mcore.errors import ConfigError, DataError
 from lcl_mcore.rng import KeyedRandom
 
@@ -249,7 +243,11 @@ CPU = torch.device("cpu")
 
 
 def make(backend: str) -> Decoder:
-    return CpuDecoder(2, CPU) if backend == "cpu" else DaliDecoder(2, CPU, resize_inside=backend == "dali-resize")
+    return (
+        CpuDecoder(2, CPU)
+        if backend == "cpu"
+        else DaliDecoder(2, CPU, SideStream(CPU), resize_inside=backend == "dali-resize")
+    )
 
 
 def exact(task: DecodeTask, side: int, resampling: Image.Resampling = Image.Resampling.BICUBIC) -> np.ndarray:
@@ -349,12 +347,12 @@ def test_a_missing_dali_is_named_with_its_right_package(monkeypatch: pytest.Monk
     missing = optional_packages.Probe("nvidia-dali", False, "", "No module named 'nvidia'")
     monkeypatch.setattr(optional_packages, "dali", lambda: missing)
     with pytest.raises(ConfigError) as refused:
-        build_decoder(config(decode_backend="dali"), CPU)
+        build_decoder(config(decode_backend="dali"), CPU, SideStream(CPU))
     assert str(refused.value) == (
         "data.decode_backend = dali: DALI cannot be imported (No module named 'nvidia'). pip install "
         "nvidia-dali-cuda130 (or -cuda120); the package named nvidia-dali is not NVIDIA's."
     )
-    assert build_decoder(config(decode_backend="auto"), torch.device("cuda")).name == "cpu"
+    assert build_decoder(config(decode_backend="auto"), torch.device("cuda"), SideStream(CPU)).name == "cpu"
 
 
 @pytest.mark.parametrize(("cores", "ranks", "threads"), [(192, "8", 16), (24, "8", 3), (2, "8", 1), (8, None, 8)])

@@ -92,7 +92,9 @@ CUDA_MODULES = {
     "models/layers.py": "megatron-core's layers take the current CUDA device unless told otherwise",
     "models/transformer_config.py": "tells them",
     "checkpoint/shards.py": "one event behind the copies of all shards",
-    "data/decode.py": "DALI decodes on a GPU or on the CPU",
+    "data/dali.py": "DALI decodes on a GPU or on the CPU",
+    "data/decode.py": "pixels for a GPU lie in pinned memory",
+    "data/image_reader.py": "DALI is taken for a GPU alone",
     "data/loader.py": "the current CUDA device is a thread's own",
 }
 
