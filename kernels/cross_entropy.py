@@ -21,6 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lcl_kernels._pair_terms import scaled_gradients
+from lcl_kernels.cpu_products import bf16_units
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -39,6 +40,7 @@ def linear_cross_entropy(
     valid_vocab: int | None = None,
     chunk_rows: int | None = None,
     bias: Tensor | None = None,
+    weight_gradient: Tensor | None = None,
 ) -> Tensor:
     """Weighted sum of token losses; see the module text for conventions.
 
@@ -54,6 +56,8 @@ def linear_cross_entropy(
         chunk_rows: rows whose logits exist at a time; default: 32 MB of them on a CPU, 256 MB on a GPU.
             Must be equal on all ranks of ``tp_group``, as shards of equal size make it.
         bias: ``[V]`` or None.
+        weight_gradient: fp32 ``[V, h]`` to which backward adds the gradient of ``weight``, unrounded; autograd then
+            gets an empty placeholder for it, whose values mean nothing. None: autograd gets it.
 
     Returns:
         0-dim fp32 (fp64 for fp64 inputs).
@@ -77,7 +81,7 @@ def linear_cross_entropy(
     if valid_vocab is not None:
         valid = min(max(valid_vocab - vocab_start, 0), valid)
     rows = chunk_rows or _default_rows(weight)
-    job = _Job(labels, row_weights, vocab_start, valid, rows, tp_group, torch.is_grad_enabled())
+    job = _Job(labels, row_weights, vocab_start, valid, rows, tp_group, torch.is_grad_enabled(), weight_gradient)
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, job)
     return loss
 
@@ -123,6 +127,7 @@ class _Job:
         rows: int,
         group: dist.ProcessGroup | None,
         with_gradients: bool,
+        weight_gradient: Tensor | None,
     ) -> None:
         self.labels = labels
         self.row_weights = row_weights
@@ -131,6 +136,7 @@ class _Job:
         self.rows = rows
         self.group = group
         self.with_gradients = with_gradients
+        self.weight_gradient = weight_gradient
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -141,23 +147,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=dtype, device=h.device)
         dh = dw = db = None
         if job.with_gradients and any(ctx.needs_input_grad[:3]):
-            dh = torch.zeros(h.shape, dtype=dtype, device=h.device)
-            dw = torch.zeros(w.shape, dtype=dtype, device=h.device)
+            dh = torch.empty(h.shape, dtype=dtype, device=h.device)
+            dw = torch.empty(w.shape, dtype=dtype, device=h.device)
             db = torch.zeros(w.shape[0], dtype=dtype, device=h.device) if bias is not None else None
         buffer = torch.empty(min(job.rows, h.shape[0]) * w.shape[0], dtype=dtype, device=h.device)
         pending: list[Any] = []
         for start in range(0, h.shape[0], job.rows):
             r = slice(start, min(start + job.rows, h.shape[0]))
             logits = buffer[: (r.stop - r.start) * w.shape[0]].view(-1, w.shape[0])
-            _matmul(h[r], w, logits)
+            _logits(h[r], w, logits)
             if bias is not None:
                 logits += bias.detach()
             loss += _chunk_loss(logits, r, job, gradient=dh is not None)
             if dh is None or dw is None:
                 continue
-            g = logits.to(h.dtype)  # now dloss/dlogits; half precision inputs for the two products below
-            _addmm(dh[r], g, w)
-            _addmm(dw, g.T, h[r])
+            _hidden_gradient(logits, w, dh[r])  # logits are now dloss/dlogits
+            _add_weight_gradient(logits, h[r], dw, first=start == 0)
             if db is not None:
                 db += logits.sum(0)
             if job.group is not None:  # overlaps with the next chunk
@@ -165,14 +170,23 @@ class _LinearCrossEntropy(torch.autograd.Function):
         for work in pending:
             work.wait()
         if dh is not None and dw is not None:
+            if h.shape[0] == 0:
+                dw.zero_()
+            ctx.weight_gradient = job.weight_gradient
+            saved_weight = dw if job.weight_gradient is not None else dw.to(w.dtype)
             saved_bias = db.to(bias.dtype) if db is not None and bias is not None else None
-            ctx.save_for_backward(dh.to(h.dtype), dw.to(w.dtype), saved_bias)
+            ctx.save_for_backward(dh.to(h.dtype), saved_weight, saved_bias)
         return loss
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        return (*scaled_gradients(ctx, grad), None)
+        if ctx.weight_gradient is None:
+            return (*scaled_gradients(ctx, grad), None)
+        dh, dw, db = ctx.saved_tensors
+        ctx.weight_gradient.addcmul_(dw, grad)
+        d_bias = None if db is None else (db * grad).to(db.dtype)
+        return (dh * grad).to(dh.dtype), torch.empty_like(dw, dtype=dh.dtype), d_bias, None
 
 
 def _chunk_loss(logits: Tensor, rows: slice, job: _Job, *, gradient: bool) -> Tensor:
@@ -185,38 +199,54 @@ def _chunk_loss(logits: Tensor, rows: slice, job: _Job, *, gradient: bool) -> Te
     logits[:, job.valid :] = -torch.inf
     local = labels - job.vocab_start
     here = (local >= 0) & (local < job.valid)
-    local = local.clamp(0, max(logits.shape[1] - 1, 0))
-    target = torch.where(here, logits.gather(1, local[:, None])[:, 0], 0.0)
-    lse = logits.logsumexp(1)  # -inf for a shard of padding only
+    local = local.clamp(0, max(logits.shape[1] - 1, 0))[:, None]
+    target = torch.where(here, logits.gather(1, local)[:, 0], 0.0)
+    # Clamped: a shard of padding only has no finite logit, and its sum must come out as 0, its lse as -inf.
+    largest = logits.amax(1, keepdim=True).clamp_min(torch.finfo(logits.dtype).min)
+    total = logits.sub_(largest).exp_().sum(1)
+    lse = largest[:, 0] + total.log()
     if job.group is not None:
         # One small gather and the same ordered sum on all ranks, instead of a max and a sum reduction.
         parts = lse.new_empty((dist.get_world_size(job.group), 2, len(labels)))
         dist.all_gather_into_tensor(parts.view(-1), torch.stack([lse, target]).view(-1), group=job.group)
         lse, target = parts[:, 0].logsumexp(0), parts[:, 1].sum(0)
-    if gradient:
-        logits.sub_(lse[:, None]).exp_()
-        logits.scatter_add_(1, local[:, None], -here.to(logits.dtype)[:, None])
-        logits.mul_(a[:, None])
+    if gradient:  # a * (exp(logit - lse) - one_hot)
+        logits.mul_((largest[:, 0] - lse).exp().mul_(a)[:, None])
+        logits.scatter_add_(1, local, torch.where(here, -a, 0.0)[:, None])
     return torch.where(a != 0, a * (lse - target), 0.0).sum()
 
 
-def _matmul(x: Tensor, w: Tensor, out: Tensor) -> None:
+def _logits(x: Tensor, w: Tensor, out: Tensor) -> None:
     """``out = x @ w.T`` accumulated and stored in ``out``'s dtype (``out=`` also keeps autocast out)."""
     if x.dtype == out.dtype:
         torch.mm(x, w.T, out=out)
     elif x.device.type == "cpu":  # whose kernels round half precision results: widen blocks of words instead
         wide = x.to(out.dtype)
-        for i in range(0, w.shape[0], 4096):
-            torch.mm(wide, w[i : i + 4096].to(out.dtype).T, out=out[:, i : i + 4096])
+        with bf16_units(x):
+            for i in range(0, w.shape[0], 4096):
+                torch.mm(wide, w[i : i + 4096].to(out.dtype).T, out=out[:, i : i + 4096])
     else:
         torch.mm(x, w.T, out_dtype=out.dtype, out=out)
 
 
-def _addmm(into: Tensor, x: Tensor, y: Tensor) -> None:
-    """``into += x @ y`` accumulated in ``into``'s dtype."""
-    if x.dtype == into.dtype:
-        into.addmm_(x, y)
-    elif x.device.type == "cpu":
-        into.addmm_(x.to(into.dtype), y.to(into.dtype))
+def _hidden_gradient(g: Tensor, w: Tensor, out: Tensor) -> None:
+    """``out = g @ w`` with half precision inputs, summed in ``out``'s dtype."""
+    if w.dtype == out.dtype:
+        torch.mm(g, w, out=out)
+    elif g.device.type == "cpu":
+        out.copy_(g.to(w.dtype) @ w)
     else:
-        torch.addmm(into, x, y, out_dtype=into.dtype, out=into)
+        torch.mm(g.to(w.dtype), w, out_dtype=out.dtype, out=out)
+
+
+def _add_weight_gradient(g: Tensor, x: Tensor, into: Tensor, *, first: bool) -> None:
+    """``into += g.T @ x`` summed in ``into``'s dtype; the first time ``into`` holds nothing yet."""
+    if g.device.type == "cpu" or x.dtype == into.dtype:
+        wide = x.to(into.dtype)
+        g = g if x.dtype in (torch.bfloat16, into.dtype) else g.to(x.dtype).to(into.dtype)
+        with bf16_units(x):
+            torch.mm(g.T, wide, out=into) if first else into.addmm_(g.T, wide)
+    elif first:
+        torch.mm(g.to(x.dtype).T, x, out_dtype=into.dtype, out=into)
+    else:
+        torch.addmm(into, g.to(x.dtype).T, x, out_dtype=into.dtype, out=into)

@@ -27,17 +27,33 @@ from lcl_mcore.models.lcl import LclModel
 BUCKET_PARAMETERS = 40_000_000
 
 
+class DataParallel(DistributedDataParallel):
+    """megatron's gradient buffers; alone in its group, a rank neither reduces gradients nor gathers parameters."""
+
+    @property
+    def alone(self) -> bool:
+        return bool(self.dp_cp_group.size() == 1)
+
+    def finish_grad_sync(self, *args: Any, **kwargs: Any) -> None:
+        if not self.alone:
+            super().finish_grad_sync(*args, **kwargs)
+
+    def start_param_sync(self, *args: Any, **kwargs: Any) -> None:
+        if not self.alone:
+            super().start_param_sync(*args, **kwargs)
+
+
 def wrap_data_parallel(model: LclModel, parallel: ParallelConfig, groups: Groups) -> DistributedDataParallel:
     """Gradient buffers in fp32, reduced (summed: the losses carry their own means) while backward runs."""
     config = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
-        overlap_grad_reduce=parallel.overlap_grad_reduce,
-        overlap_param_gather=parallel.overlap_param_gather,
+        overlap_grad_reduce=parallel.overlap_grad_reduce and groups.dp.size() > 1,
+        overlap_param_gather=parallel.overlap_param_gather and groups.dp.size() > 1,
         use_distributed_optimizer=True,
         average_in_collective=False,
         bucket_size=BUCKET_PARAMETERS,
     )
-    return DistributedDataParallel(model.config, config, model, pg_collection=groups.megatron)
+    return DataParallel(model.config, config, model, pg_collection=groups.megatron)
 
 
 class Optimizer:

@@ -462,7 +462,8 @@ class ParallelConfig:
     overlap_param_gather: bool = True
     """Overlap parameter gathering with forward."""
     gradient_accumulation_fusion: bool = True
-    """The LM's matmuls add weight gradients to the fp32 buffers themselves, where Transformer Engine or Apex can."""
+    """The LM's matmuls add weight gradients to the fp32 buffers themselves, where Transformer Engine or Apex can;
+    our own operators always do."""
     timeout_seconds: Annotated[PositiveFloat, tyro.conf.arg(aliases=("--timeout",))] = 600.0
     """After this long without progress a collective fails, on every group."""
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lcl_kernels import linear_cross_entropy
@@ -12,6 +13,8 @@ from megatron.core.tensor_parallel.mappings import (
     gather_from_tensor_model_parallel_region,
 )
 from torch import Tensor
+
+from lcl_mcore.distributed.gradient_buffers import gradient_buffer, mark_added, through_buffer
 
 
 def generation_loss_sum(
@@ -29,7 +32,7 @@ def generation_loss_sum(
     Args:
         hidden: [k, D], equal on all tensor-parallel ranks.
         weight: [V / tp, D], this rank's rows of the output matrix; rows from `vocab_size` on are padding
-            and stay out of the softmax.
+            and stay out of the softmax. Its gradient is added to its buffer, where it has one.
         labels: [k] int64.
         impl: "chunked" never stores all logits; "reference" does; "auto" is "chunked".
 
@@ -37,11 +40,20 @@ def generation_loss_sum(
         fp32 scalar, equal on all tensor-parallel ranks.
     """
     if impl != "reference":
+        buffer = gradient_buffer(weight) if torch.is_grad_enabled() else None
+        if buffer is not None:
+            mark_added(weight)
         return linear_cross_entropy(
-            hidden, weight, labels, vocab_start=vocab_start, tp_group=tp_group, valid_vocab=vocab_size
+            hidden,
+            weight,
+            labels,
+            vocab_start=vocab_start,
+            tp_group=tp_group,
+            valid_vocab=vocab_size,
+            weight_gradient=buffer,
         )
     shared = copy_to_tensor_model_parallel_region(hidden, group=tp_group)
-    logits = gather_from_tensor_model_parallel_region((shared @ weight.T).float(), group=tp_group)
+    logits = gather_from_tensor_model_parallel_region((shared @ through_buffer(weight).T).float(), group=tp_group)
     return F.cross_entropy(logits[:, :vocab_size], labels, reduction="sum")
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
+from lcl_kernels.attention import dense_attention
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
@@ -101,10 +101,7 @@ def sdpa_segments(q: Tensor, k: Tensor, v: Tensor, segments: Segments, causal: b
     """Attention within segments through torch's flash/SDPA kernels. q, k, v [t, a, d] -> [t, a, d]."""
 
     def attend(q_: Tensor, k_: Tensor, v_: Tensor) -> Tensor:  # [g, L, a, d]
-        out = F.scaled_dot_product_attention(
-            q_.transpose(1, 2), k_.transpose(1, 2), v_.transpose(1, 2), is_causal=causal, scale=scale
-        )
-        return out.transpose(1, 2)
+        return dense_attention(q_, k_, v_, causal=causal, scale=scale)
 
     if segments.uniform:
         shape = (len(segments.lengths), segments.lengths[0], *q.shape[1:])

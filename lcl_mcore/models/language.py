@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from lcl_kernels import scatter_image_latents
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
     scatter_to_sequence_parallel_region,
@@ -29,6 +28,7 @@ from torch import Tensor, nn
 from lcl_mcore.config.schema import LanguageConfig
 from lcl_mcore.models.attention import Segments
 from lcl_mcore.models.layers import LayerBackend, LayerNorm, layer_spec, parameter_device, sequence_dropout
+from lcl_mcore.models.linear import TokenEmbedding
 from lcl_mcore.models.stages import Stage
 from lcl_mcore.models.transformer_config import no_init, without_sequence_parallel
 from lcl_mcore.rng import key63
@@ -64,7 +64,7 @@ class LanguageModel(MegatronModule):
             return nn.Parameter(torch.empty(*size, dtype=dtype, device=device))
 
         if stage.first:
-            self.token_embedding = VocabParallelEmbedding(
+            self.token_embedding = TokenEmbedding(
                 shape.padded_vocab_size, shape.width, init_method=no_init, config=dense, tp_group=groups.tp
             )
             self.position_embedding = parameter(shape.max_positions + shape.position_offset, shape.width)

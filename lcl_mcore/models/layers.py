@@ -8,7 +8,6 @@ from functools import partial
 from typing import Any
 
 import torch
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lcl_mcore.models.attention import AttentionBackend, SegmentAttention, Segments
+from lcl_mcore.models.linear import ColumnLinear, RowLinear
 from lcl_mcore.rng import dropout_keep_mask, key63, uniform
 
 
@@ -141,8 +141,8 @@ class LayerBackend:
 def torch_backend(attention: AttentionBackend) -> LayerBackend:
     """megatron's own linear layers, torch's LayerNorm, and segment attention on the given kernel."""
     return LayerBackend(
-        column_linear=ColumnParallelLinear,
-        row_linear=RowParallelLinear,
+        column_linear=ColumnLinear,
+        row_linear=RowLinear,
         norm=LayerNorm,
         core_attention=ModuleSpec(module=SegmentAttention, params={"backend": attention}),
     )

@@ -12,7 +12,6 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
-from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
@@ -21,6 +20,7 @@ from torch import Tensor, nn
 from lcl_mcore.config.schema import ModelConfig, VisionConfig
 from lcl_mcore.models.attention import make_segments
 from lcl_mcore.models.layers import LayerBackend, LayerNorm, layer_spec, mark_sequence_parallel, parameter_device
+from lcl_mcore.models.linear import ColumnLinear, RowLinear
 from lcl_mcore.models.transformer_config import no_init, without_sequence_parallel
 
 # OpenAI CLIP's pixel statistics (paper section 4.1: "same image transform as OpenCLIP").
@@ -116,10 +116,10 @@ class AttentionPool(MegatronModule):
         self.norm_k = LayerNorm(config, h, eps)
         self.norm_v = LayerNorm(config, h, eps)
         common = {"init_method": no_init, "bias": True, "gather_output": False, "tp_group": groups.tp}
-        self.linear_q = ColumnParallelLinear(h, width, config=dense, **common)
-        self.linear_k = ColumnParallelLinear(h, width, config=config, **common)
-        self.linear_v = ColumnParallelLinear(h, width, config=config, **common)
-        self.linear_out = RowParallelLinear(
+        self.linear_q = ColumnLinear(h, width, config=dense, **common)
+        self.linear_k = ColumnLinear(h, width, config=config, **common)
+        self.linear_v = ColumnLinear(h, width, config=config, **common)
+        self.linear_out = RowLinear(
             width,
             width,
             config=dense,

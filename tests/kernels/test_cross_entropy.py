@@ -77,6 +77,19 @@ def test_half_precision_accumulates_in_fp32(dtype: torch.dtype) -> None:
     assert worst(ours, truth) < (4e-3 if dtype == torch.bfloat16 else 1e-3)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_weight_gradient_is_added_to_a_buffer(dtype: torch.dtype) -> None:
+    hidden, weight, bias, labels, _ = problem(50, 33)
+    hidden, weight, bias = (x.to(dtype) for x in (hidden, weight, bias))
+    truth = evaluate(linear_cross_entropy_reference, hidden, weight, bias, dtype=torch.float64, labels=labels)
+    buffer = torch.full((33, 16), 0.25)
+    ours = evaluate(
+        linear_cross_entropy, hidden, weight, bias, dtype=dtype, labels=labels, chunk_rows=8, weight_gradient=buffer
+    )
+    bound = 2e-6 if dtype == torch.float32 else 4e-3
+    assert worst((ours[1], buffer - 0.25, ours[3]), truth[1:]) < bound
+
+
 def test_autocast_does_not_reach_the_products() -> None:
     hidden, weight, bias, labels, _ = problem(40, 50)
     plain = evaluate(linear_cross_entropy, hidden, weight, bias, dtype=torch.float32, labels=labels)
@@ -88,13 +101,13 @@ def test_autocast_does_not_reach_the_products() -> None:
 def test_logits_exist_one_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
     hidden, weight, _, labels, _ = problem(100, 64)
     seen: list[int] = []
-    real = module._matmul
+    real = module._logits
 
     def spy(x: Tensor, w: Tensor, out: Tensor) -> None:
         seen.append(out.numel())
         real(x, w, out)
 
-    monkeypatch.setattr(module, "_matmul", spy)
+    monkeypatch.setattr(module, "_logits", spy)
     linear_cross_entropy(hidden, weight, labels, chunk_rows=30)
     assert seen == [30 * 64, 30 * 64, 30 * 64, 10 * 64]
     assert module._default_rows(torch.empty(50304, 1)) * 50304 * 4 <= 32 << 20
