@@ -8,6 +8,8 @@ one thread, all of them in turn for several rounds; the median of a figure's rou
 with Pillow, takes a random resized crop, makes normalised floats, and puts one document in a sequence, as
 open_clip and the released LCL code do; `ours` and `dali` are this loader, packing sequences, with its two decoders;
 `ours-unpacked` and `dali-unpacked` put one document in a sequence as `plain` does, which makes them comparable.
+`python` is ours with decode and resize left out: what each image costs beside them, mostly under the interpreter's lock,
+which bounds a process whatever its threads.
 Rates are per second of CPU time, so that other load on the machine matters little.
 """
 
@@ -33,7 +35,7 @@ from typing import Any
 LENGTH, SIDE, LATENTS = 2048, 224, 196
 PACKED_SEQUENCES, PLAIN_SEQUENCES = 8, 80  # about 80 documents either way
 MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
-CONTENDERS = ("plain", "ours", "ours-unpacked", "dali", "dali-unpacked")
+CONTENDERS = ("plain", "ours", "ours-unpacked", "dali", "dali-unpacked", "python")
 # what is compared, which of our variants it is taken from, and whether more is better
 FIGURES = {
     "images_per_cpu_second": ("", True),
@@ -131,11 +133,26 @@ def ours(work: Path, backend: str, *, packed: bool) -> Iterator[tuple[int, int, 
         loader.close()
 
 
+def leave_out_decode_and_resize() -> None:
+    """In this process, from now on: every image is a blank one."""
+    import simplejpeg
+    import torch
+
+    from lcl_mcore.data import decode
+
+    blank = torch.zeros(3, SIDE, SIDE, dtype=torch.uint8)
+    simplejpeg.decode_jpeg = lambda *arguments, **options: None
+    decode.reduction_for = lambda window, side: None
+    decode.resize = lambda pixels, window, side: blank
+
+
 def measure(name: str, work: Path, images: int) -> dict[str, Any]:
     """One contender in this process: warm up for a batch, then run until enough images came."""
     import torch
 
     torch.set_num_threads(1)
+    if name == "python":
+        leave_out_decode_and_resize()
     begin, begin_cpu = time.perf_counter(), time.process_time()
     batches = (
         plain(work)
@@ -216,13 +233,16 @@ def main() -> None:
         results: dict[str, Any] = {name: median_of([r[name] for r in rounds]) for name in CONTENDERS}
         images = json.loads((work / "set" / "dataset.json").read_text())["images"]
     table = comparison(results)
+    python_ms = 1000 / results["python"]["images_per_cpu_second"]
     print(f"{'':32s}{'plain':>10s}{'ours':>10s}{'dali':>10s}")
     for figure, row in table.items():
         marks = "".join(f"{row[name]:>9.3g}{'+' if row[f'{name}_ahead'] else '-'}" for name in ("ours", "dali"))
         print(f"{figure:32s}{row['plain']:>10.3g}{marks}")
+    print(f"{'milliseconds without decode and resize, an image':52s}{python_ms:>10.3g}")
     from lcl_mcore.diagnostics.environment import source_commit
 
     results["comparison"] = table
+    results["milliseconds_without_decode_and_resize"] = round(python_ms, 4)
     results["setting"] = {
         "command": " ".join(["python", *sys.argv]),
         **source_commit(),

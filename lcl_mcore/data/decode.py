@@ -107,7 +107,7 @@ def decode_one(content: bytes, task: DecodeTask, side: int) -> Tensor:
     """
     window = task.window
     if is_ordinary_jpeg(content, task):
-        reduction = _reduction(window, side)
+        reduction = reduction_for(window, side)
         try:
             if reduction is not None:
                 return reduction.resize(_reduced_jpeg(content, task, reduction.eighths), side)
@@ -171,7 +171,7 @@ class ReducedAxis:
 
 
 @dataclass(frozen=True)
-class _Reduction:
+class Reduction:
     """A scale at which a JPEG is decoded, and what its rows and columns then need."""
 
     eighths: int
@@ -191,7 +191,7 @@ class _Reduction:
         return resized[:, rows.extra : rows.extra + side, columns.extra : columns.extra + side]
 
 
-def _reduction(window: Window, side: int) -> _Reduction | None:
+def reduction_for(window: Window, side: int) -> Reduction | None:
     """The smallest scale that leaves a pixel for each one shown; None if that is more than half the size."""
     least = math.ceil(8 * side / min(window.width, window.height))
     for eighths in range(least, 5):
@@ -199,7 +199,7 @@ def _reduction(window: Window, side: int) -> _Reduction | None:
         rows = reduced_axis(window.top * scale, window.height * scale, side)
         columns = reduced_axis(window.left * scale, window.width * scale, side)
         if rows and columns:
-            return _Reduction(eighths, rows, columns)
+            return Reduction(eighths, rows, columns)
     return None
 
 
