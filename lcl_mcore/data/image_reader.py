@@ -52,7 +52,8 @@ def decode_threads(config: DataConfig) -> int:
 
 def cores_of_rank() -> int:
     """CPU cores for each rank of this node, which share what this process may run on."""
-    return len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return cores // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
 
 
 class ImageReader:
