@@ -30,6 +30,8 @@ def startup_summary(config: RunConfig, context: Context, model: LclModel, choice
         f"tp {parallel.tensor_parallel_size} pp {parallel.pipeline_parallel_size} dp {context.groups.dp.size()}  "
         f"{config.train.precision}"
     ]
+    share, size = config.train.global_batch_size // context.groups.dp.size(), config.train.resolved_micro_batch_size
+    lines.append(f"  batch      {size} sequences x {share // size} micro-batches on each data-parallel rank")
     stages = model.stage_layers
     if len(stages) > 1:
         lines.append(f"  stages     LM layers {', '.join(map(str, stages))}; the ViT on the first")

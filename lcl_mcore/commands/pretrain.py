@@ -70,6 +70,9 @@ def main() -> int:
     from lcl_mcore.distributed.context import start
 
     context = start(config, folder)
+    from lcl_mcore.planning.micro_batch import with_number
+
+    config = with_number(config, context, resume)
     from lcl_mcore.fault_tolerance.lease import hold
     from lcl_mcore.trainer import Trainer  # after `start`: see `lcl_mcore.distributed.cpu`
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import typing
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar, dataclass_transform
 
 import pydantic
@@ -64,7 +64,7 @@ def from_dict(cls: type[T], data: dict[str, Any], source: str = "", flags: Mappi
         return pydantic.TypeAdapter(cls).validate_python(data)
     except pydantic.ValidationError as error:
         prefix = f"{source}: " if source else ""
-        lines = [prefix + _describe(cls, item, flags or {}) for item in error.errors()]
+        lines = [prefix + _describe(cls, item, flags or {}) for item in _by_value(cls, error.errors())]
         if len(lines) > MOST_LINES:
             more = len(lines) - MOST_LINES + 1
             lines[MOST_LINES - 1 :] = [f"and {more} more mistakes."]
@@ -114,8 +114,32 @@ _RULES = {
     "missing": ("", "must be given"),
     "dataclass_type": ("", "is a section of settings, not a value"),
 }
+_UNKNOWN = ("unexpected_keyword_argument", "extra_forbidden")
 _AT_ZERO = {"greater_than": "must be positive", "greater_than_equal": "cannot be negative"}
 _KINDS = {"int": "a whole number", "float": "a number", "bool": "true or false", "string": "text", "tuple": "a list"}
+
+
+def _by_value(cls: type, mistakes: Sequence[Any]) -> Iterator[Any]:
+    """One mistake for each value: of a number or a word pydantic reports what is wrong as a number, and as a word."""
+    places = [item["loc"] if item["type"] in _UNKNOWN else _place(cls, item["loc"]) for item in mistakes]
+    for item, place in zip(mistakes, places, strict=True):
+        rest = [other for other, same in zip(mistakes, places, strict=True) if same == place]
+        if len(rest) == 1 or place == item["loc"]:
+            yield item
+        elif item is rest[0]:
+            words = "".join(f" or {other['ctx']['expected']}" for other in rest if other["type"] == "literal_error")
+            yield item | {"loc": place, "or": words.replace("'", "")}
+
+
+def _place(cls: type, location: tuple[int | str, ...]) -> tuple[int | str, ...]:
+    """A mistake's location as far as it names settings; what follows tells which of a setting's types is meant."""
+    section: type | None = cls
+    for depth, part in enumerate(location):
+        if isinstance(part, str):
+            if section is None or (depth and part not in fields_of(section)):
+                return location[:depth]
+            section = section_in(fields_of(section)[part].annotation) if part in fields_of(section) else None
+    return location
 
 
 def _describe(cls: type, item: Any, flags: Mapping[str, str]) -> str:
@@ -124,7 +148,7 @@ def _describe(cls: type, item: Any, flags: Mapping[str, str]) -> str:
     if kind == "value_error" and isinstance(context["error"], ConfigError):
         return str(context["error"])  # from `require`: complete
     where = ".".join(str(part) for part in item["loc"])
-    if kind in ("unexpected_keyword_argument", "extra_forbidden"):
+    if kind in _UNKNOWN:
         return explain(where, "no setting has this name", _nearest(cls, where))
     flag = flags.get(".".join(part for part in item["loc"] if isinstance(part, str)))
     given = f"{flag} {shown(value)}" if flag else f"{where} = {shown(value)}"
@@ -137,6 +161,7 @@ def _describe(cls: type, item: Any, flags: Mapping[str, str]) -> str:
         rule = f"must be {_KINDS[kind.partition('_')[0]]}"
     else:
         rule = item["msg"].removeprefix("Value error, ")
+    rule += item.get("or", "")
     if kind == "missing":
         return explain(where, rule, "Give a value.")
     if isinstance(value, bool) and kind == "literal_error":

@@ -61,7 +61,7 @@ def _paper(name: str, model: ModelConfig, steps: int, batch: int, lr: float) -> 
             tokenizer=TokenizerConfig(kind="opt", path="facebook/opt-125m"), sequence_length=2048, packing="by_kind"
         ),
         optim=OptimConfig(lr=lr),
-        train=TrainConfig(steps=steps, micro_batch_size=4, global_batch_size=batch, precision="bf16"),
+        train=TrainConfig(steps=steps, micro_batch_size="auto", global_batch_size=batch, precision="bf16"),
     )
 
 

@@ -490,8 +490,10 @@ class TrainConfig:
 
     steps: PositiveInt = 1000
     """Optimizer steps."""
-    micro_batch_size: PositiveInt = 1
-    """Packed sequences per forward on one data-parallel rank."""
+    micro_batch_size: PositiveInt | Literal["auto"] = 1
+    """Packed sequences per forward on one data-parallel rank. auto: the largest that divides a rank's share of the
+    global batch and fits, as the planner counts it: in 92 % of a GPU's memory; on a CPU in half of the machine's,
+    shared by the ranks on it. The run's config.yaml has the number."""
     global_batch_size: PositiveInt = 1
     """Packed sequences per optimizer step over all data-parallel ranks."""
     seed: int = 0
@@ -514,9 +516,22 @@ class TrainConfig:
             return 1
         return 32 if self.fp8_recipe == "block" else 16
 
+    @property
+    def resolved_micro_batch_size(self) -> int:
+        """`micro_batch_size` once it is a number.
+
+        Raises:
+            ConfigError: it is "auto" still, which only training and the planner resolve.
+        """
+        size = self.micro_batch_size
+        rule, remedy = "only training and the planner choose a size", "Use --micro-batch-size 1, say."
+        require(size != "auto", "train.micro_batch_size = auto", rule, remedy)
+        assert isinstance(size, int)
+        return size
+
     def __post_init__(self) -> None:
         require(
-            self.global_batch_size % self.micro_batch_size == 0,
+            self.micro_batch_size == "auto" or self.global_batch_size % self.micro_batch_size == 0,
             f"train.global_batch_size = {self.global_batch_size} with train.micro_batch_size = {self.micro_batch_size}",
             "the global batch holds whole micro-batches",
             f"Use a multiple of {self.micro_batch_size}.",
@@ -761,12 +776,14 @@ class RunConfig:
     def _check_fp8_sizes(self) -> None:
         """Every side of an FP8 matmul on one rank; the ViT's token counts are padded instead (`models.lcl`)."""
         multiple, tp = self.train.token_multiple, self.parallel.tensor_parallel_size
+        auto = self.train.micro_batch_size == "auto"
         vision, language = self.model.vision, self.model.language
         shares = {"vision": 1 if self.resolved_vision_parallel == "data" else tp, "language": tp}
-        length, sequences = self.data.sequence_length, self.train.micro_batch_size
-        tokens = (f"data.sequence_length = {length} x train.micro_batch_size = {sequences}", length * sequences)
-        if self.evaluation.every:  # whose last micro-batch may hold a single sequence
-            tokens = (f"data.sequence_length = {length}", length)
+        length = self.data.sequence_length
+        tokens = (f"data.sequence_length = {length}", length)
+        if not (auto or self.evaluation.every):  # whose last micro-batch may hold a single sequence
+            size = self.train.resolved_micro_batch_size
+            tokens = (f"{tokens[0]} x train.micro_batch_size = {size}", length * size)
         sizes = {
             tokens: tp if self.parallel.sequence_parallel else 1,
             (f"model.vision.width = {vision.width}", vision.width): shares["vision"],
@@ -867,7 +884,16 @@ class RunConfig:
             "the product of tp and pp must divide the number of processes",
             f"Start a multiple of {tp * pp} processes.",
         )
-        dp, micro = world_size // (tp * pp), self.train.micro_batch_size
+        dp = world_size // (tp * pp)
+        if self.train.micro_batch_size == "auto":
+            require(
+                self.train.global_batch_size % dp == 0,
+                f"train.global_batch_size = {self.train.global_batch_size} with {dp} data-parallel ranks",
+                "every rank trains on as many sequences",
+                f"Use a multiple of {dp}.",
+            )
+            return dp
+        micro = self.train.micro_batch_size
         require(
             self.train.global_batch_size % (dp * micro) == 0,
             f"train.global_batch_size = {self.train.global_batch_size} with {dp} data-parallel ranks and "

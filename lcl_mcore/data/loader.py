@@ -245,7 +245,7 @@ class StepReader:
     def _read(self) -> tuple[tuple[MicroBatch, ...], RankReport]:
         """This rank's micro-batches of the next step, and what the other ranks need to know of them."""
         plan = self._next_plan()
-        size = self._config.train.micro_batch_size
+        size = self._config.train.resolved_micro_batch_size
         parts = [plan.sequences[start : start + size] for start in range(0, len(plan.sequences), size)]
         pixels_of = [self._images.begin([image for sequence in part for image in sequence.images]) for part in parts]
         self._plan_ahead()  # while other threads decode

@@ -109,8 +109,8 @@ def synthetic_step(config: RunConfig, dp_size: int = 1, seed: int = 0) -> StepBa
     """
     sequences, train = SyntheticSequences(config, seed), config.train
     plans = [
-        sequences.plans(first, train.micro_batch_size)
-        for first in range(0, train.global_batch_size // dp_size, train.micro_batch_size)
+        sequences.plans(first, train.resolved_micro_batch_size)
+        for first in range(0, train.global_batch_size // dp_size, train.resolved_micro_batch_size)
     ]
     micros = tuple(sequences.with_noise(part) for part in plans)
     counts = GlobalCounts(

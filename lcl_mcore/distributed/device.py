@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
+import psutil
 import torch
 from torch import Tensor
 
@@ -90,6 +91,13 @@ class Device:
     @property
     def is_cuda(self) -> bool:
         return self.kind == "cuda"
+
+    def memory(self) -> tuple[int, str]:
+        """Bytes for this rank, and whose they are: the GPU's, or its part of the machine's."""
+        if self.is_cuda:
+            return torch.cuda.get_device_properties(self.device).total_memory, "the GPU's memory"
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+        return psutil.virtual_memory().total // ranks, f"this machine's memory, shared by {ranks} ranks"
 
     def synchronize(self) -> None:
         if self.is_cuda:

@@ -309,7 +309,7 @@ class PeriodicEvaluation:
             heldout_source(evaluation.data),
             self.tokenizer,
             order,
-            micro_batch_size=self.config.train.micro_batch_size,
+            micro_batch_size=self.config.train.resolved_micro_batch_size,
             limit=evaluation.limit,
         )
         while True:

@@ -144,7 +144,7 @@ def stored_weights(weights: Path) -> tuple[dict[str, Tensor], TrainState]:
 
 def evaluation_config(config: RunConfig) -> RunConfig:
     """A run's configuration for one process that computes in fp32."""
-    train = replace(config.train, precision="fp32", backend="auto", global_batch_size=config.train.micro_batch_size)
+    train = replace(config.train, precision="fp32", backend="auto", micro_batch_size=1, global_batch_size=1)
     return replace(config, parallel=ParallelConfig(), train=train)
 
 

@@ -14,15 +14,14 @@ from lcl_mcore.data.synthetic import synthetic_step
 from lcl_mcore.hardware import find_gpu
 from lcl_mcore.planning.cluster import Cluster, make_cluster
 from lcl_mcore.planning.lint import RankOrder, lint
+from lcl_mcore.planning.micro_batch import LARGEST, largest_micro_batch, with_size
 from lcl_mcore.planning.predict import Prediction, predict, purpose, reliability
 from lcl_mcore.planning.request import LAUNCH_SOURCE, Assumptions, PlanRequest
-from lcl_mcore.planning.simulate import RankCount, Simulator, representatives
+from lcl_mcore.planning.simulate import RankCount, Simulator, count_stages, representatives, with_micro_batches
 
 PREDICTED = "predicted, not measured"
 MOST_MICRO_BATCHES = 3
 """More than these are counted in proportion (a pipeline needs more to fill): images of sequences repeat after three."""
-LARGEST_MICRO_BATCH = 64
-"""Sequences; larger micro-batches are not tried."""
 FEW_MESHES = ((1, 1), (2, 1), (1, 2))
 """Tensor-parallel and pipeline-parallel sizes that are compared; with `wide`, these and the following ones."""
 MORE_MESHES = ((4, 1), (8, 1), (2, 2), (1, 4), (4, 2))
@@ -79,10 +78,13 @@ def make_plan(
     config, simulator = request.run, Simulator()
     cluster = make_cluster(find_gpu(request.gpu), request.assumptions, request.node_busbw, request.network_busbw)
     dp = config.check_processes(request.gpus)
+    if config.train.micro_batch_size == "auto":
+        log("train.micro_batch_size = auto: looking for the largest that fits")
+        config = with_size(config, largest_micro_batch(config, request.gpus, cluster.room, "cuda").size)
     parallel, train = config.parallel, config.train
-    micro_batches = train.global_batch_size // dp // train.micro_batch_size
+    micro_batches = train.global_batch_size // dp // train.resolved_micro_batch_size
     counted = min(micro_batches, max(MOST_MICRO_BATCHES, 2 * parallel.pipeline_parallel_size))
-    part = _with_micro_batches(config, counted, dp)
+    part = with_micro_batches(config, counted, dp)
     batch = synthetic_step(part, dp)
     counts = []
     for rank in representatives(config, request.gpus):
@@ -131,12 +133,6 @@ def make_plan(
     return plan | {"layouts": [_layout(item) for item in _ranked(layouts)]}
 
 
-def _with_micro_batches(config: RunConfig, micro_batches: int, dp: int) -> RunConfig:
-    """The same job with so many micro-batches a step."""
-    size = micro_batches * config.train.micro_batch_size * dp
-    return replace(config, train=replace(config.train, global_batch_size=size))
-
-
 def _fullest(counts: list[RankCount]) -> int:
     return max(sum(count.model_state.values()) for count in counts)
 
@@ -145,15 +141,9 @@ def _fullest(counts: list[RankCount]) -> int:
 
 
 def _estimate(simulator: Simulator, config: RunConfig, world: int, cluster: Cluster) -> LayoutEstimate:
-    """One rank of each pipeline stage, as many micro-batches as fill the pipeline; the rest is proportional."""
-    dp = config.check_processes(world)
-    micro_batches = config.train.global_batch_size // dp // config.train.micro_batch_size
-    counted = min(micro_batches, config.parallel.pipeline_parallel_size + 1)
-    fewer = _with_micro_batches(config, counted, dp)
-    batch = synthetic_step(fewer, dp)
-    first_of_stage = representatives(config, world)[:: config.parallel.tensor_parallel_size]
-    counts = [simulator.count(fewer, world, rank, batch) for rank in first_of_stage]
-    prediction = predict(config, world, counts, batch, cluster, micro_batches / counted)
+    """A layout of which one rank of each pipeline stage is counted."""
+    counts, batch, repeat = count_stages(simulator, config, world)
+    prediction = predict(config, world, counts, batch, cluster, repeat)
     return LayoutEstimate(config, prediction, _fullest(counts))
 
 
@@ -198,9 +188,7 @@ def _largest(
     sequences = (
         config.train.global_batch_size * changes["tensor_parallel_size"] * changes["pipeline_parallel_size"] // world
     )
-    sizes = [
-        size for size in range(1, min(sequences, LARGEST_MICRO_BATCH) + 1) if _accepted(config, changes, size, world)
-    ]
+    sizes = [size for size in range(1, min(sequences, LARGEST) + 1) if _accepted(config, changes, size, world)]
     if not sizes:
         return None
     small = sizes[min(1, len(sizes) - 1)]

@@ -150,6 +150,11 @@ def stage_time(count: RankCount, cluster: Cluster, micro_batches: int, repeat: f
     )
 
 
+def expected_memory(counts: Sequence[RankCount], repeat: float = 1.0) -> int:
+    """Bytes of tensors at most on the fullest rank; `repeat` as in `predict`."""
+    return max(count.peak + round(count.peak_parts["input"] * (repeat - 1)) for count in counts)
+
+
 def predict(
     config: RunConfig, world: int, counts: Sequence[RankCount], batch: StepBatch, cluster: Cluster, repeat: float = 1.0
 ) -> Prediction:
@@ -173,7 +178,7 @@ def predict(
     flops = batch_flops(config, batch, repeat)
     rate = cluster.gpu.matmul(config.train.precision)
     assert rate is not None
-    memory = max(count.peak + round(count.peak_parts["input"] * (repeat - 1)) for count in counts)
+    memory = expected_memory(counts, repeat)
     return Prediction(
         seconds=seconds,
         bubble=bubble,

@@ -12,7 +12,7 @@ from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -22,6 +22,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from lcl_mcore.batch import StepBatch
 from lcl_mcore.build import Training, build_training
 from lcl_mcore.config.schema import RunConfig
+from lcl_mcore.data.synthetic import synthetic_step
 from lcl_mcore.distributed import cpu
 from lcl_mcore.distributed.context import Context, detached
 from lcl_mcore.distributed.device import Device
@@ -75,8 +76,8 @@ class Simulator:
     It remembers what torch says about the shapes of operators' results: ranks and layouts counted later are faster.
     """
 
-    def __init__(self, kind: Literal["cuda", "cpu"] = "cuda") -> None:
-        """Simulate GPUs, or CPUs for comparison with a real run in fp32."""
+    def __init__(self, kind: str = "cuda") -> None:
+        """Simulate GPUs ("cuda"), or CPUs ("cpu")."""
         self.kind = kind
         self.known_calls: KnownCalls = {}
 
@@ -112,6 +113,28 @@ def representatives(config: RunConfig, world_size: int) -> list[int]:
     """Ranks of data-parallel index 0, one for each tensor and pipeline index: all others do what one of them does."""
     tp, pp = config.parallel.tensor_parallel_size, config.parallel.pipeline_parallel_size
     return [p * (world_size // pp) + t for p in range(pp) for t in range(tp)]
+
+
+def with_micro_batches(config: RunConfig, micro_batches: int, dp: int) -> RunConfig:
+    """The same job with so many micro-batches a step."""
+    size = micro_batches * config.train.resolved_micro_batch_size * dp
+    return replace(config, train=replace(config.train, global_batch_size=size))
+
+
+def count_stages(simulator: Simulator, config: RunConfig, world: int) -> tuple[list[RankCount], StepBatch, float]:
+    """One rank of each pipeline stage, as many micro-batches as fill the pipeline; the rest is proportional.
+
+    Returns:
+        The counts, what was counted, and how many times as many micro-batches a step has.
+    """
+    dp = config.check_processes(world)
+    micro_batches = config.train.global_batch_size // dp // config.train.resolved_micro_batch_size
+    counted = min(micro_batches, config.parallel.pipeline_parallel_size + 1)
+    fewer = with_micro_batches(config, counted, dp)
+    batch = synthetic_step(fewer, dp)
+    first_of_stage = representatives(config, world)[:: config.parallel.tensor_parallel_size]
+    counts = [simulator.count(fewer, world, rank, batch) for rank in first_of_stage]
+    return counts, batch, micro_batches / counted
 
 
 def count_step(

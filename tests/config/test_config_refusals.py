@@ -18,7 +18,8 @@ HEADS = "each tensor-parallel rank gets a whole share of the heads"
 OF_DEMO = {
     # one value
     "--steps 0": "train.steps = 0: must be positive. For example 1000.",
-    "--micro-batch-size -2": "train.micro_batch_size = -2: must be positive. For example 1.",
+    "--micro-batch-size -2": "train.micro_batch_size = -2: must be positive or auto. For example 1.",
+    "--micro-batch-size all": "train.micro_batch_size = all: must be a whole number or auto. For example 1.",
     "--lr abc": "optim.lr = abc: must be a number. For example 0.0003.",
     "--lr -1": "optim.lr = -1: must be positive. For example 0.0003.",
     "--lr nan": "optim.lr = nan: must be finite. For example 0.0003.",

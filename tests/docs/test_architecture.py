@@ -130,6 +130,7 @@ RAW_READERS = {
     "diagnostics/environment.py": "/proc",
     "diagnostics/preflight.py": "the package's own files, and what other ranks have just written",
     "commands/dispatch.py": "the package's own files",
+    "planning/micro_batch.py": "what the parent process and its child write to each other",
 }
 PARSERS = ("json.load", "json.loads", "yaml.safe_load", "yaml.load", "torch.load", "np.load", "safe_open", "load_file")
 

@@ -82,7 +82,7 @@ class TestAgainstRealRanks:
         """Recomputed towers hold less, though their rank encodes twice as many images and has the LM as well."""
         kept = seen["vision data"][0]["simulated"]["peak_parts"]["activations"]
         recomputed = seen["data parallel, recompute"][0]["simulated"]["peak_parts"]["activations"]
-        assert recomputed < 0.8 * kept
+        assert recomputed < 0.9 * kept
 
     def test_arithmetic(self, seen: Seen) -> None:
         for ranks in seen.values():
@@ -122,6 +122,8 @@ def test_command(tmp_path: Path) -> None:
         "none",
         "--global-batch-size",
         "4096",
+        "--micro-batch-size",
+        "4",
         "--price-per-gpu-hour",
         "2",
         "--mtbf-hours",
