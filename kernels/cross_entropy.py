@@ -25,7 +25,7 @@ from lcl_kernels.cpu_products import bf16_units
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_LOGIT_BYTES = {"cpu": 32 << 20}
+_LOGIT_BYTES = {"cpu": 64 << 20}
 _LOGIT_BYTES_GPU = 256 << 20  # long chunks: every chunk reads and writes the whole fp32 weight gradient
 
 
@@ -53,7 +53,7 @@ def linear_cross_entropy(
         tp_group: ranks that hold the other shards; None: the vocabulary is not split.
         valid_vocab: size of the whole real vocabulary; words numbered from it on are padding rows of the
             embedding and take no part in the softmax (zero gradient). None: all are real.
-        chunk_rows: rows whose logits exist at a time; default: 32 MB of them on a CPU, 256 MB on a GPU.
+        chunk_rows: rows whose logits exist at a time; default: 64 MB of them on a CPU, 256 MB on a GPU.
             Must be equal on all ranks of ``tp_group``, as shards of equal size make it.
         bias: ``[V]`` or None.
         weight_gradient: fp32 ``[V, h]`` to which backward adds the gradient of ``weight``, unrounded; autograd then
@@ -80,7 +80,7 @@ def linear_cross_entropy(
     valid = weight.shape[0]
     if valid_vocab is not None:
         valid = min(max(valid_vocab - vocab_start, 0), valid)
-    rows = chunk_rows or _default_rows(weight)
+    rows = chunk_rows or _even_rows(hidden.shape[0], _default_rows(weight))
     job = _Job(labels, row_weights, vocab_start, valid, rows, tp_group, torch.is_grad_enabled(), weight_gradient)
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, job)
     return loss
@@ -109,6 +109,12 @@ def _default_rows(weight: Tensor) -> int:
     budget = _LOGIT_BYTES.get(weight.device.type, _LOGIT_BYTES_GPU)
     rows = budget // (4 * max(weight.shape[0], 1))
     return max(64, rows // 64 * 64)
+
+
+def _even_rows(count: int, most: int) -> int:
+    """Rows of a chunk so that as few chunks as possible have about as many each."""
+    chunks = max(-(-count // most), 1)
+    return max(-(-count // chunks), 1)
 
 
 def _work_dtype(x: Tensor) -> torch.dtype:

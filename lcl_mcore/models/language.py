@@ -67,6 +67,7 @@ class LanguageModel(MegatronModule):
             self.token_embedding = TokenEmbedding(
                 shape.padded_vocab_size, shape.width, init_method=no_init, config=dense, tp_group=groups.tp
             )
+            self.token_embedding.shared = shape.tied_head and stage.last
             self.position_embedding = parameter(shape.max_positions + shape.position_offset, shape.width)
         specs = [layer_spec(config, backend, "language", i, causal=True, dropout=shape.dropout) for i in stage.layers]
         self.blocks = TransformerBlock(

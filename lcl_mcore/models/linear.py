@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lcl_kernels.cpu_products import bf16_units
 from lcl_kernels.embedding import add_row_gradients
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
@@ -47,8 +46,10 @@ class _Linear(torch.autograd.Function):
         if need_weight and buffer is None:
             d_weight = grad.T @ x
         elif need_weight and buffer is not None:
-            with bf16_units(x):
-                buffer.addmm_(grad.T.to(buffer.dtype), x.to(buffer.dtype))
+            if x.dtype == buffer.dtype:
+                buffer.addmm_(grad.T, x)
+            else:
+                buffer.add_(grad.T @ x)
             mark_added(weight)
             d_weight = torch.empty_like(weight)  # never read; megatron's hook wants to see one
         return dx, d_weight, grad.sum(0) if ctx.has_bias and need_bias else None
@@ -84,32 +85,38 @@ class _Rows(torch.autograd.Function):
     """Rows of weight [V, h]; their gradient goes to the weight's buffer."""
 
     @staticmethod
-    def forward(ctx: Any, weight: Tensor, tokens: Tensor) -> Tensor:
+    def forward(ctx: Any, weight: Tensor, tokens: Tensor, shared: bool) -> Tensor:
         ctx.save_for_backward(tokens)
-        ctx.weight = weight
+        ctx.weight, ctx.shared = weight, shared
         return F.embedding(tokens, weight)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None]:
         (tokens,), weight = ctx.saved_tensors, ctx.weight
         buffer = gradient_buffer(weight)
         if buffer is None:
-            return torch.ops.aten.embedding_dense_backward(grad, tokens, weight.shape[0], -1, False), None
+            return torch.ops.aten.embedding_dense_backward(grad, tokens, weight.shape[0], -1, False), None, None
         add_row_gradients(buffer, tokens, grad)
         mark_added(weight)
-        return torch.empty_like(weight), None
+        return None if ctx.shared else torch.empty_like(weight), None, None
 
 
 class TokenEmbedding(VocabParallelEmbedding):
-    """`VocabParallelEmbedding` for tokens [t], whose weight's gradient goes to its buffer."""
+    """`VocabParallelEmbedding` for tokens [t], whose weight's gradient goes to its buffer.
+
+    Attributes:
+        shared: autograd meets the weight in the loss again, which hands it the placeholder.
+    """
+
+    shared = False
 
     def forward(self, tokens: Tensor) -> Tensor:
         """tokens [t] -> [t, h], on every tensor-parallel rank."""
         if self.tp_group.size() == 1:
-            rows: Tensor = _Rows.apply(self.weight, tokens)
+            rows: Tensor = _Rows.apply(self.weight, tokens, self.shared)
             return rows
         elsewhere = (tokens < self.vocab_start_index) | (tokens >= self.vocab_end_index)
-        rows = _Rows.apply(self.weight, (tokens - self.vocab_start_index).masked_fill(elsewhere, 0))
+        rows = _Rows.apply(self.weight, (tokens - self.vocab_start_index).masked_fill(elsewhere, 0), self.shared)
         rows = rows.masked_fill(elsewhere[:, None], 0.0)
         return reduce_from_tensor_model_parallel_region(rows, group=self.tp_group)

@@ -110,7 +110,8 @@ def test_logits_exist_one_chunk_at_a_time(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(module, "_logits", spy)
     linear_cross_entropy(hidden, weight, labels, chunk_rows=30)
     assert seen == [30 * 64, 30 * 64, 30 * 64, 10 * 64]
-    assert module._default_rows(torch.empty(50304, 1)) * 50304 * 4 <= 32 << 20
+    assert module._default_rows(torch.empty(50304, 1)) * 50304 * 4 <= 64 << 20
+    assert [module._even_rows(count, 320) for count in (0, 1, 320, 324, 1000)] == [1, 1, 320, 162, 250]
 
 
 def test_no_rows_and_only_ignored_rows() -> None:
