@@ -17,7 +17,7 @@ from lcl_kernels.latents import (
     scatter_image_latents_reference,
 )
 from lcl_kernels.reference import infonce_reference
-from lcl_kernels.residual import drawn_keep, residual_branch, residual_branch_reference
+from lcl_kernels.residual import drawn_keep, drop, residual_branch, residual_branch_reference
 from lcl_kernels.schedule import CommunicationRates, choose_schedule
 
 __all__ = [
@@ -28,6 +28,7 @@ __all__ = [
     "bias_activation_reference",
     "choose_schedule",
     "drawn_keep",
+    "drop",
     "gather_image_latents",
     "gather_image_latents_reference",
     "infonce",

@@ -96,9 +96,9 @@ def drawn_keep(row_keys: Tensor, width: int, p: float) -> Tensor:
     return (draws.view(torch.int16) ^ -32768)[:, :width] >= round(p * 65536) - 32768
 
 
-def keep_factor(p: float) -> float:
-    """What kept elements are multiplied by, so that the mean stays."""
-    return 65536 / (65536 - round(p * 65536))
+def drop(x: Tensor, row_keys: Tensor, p: float) -> Tensor:
+    """x ``[t, width]`` with dropout: kept elements are multiplied by the number that keeps the mean."""
+    return x * drawn_keep(row_keys, x.shape[1], p) * (65536 / (65536 - round(p * 65536)))
 
 
 def _mix(x: Tensor) -> Tensor:
@@ -125,8 +125,7 @@ def _compose(
         rows = row_scale.to(branch.dtype).repeat_interleave(len(branch) // len(row_scale))
         branch = branch * rows[:, None]
     if dropout is not None:
-        keys, p = dropout
-        branch = branch * drawn_keep(keys, branch.shape[1], p) * keep_factor(p)
+        branch = drop(branch, *dropout)
     total = residual + branch
     if norm is None:
         return total, None

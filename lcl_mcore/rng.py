@@ -101,34 +101,26 @@ class Permutation:
 # --- on the device: drop-path and dropout ---
 
 
-def uniform(keys: Tensor, seed: int) -> Tensor:
-    """One number in [0, 1) per key. keys [n] int64 on any device -> [n] fp32."""
-    mixed = _mix(_mix(keys + _signed(seed)) + _signed(_GOLDEN))
+def uniform(keys: Tensor, seeds: int | Tensor) -> Tensor:
+    """Numbers in [0, 1), one per key and seed: both int64 on any device, broadcast -> fp32."""
+    mixed = _mix(_mix(keys + seeds) + _signed(_GOLDEN))
     return ((mixed >> 40) & ((1 << 24) - 1)).float() * 2.0**-24
 
 
-def dropout_keep_mask(
-    sequence_keys: tuple[int, ...],
-    seed: int,
-    p: float,
-    sequence_length: int,
-    width: int,
-    start: int,
-    stop: int,
-    device: torch.device,
-) -> Tensor:
-    """Dropout keep mask of positions [start, stop) of sequences end to end: [stop - start, width] bool.
+def row_keys(sequence_keys: Tensor, seeds: Tensor, length: int) -> Tensor:
+    """A key for each position of sequences end to end, from which `lcl_kernels.drawn_keep` draws a row of dropout.
 
-    Each sequence draws from a generator of its own key, so it has the same mask wherever it is computed.
+    Args:
+        sequence_keys: [b] int64; a sequence has the same masks wherever it is computed.
+        seeds: [p] int64, one per place of the model.
+        length: of each sequence.
+
+    Returns:
+        [p, b * length] int64.
     """
-    source = "cpu" if device.type == "meta" else device  # which has no values to draw
-    first, last = start // sequence_length, (stop - 1) // sequence_length
-    masks = []
-    for index in range(first, last + 1):
-        generator = torch.Generator(source).manual_seed(key63(seed, sequence_keys[index]))
-        masks.append(torch.rand(sequence_length, width, generator=generator, device=device) >= p)
-    whole = torch.cat(masks) if len(masks) > 1 else masks[0]
-    return whole[start - first * sequence_length : stop - first * sequence_length]
+    positions = torch.arange(1, length + 1, device=seeds.device) * _signed(_GOLDEN)
+    streams = _mix(sequence_keys + seeds[:, None])
+    return _mix(streams[:, :, None] + positions).flatten(1)
 
 
 def _mix(x: Tensor) -> Tensor:

@@ -507,6 +507,9 @@ class TrainConfig:
     """Where to compute."""
     backend: Literal["auto", "torch", "te"] = "auto"
     """Transformer layers: Transformer Engine's, or megatron-core's own with torch kernels."""
+    elementwise_backend: Literal["auto", "triton", "plain"] = "auto"
+    """What is between matrix products (bias, layer scale, drop path, dropout, residual sum, norm, activation): one
+    Triton kernel each way, or torch's operators."""
 
     @property
     def token_multiple(self) -> int:
@@ -759,6 +762,12 @@ class RunConfig:
             "Use --fp8-recipe current or block.",
         )
         self._check_fp8_sizes()
+        require(
+            self.train.elementwise_backend != "triton" or self.train.device != "cpu",
+            "train.elementwise_backend = triton with train.device = cpu",
+            "its kernels work on CUDA only",
+            "Use --elementwise-backend auto.",
+        )
         for name in ("recompute_vision", "recompute_language"):
             require(
                 not fp8 or getattr(self.parallel, name) != "selective",

@@ -174,7 +174,7 @@ def choose_parts(precision: str) -> list[Line]:
     from lcl_mcore.data.image_reader import ENOUGH_CORES, build_decoder
     from lcl_mcore.distributed.device import SideStream
     from lcl_mcore.fused_adam import choose_adam
-    from lcl_mcore.models.backends import choose_gradient_fusion, choose_layers
+    from lcl_mcore.models.backends import choose_elementwise, choose_gradient_fusion, choose_layers
 
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     _, choices = choose_layers(dtype)
@@ -185,7 +185,8 @@ def choose_parts(precision: str) -> list[Line]:
     device = "cuda" if environment.gpus() else "cpu"
     adam = choose_adam("auto", torch.device(device))
     fusion = choose_gradient_fusion(True, choices[0].backend, dtype, torch.device(device))
-    lines += [Line(choice.part, choice.backend, True, choice.reason) for choice in (adam, fusion)]
+    residual = choose_elementwise("auto", torch.device(device))
+    lines += [Line(choice.part, choice.backend, True, choice.reason) for choice in (residual, adam, fusion)]
     engine = select_engine("auto", torch.empty(0, device=device))
     name = "reference" if engine is None else engine.__name__.rpartition(".")[2].removesuffix("_engine")
     reason = "contrastive" if name == "triton" else f"contrastive; triton: {optional_packages.triton().reason}"

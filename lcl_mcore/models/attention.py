@@ -34,6 +34,7 @@ class Segments(PackedSeqParams):
     sequence_keys   identity of each packed sequence (LM) for dropout, on the host
     seed       key of this (run, step, tower)
     buckets    index plans of the padded attention used where no variable-length kernel exists
+    masks      what residual branches draw or have drawn, by their place: `models.layers.draw_masks`
     """
 
     lengths: tuple[int, ...] = ()
@@ -42,6 +43,7 @@ class Segments(PackedSeqParams):
     seed: int = 0
     buckets: list[tuple[Tensor, int, int]] = field(default_factory=list)
     inverse: Tensor | None = None
+    masks: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def uniform(self) -> bool:

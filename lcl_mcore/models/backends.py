@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from lcl_kernels.triton_fused import FusedImpl
 
 from lcl_mcore import optional_packages as probe
 from lcl_mcore.config.schema import RunConfig
 from lcl_mcore.errors import ConfigError, explain
-from lcl_mcore.models.layers import LayerBackend, torch_backend
+from lcl_mcore.models.layers import LayerBackend, LayerNorm, torch_backend
 from lcl_mcore.models.transformer_config import DTYPES
 
 
@@ -49,7 +50,9 @@ def choose_backends(config: RunConfig, device: torch.device) -> Backends:
     layers, choices = choose_layers(dtype, requested)
     wanted = config.parallel.gradient_accumulation_fusion
     fusion = choose_gradient_fusion(wanted, choices[0].backend, dtype, device)
-    return Backends(layers, fusion.backend != "off", (*choices, fusion))
+    residual = choose_elementwise(config.train.elementwise_backend, device)
+    layers = replace(layers, elementwise=residual.backend)  # type: ignore[arg-type]
+    return Backends(layers, fusion.backend != "off", (*choices, residual, fusion))
 
 
 def _te_backend(attention: Choice) -> LayerBackend:
@@ -57,14 +60,13 @@ def _te_backend(attention: Choice) -> LayerBackend:
     from megatron.core.extensions.transformer_engine import (
         TEColumnParallelLinear,
         TEDotProductAttention,
-        TENorm,
         TERowParallelLinear,
     )
 
     core: Any = TEDotProductAttention
     if attention.backend != "transformer-engine":
         core = torch_backend(attention.backend).core_attention  # type: ignore[arg-type]
-    return LayerBackend(TEColumnParallelLinear, TERowParallelLinear, TENorm, core)
+    return LayerBackend(TEColumnParallelLinear, TERowParallelLinear, LayerNorm, core)
 
 
 def choose_attention(dtype: torch.dtype) -> Choice:
@@ -100,14 +102,30 @@ def choose_layers(dtype: torch.dtype, requested: str = "auto") -> tuple[LayerBac
         capability = probe.cuda_capability()
         if capability is None or capability < (9, 0):  # its packed attention needs sm_90 or flash-attn
             attention = choose_attention(dtype)
-        layers, norm = (Choice(part, "transformer-engine", why) for part in ("layers", "norm"))
-        return _te_backend(attention), [layers, attention, norm]
+        return _te_backend(attention), [Choice("layers", "transformer-engine", why), attention]
     reason = "requested" if requested == "torch" else f"transformer-engine: {te.reason}"
     if te.usable and dtype == torch.float32:
         reason = "fp32 runs use megatron-core's own layers"
     attention = choose_attention(dtype)
-    choices = [Choice("layers", "megatron-core", reason), attention, Choice("norm", "torch LayerNorm", reason)]
-    return torch_backend(attention.backend), choices  # type: ignore[arg-type]
+    return torch_backend(attention.backend), [Choice("layers", "megatron-core", reason), attention]  # type: ignore[arg-type]
+
+
+def choose_elementwise(requested: FusedImpl, device: torch.device) -> Choice:
+    """What serves residual branches, their norms and the activations: "triton" or "plain".
+
+    Raises:
+        ConfigError: "triton" was requested and cannot be used.
+    """
+    part, triton = "residual", probe.triton()
+    if requested == "plain":
+        return Choice(part, "plain", "requested")
+    if device.type == "cuda" and triton.usable:
+        return Choice(part, "triton", f"triton {triton.version}: residual branches with their norms, activations")
+    reason = f"triton: {triton.reason}" if device.type == "cuda" else "fused kernels need CUDA"
+    if requested == "triton":
+        where = f"train.elementwise_backend = triton on {device.type}"
+        raise ConfigError(explain(where, reason, "Use --elementwise-backend auto."))
+    return Choice(part, "plain", reason)
 
 
 def choose_gradient_fusion(wanted: bool, layers: str, dtype: torch.dtype, device: torch.device) -> Choice:

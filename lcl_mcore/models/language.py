@@ -13,7 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from lcl_kernels import scatter_image_latents
+from lcl_kernels import drop, scatter_image_latents
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.tensor_parallel.mappings import (
     gather_from_sequence_parallel_region,
@@ -21,13 +21,20 @@ from megatron.core.tensor_parallel.mappings import (
 )
 from megatron.core.tensor_parallel.utils import VocabUtility
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from lcl_mcore.config.schema import LanguageConfig
 from lcl_mcore.models.attention import Segments
-from lcl_mcore.models.layers import LayerBackend, LayerNorm, layer_spec, parameter_device, sequence_dropout
+from lcl_mcore.models.layers import (
+    LayerBackend,
+    LayerNorm,
+    draw_masks,
+    layer_spec,
+    parameter_device,
+    sequence_row_keys,
+    transformer_block,
+)
 from lcl_mcore.models.linear import TokenEmbedding
 from lcl_mcore.models.stages import Stage
 from lcl_mcore.models.transformer_config import no_init, without_sequence_parallel
@@ -70,12 +77,7 @@ class LanguageModel(MegatronModule):
             self.token_embedding.shared = shape.tied_head and stage.last
             self.position_embedding = parameter(shape.max_positions + shape.position_offset, shape.width)
         specs = [layer_spec(config, backend, "language", i, causal=True, dropout=shape.dropout) for i in stage.layers]
-        self.blocks = TransformerBlock(
-            config,
-            TransformerBlockSubmodules(layer_specs=specs, layer_norm=None),
-            post_layer_norm=False,
-            pg_collection=groups,
-        )
+        self.blocks = transformer_block(config, specs, groups)
         self.head: nn.Parameter | None = None
         if stage.last:
             self.norm_final = LayerNorm(dense, shape.width, shape.norm_eps)
@@ -125,6 +127,8 @@ class LanguageModel(MegatronModule):
             `contexts` and `targets`). Other stages: the stream for the next.
         """
         stream = self._embed(x, segments) if isinstance(x, EmbeddingInput) else x
+        if self.training:
+            draw_masks(self.blocks, segments)
         stream = self.blocks(stream, attention_mask=None, packed_seq_params=segments)
         if not self.stage.last:
             return stream
@@ -146,8 +150,9 @@ class LanguageModel(MegatronModule):
         if self.training and self.shape.embedding_dropout > 0.0:
             local = stream.shape[0]
             start = self.tp_group.rank() * local if self.config.sequence_parallel else 0
-            seed = key63(segments.seed, "embedding")
-            stream = sequence_dropout(stream, segments, seed, self.shape.embedding_dropout, (start, start + local))
+            seed = torch.full((1,), key63(segments.seed, "embedding"), dtype=torch.int64, device=stream.device)
+            keys = sequence_row_keys(segments, seed)[0, start : start + local]
+            stream = drop(stream[:, 0], keys, self.shape.embedding_dropout)[:, None]
         return stream
 
     def contexts(self, hidden: Tensor, positions: Tensor) -> Tensor:

@@ -5,21 +5,30 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from lcl_kernels import bias_activation, residual_branch
+from lcl_kernels.activation import Activation
+from lcl_kernels.triton_fused import FusedImpl
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.attention import SelfAttention, SelfAttentionSubmodules
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
+from megatron.core.utils import make_viewless_tensor
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from lcl_mcore.distributed.device import send
 from lcl_mcore.models.attention import AttentionBackend, SegmentAttention, Segments
 from lcl_mcore.models.linear import ColumnLinear, RowLinear
-from lcl_mcore.rng import dropout_keep_mask, key63, uniform
+from lcl_mcore.rng import key63, row_keys, uniform
 
 
 def mark_sequence_parallel(parameter: nn.Parameter, enabled: bool) -> nn.Parameter:
@@ -36,6 +45,15 @@ class LayerNorm(nn.LayerNorm):
         for parameter in self.parameters():
             mark_sequence_parallel(parameter, config.sequence_parallel)
 
+    def forward(self, x: Tensor | Callable[..., Any]) -> Any:
+        """The norm of x; of a residual sum that is yet to be formed, the sum and its norm.
+
+        The sum comes here, and not the weights to it: megatron's hooks wait for a module's weights when it is called.
+        """
+        if isinstance(x, Tensor):
+            return super().forward(x)
+        return x(norm=(self.weight, self.bias, self.eps))
+
 
 def parameter_device(config: TransformerConfig) -> torch.device | int:
     """Where megatron puts the parameters of this configuration."""
@@ -43,64 +61,93 @@ def parameter_device(config: TransformerConfig) -> torch.device | int:
 
 
 class ResidualBranch(nn.Module):
-    """Bias, layer-scale, drop-path or dropout, and the residual sum of one branch.
+    """Bias, layer scale, drop path or dropout, the residual sum of one branch, and the norm that follows.
 
-    Stands in for megatron's bias-dropout-add. With drop-path (ViT) whole images lose the branch; with
-    dropout (LM) single channels do; both keyed by identity, see `models.randomness`.
+    Stands in for megatron's bias-dropout-add. With drop path (ViT) whole images lose the branch; with dropout (LM)
+    single channels do; both belong to identities, see `draw_masks`.
     """
 
     def __init__(
-        self, config: TransformerConfig, place: str, layer_scale: float | None, drop_path: float, dropout: float
+        self,
+        config: TransformerConfig,
+        place: str,
+        layer_scale: float | None,
+        drop_path: float,
+        dropout: float,
+        elementwise: FusedImpl,
     ) -> None:
         super().__init__()
-        self.place, self.drop_path, self.dropout = place, drop_path, dropout
+        self.place, self.drop_path, self.dropout, self.elementwise = place, drop_path, dropout, elementwise
         self.gamma: nn.Parameter | None = None
         if layer_scale is not None:
             gamma = torch.full((config.hidden_size,), layer_scale, dtype=config.params_dtype)
             self.gamma = nn.Parameter(gamma.to(parameter_device(config)))
             mark_sequence_parallel(self.gamma, config.sequence_parallel)
-        self.segments: Segments | None = None
-        self.token_range = (0, 0)
 
-    def forward(self, training: bool, fused: bool) -> Callable[..., Tensor]:
-        return self._train if training else self._evaluate
+    def forward(
+        self,
+        branch_with_bias: tuple[Tensor, Tensor | None],
+        residual: Tensor,
+        norm: nn.Module | None,
+        segments: Segments,
+        start: int,
+    ) -> tuple[Tensor, Tensor | None]:
+        """The residual stream behind the branch, and its norm (None without one).
 
-    def _scaled(self, branch_with_bias: tuple[Tensor, Tensor | None]) -> Tensor:
-        branch, bias = branch_with_bias
-        if bias is not None:
-            branch = branch + bias
-        return branch if self.gamma is None else branch * self.gamma
-
-    def _evaluate(self, branch_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:
-        return residual + self._scaled(branch_with_bias)
-
-    def _train(self, branch_with_bias: tuple[Tensor, Tensor | None], residual: Tensor, prob: float) -> Tensor:
-        branch = self._scaled(branch_with_bias)
-        segments = self.segments
-        assert segments is not None
-        seed = key63(segments.seed, self.place)
-        if self.drop_path > 0.0:
-            assert segments.keys is not None
-            keep = (uniform(segments.keys, seed) >= self.drop_path).to(branch.dtype) / (1.0 - self.drop_path)
-            start, stop = (edge // segments.lengths[0] for edge in self.token_range)
-            per_token = keep[start:stop].repeat_interleave(segments.lengths[0])  # [t]
-            branch = branch * per_token[:, None, None]
-        if self.dropout > 0.0:
-            branch = sequence_dropout(branch, segments, seed, self.dropout, self.token_range)
-        return residual + branch
+        Args:
+            branch_with_bias: [t, 1, h] of the last matmul and its bias, which is yet to be added.
+            residual: [t, 1, h].
+            norm: what follows.
+            segments: with the masks of this forward, in training.
+            start: first of the t positions among all of `segments`.
+        """
+        (branch, bias), shape = branch_with_bias, residual.shape
+        residual, branch = residual.view(-1, shape[-1]), branch.view(-1, shape[-1])
+        options: dict[str, Any] = {}
+        if self.training and self.drop_path > 0.0:
+            first, last = (edge // segments.lengths[0] for edge in (start, start + len(residual)))
+            options["row_scale"] = segments.masks[self.place][first:last]
+        if self.training and self.dropout > 0.0:
+            options["dropout"] = segments.masks[self.place][start : start + len(residual)], self.dropout
+        add = partial(residual_branch, residual, branch, bias=bias, gain=self.gamma, impl=self.elementwise, **options)
+        total, normed = add() if norm is None else norm(add)
+        return total.view(shape), None if normed is None else normed.view(shape)
 
 
-def sequence_dropout(x: Tensor, segments: Segments, seed: int, p: float, token_range: tuple[int, int]) -> Tensor:
-    """Dropout of x [t_local, 1, h], the positions `token_range` of the packed sequences."""
+def draw_masks(blocks: TransformerBlock, segments: Segments) -> None:
+    """Masks of all residual branches of a tower in a few launches, for one forward in training.
+
+    They depend on identities, place and step alone: every layout has the same, activation recompute and the second
+    pass of GradCache as well. Drop path is drawn whole, [n] fp32 factors 0 or 1/(1 - p); of dropout the rows' keys,
+    [t] int64, from which kernels draw the rest.
+    """
+    branches = [branch for layer in blocks.layers for branch in (layer.self_attn_bda, layer.mlp_bda)]
+
+    def seeds(dropping: list[ResidualBranch]) -> Tensor:
+        return send(torch.tensor([key63(segments.seed, b.place) for b in dropping]), segments.cu_seqlens_q.device)
+
+    dropping = [branch for branch in branches if branch.drop_path > 0.0]
+    if dropping:
+        assert segments.keys is not None
+        drawn = uniform(segments.keys, seeds(dropping)[:, None])
+        for branch, row in zip(dropping, drawn, strict=True):
+            segments.masks[branch.place] = (row >= branch.drop_path) / (1.0 - branch.drop_path)
+    dropping = [branch for branch in branches if branch.dropout > 0.0]
+    if dropping:
+        keys = sequence_row_keys(segments, seeds(dropping))
+        segments.masks |= {branch.place: row for branch, row in zip(dropping, keys, strict=True)}
+
+
+def sequence_row_keys(segments: Segments, seeds: Tensor) -> Tensor:
+    """Keys [p, t] of all positions of the packed sequences, for seeds [p]."""
     length = sum(segments.lengths) // len(segments.sequence_keys)
-    keep = dropout_keep_mask(segments.sequence_keys, seed, p, length, x.shape[-1], *token_range, x.device)
-    return x * keep[:, None, :] / (1.0 - p)
+    return row_keys(send(torch.tensor(segments.sequence_keys), seeds.device), seeds, length)
 
 
 class LclTransformerLayer(TransformerLayer):
-    """megatron's layer; tells its residual branches which tokens they are looking at.
+    """megatron's layer, its element-wise work fused: each residual branch makes the norm of what follows it.
 
-    The description arrives with each call, so activation recompute, which calls again later, sees the
+    The description of the tokens arrives with each call, so activation recompute, which calls again later, sees the
     same one.
 
     Under selective recompute the MLP, too, computes its wide activations again instead of keeping them.
@@ -108,24 +155,49 @@ class LclTransformerLayer(TransformerLayer):
     lose its gradient.
     """
 
-    def __init__(self, config: TransformerConfig, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, config: TransformerConfig, *args: Any, elementwise: FusedImpl, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
-        if config.recompute_granularity == "selective":
-            self.mlp.forward = partial(self._recomputed, self.mlp.forward)
+        self.elementwise = elementwise
+        self.following: tuple[nn.Module, ...] = ()  # the next layer's first norm, which is not this one's child
 
-    def _recomputed(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        if not (self.training and torch.is_grad_enabled()):
-            return forward(*args, **kwargs)
-        return checkpoint(forward, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
-
-    def forward(self, *args: Any, **kwargs: Any) -> Any:
-        segments: Segments = kwargs["packed_seq_params"]
-        hidden: Tensor = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-        local = hidden.shape[0]
+    def forward(
+        self, hidden_states: Tensor, *, packed_seq_params: Segments, context: Tensor | None = None, **unused: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        """The layer's output and, where `following` is set, its norm, which arrives there as `context`."""
+        segments, local = packed_seq_params, hidden_states.shape[0]
         start = self.tp_group.rank() * local if self.config.sequence_parallel else 0
-        for branch in (self.self_attn_bda, self.mlp_bda):
-            branch.segments, branch.token_range = segments, (start, start + local)
-        return super().forward(*args, **kwargs)
+        normed = self.input_layernorm(hidden_states) if context is None else context
+        branch = self.self_attention(normed, attention_mask=None, packed_seq_params=segments)
+        hidden_states, normed = self.self_attn_bda(branch, hidden_states, self.pre_mlp_layernorm, segments, start)
+        branch = self._recomputed(normed) if self.config.recompute_granularity == "selective" else self._mlp(normed)
+        following = self.following[0] if self.following else None
+        hidden_states, normed = self.mlp_bda(branch, hidden_states, following, segments, start)
+        # Pipeline schedules free what they have sent, which a view does not allow.
+        return make_viewless_tensor(hidden_states, hidden_states.requires_grad, keep_graph=True), normed
+
+    def _mlp(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        wide, bias = self.mlp.linear_fc1(x)
+        kind: Activation = "relu" if self.config.activation_func is F.relu else "gelu"
+        y = bias_activation(wide.view(-1, wide.shape[-1]), bias, kind, impl=self.elementwise)
+        result: tuple[Tensor, Tensor | None] = self.mlp.linear_fc2(y.view(wide.shape))
+        return result
+
+    def _recomputed(self, x: Tensor) -> Any:
+        if not (self.training and torch.is_grad_enabled()):
+            return self._mlp(x)
+        return checkpoint(self._mlp, x, use_reentrant=False, preserve_rng_state=False)
+
+
+def transformer_block(
+    config: TransformerConfig, layers: list[ModuleSpec], groups: ProcessGroupCollection
+) -> TransformerBlock:
+    """The blocks of one tower on this rank, without a final norm."""
+    submodules = TransformerBlockSubmodules(layer_specs=layers, layer_norm=None)
+    blocks = TransformerBlock(config, submodules, post_layer_norm=False, pg_collection=groups)
+    if config.recompute_granularity != "full":  # which would keep each layer's norm beside its input
+        for layer, after in pairwise(blocks.layers):
+            layer.following = (after.input_layernorm,)
+    return blocks
 
 
 @dataclass(frozen=True)
@@ -136,6 +208,7 @@ class LayerBackend:
     row_linear: type
     norm: type
     core_attention: ModuleSpec | type
+    elementwise: FusedImpl = "auto"
 
 
 def torch_backend(attention: AttentionBackend) -> LayerBackend:
@@ -168,11 +241,13 @@ def layer_spec(
             "layer_scale": layer_scale,
             "drop_path": drop_path,
             "dropout": dropout,
+            "elementwise": backend.elementwise,
         }
         return ModuleSpec(module=ResidualBranch, params=options)
 
     return ModuleSpec(
         module=LclTransformerLayer,
+        params={"elementwise": backend.elementwise},
         submodules=TransformerLayerSubmodules(
             input_layernorm=backend.norm,
             self_attention=ModuleSpec(

@@ -13,13 +13,20 @@ import torch
 import torch.nn.functional as F
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.module import MegatronModule
-from megatron.core.transformer.transformer_block import TransformerBlock, TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from lcl_mcore.config.schema import ModelConfig, VisionConfig
 from lcl_mcore.models.attention import make_segments
-from lcl_mcore.models.layers import LayerBackend, LayerNorm, layer_spec, mark_sequence_parallel, parameter_device
+from lcl_mcore.models.layers import (
+    LayerBackend,
+    LayerNorm,
+    draw_masks,
+    layer_spec,
+    mark_sequence_parallel,
+    parameter_device,
+    transformer_block,
+)
 from lcl_mcore.models.linear import ColumnLinear, RowLinear
 from lcl_mcore.models.transformer_config import no_init, without_sequence_parallel
 
@@ -65,12 +72,7 @@ class VisionEncoder(MegatronModule):
             layer_spec(config, backend, "vision", i, causal=False, layer_scale=shape.layer_scale, drop_path=rate)
             for i, rate in enumerate(rates)
         ]
-        self.blocks = TransformerBlock(
-            config,
-            TransformerBlockSubmodules(layer_specs=specs, layer_norm=None),
-            post_layer_norm=False,
-            pg_collection=groups,
-        )
+        self.blocks = transformer_block(config, specs, groups)
         self.norm_post = LayerNorm(config, width, shape.norm_eps)
 
     def forward(self, images: Tensor, keys: Tensor, seed: int) -> Tensor:
@@ -80,6 +82,8 @@ class VisionEncoder(MegatronModule):
         """
         s, total = self.position_embedding.shape[0], images.shape[0]
         segments = make_segments((s,) * total, images.device, keys=keys, seed=seed)
+        if self.training:
+            draw_masks(self.blocks, segments)
         if self.config.sequence_parallel:
             share = total // self.tp_group.size()
             images = images.narrow(0, self.tp_group.rank() * share, share)

@@ -116,6 +116,10 @@ OF_DEMO = {
         "train.global_batch_size = 8 with train.micro_batch_size = 3: the global batch holds whole micro-batches. "
         "Use a multiple of 3."
     ),
+    "--device cpu --elementwise-backend triton": (
+        "train.elementwise_backend = triton with train.device = cpu: its kernels work on CUDA only. "
+        "Use --elementwise-backend auto."
+    ),
     "--device cpu --optimizer-backend apex": (
         "optim.optimizer_backend = apex with train.device = cpu: its kernels work on CUDA only. "
         "Use --optimizer-backend auto."

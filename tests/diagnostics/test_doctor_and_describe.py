@@ -74,7 +74,7 @@ def test_doctor_reports_every_part(monkeypatch: pytest.MonkeyPatch) -> None:
     report = json.loads(done.stdout)
     assert report["healthy"] is True
     parts = [line["name"] for line in report["parts"] if line["name"]]
-    assert parts == ["layers", "attention", "norm", "optimizer", "wgrad", "loss", "decode"]
+    assert parts == ["layers", "attention", "residual", "optimizer", "wgrad", "loss", "decode"]
     required = {line["name"]: line for line in report["required"]}
     assert required["megatron-core"]["found"] == importlib.metadata.version("megatron-core")
     assert all(line["reason"] for line in report["optional"] if not line["ok"])

@@ -15,6 +15,7 @@ from batches import CLIP, OPT, SHAPES, Document, micro_batch, with_rates
 from lcl_mcore.batch import MicroBatch
 from lcl_mcore.config.schema import ModelConfig
 from lcl_mcore.models.attention import make_segments
+from lcl_mcore.models.layers import draw_masks
 from lcl_mcore.models.lcl import INITIAL_LOG_SCALE, LclModel, image_multiple
 from lcl_mcore.rng import uniform
 
@@ -256,7 +257,7 @@ def test_dropout_follows_the_row_not_its_place(build: Build, name: str) -> None:
 
 
 def test_masks_have_the_stated_rate_and_keep_the_mean(build: Build) -> None:
-    draws = uniform(torch.arange(20_000), seed=3)
+    draws = uniform(torch.arange(20_000), 3)
     assert float(draws.min()) >= 0.0
     assert float(draws.max()) < 1.0
     assert float((draws >= 0.2).float().mean()) == pytest.approx(0.8, abs=0.01)
@@ -264,10 +265,10 @@ def test_masks_have_the_stated_rate_and_keep_the_mean(build: Build) -> None:
     ones = torch.ones(4096 * OPT.vision.tokens, 1, OPT.vision.width)
     branch = model.vision.blocks.layers[-1].mlp_bda  # the last block has the full rate
     segments = make_segments((OPT.vision.tokens,) * 4096, torch.device("cpu"), keys=torch.arange(4096), seed=1)
-    branch.segments, branch.token_range = segments, (0, len(ones))
+    draw_masks(model.vision.blocks, segments)
     with torch.no_grad():
         branch.gamma.fill_(1.0)
-        out = branch(True, False)((ones, None), torch.zeros_like(ones), 0.0)
+        out, _ = branch((ones, None), torch.zeros_like(ones), None, segments, 0)
     per_image = out.view(4096, -1)
     assert per_image.unique().tolist() == pytest.approx([0.0, 1 / 0.6])
     assert per_image.eq(per_image[:, :1]).all()
