@@ -158,6 +158,8 @@ class LclTransformerLayer(TransformerLayer):
     def __init__(self, config: TransformerConfig, *args: Any, elementwise: FusedImpl, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
         self.elementwise = elementwise
+        for linear in (self.self_attention.linear_proj, self.mlp.linear_fc1, self.mlp.linear_fc2):
+            linear.hands_out_bias = elementwise == "triton"
         self.following: tuple[nn.Module, ...] = ()  # the next layer's first norm, which is not this one's child
 
     def forward(

@@ -62,22 +62,30 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 
 class ColumnLinear(ColumnParallelLinear):
-    """`ColumnParallelLinear`; alone in its group it returns no bias for the caller to add."""
+    """`ColumnParallelLinear`; alone in its group it returns no bias for the caller to add, unless it is to."""
+
+    hands_out_bias = False  # True where a fused operator adds the bias and has its gradient
 
     def forward(self, input_: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
         if self.tp_group.size() > 1:
             result: tuple[Tensor, Tensor | None] = super().forward(input_, *args, **kwargs)
             return result
+        if self.hands_out_bias:
+            return linear(input_, self.weight, None), self.bias
         return linear(input_, self.weight, self.bias), None
 
 
 class RowLinear(RowParallelLinear):
-    """`RowParallelLinear`; alone in its group it returns no bias for the caller to add."""
+    """`RowParallelLinear`; alone in its group it returns no bias for the caller to add, unless it is to."""
+
+    hands_out_bias = False
 
     def forward(self, input_: Tensor) -> tuple[Tensor, Tensor | None]:
         if self.tp_group.size() > 1:
             result: tuple[Tensor, Tensor | None] = super().forward(input_)
             return result
+        if self.hands_out_bias:
+            return linear(input_, self.weight, None), self.bias
         return linear(input_, self.weight, self.bias), None
 
 

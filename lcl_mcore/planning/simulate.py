@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from lcl_kernels.triton_fused import FusedImpl
 from torch import Tensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -35,6 +36,8 @@ MODEL_STATE = ("weights", "gradients", "optimizer")
 PARTS = (*MODEL_STATE, "input", "activations", "loss", "communication")
 ROUNDING = {"cuda": 512, "cpu": 1}
 """The device's allocator hands out multiples of this many bytes."""
+ELEMENTWISE: dict[str, FusedImpl] = {"cuda": "triton", "cpu": "plain"}
+"""What serves the work between matrix products on each kind of device."""
 
 
 @dataclass(frozen=True)
@@ -98,12 +101,14 @@ class Simulator:
                 host_backend="fake",
             )
             attention: Any = "sdpa" if config.train.precision == "fp32" else "torch-varlen"
+            asked = config.train.elementwise_backend
+            layers = replace(torch_backend(attention), elementwise=ELEMENTWISE[self.kind] if asked == "auto" else asked)
             choice = Choice("layers", "megatron-core", "simulated")
             return count_step(
                 config,
                 detached(device, groups),
                 batch,
-                backends=Backends(torch_backend(attention), False, (choice,)),
+                backends=Backends(layers, False, (choice,)),
                 rounding=ROUNDING[self.kind],
                 known_calls=self.known_calls,
             )
