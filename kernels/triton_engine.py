@@ -10,8 +10,11 @@ How a block is done
        8 N^2 D FLOP are the minimum of a method that does not keep the logits: a column's normaliser needs
        all rows.
 
-Memory beyond inputs and outputs: the chunk of G (at most 1 GiB) and the partial column sums (at most 1/64 of
-16384 x K fp32).
+Launches are whole waves, one program per multiprocessor: the sums take as many row tiles at a time as there are
+multiprocessors, and a chunk of G as many rows as make whole waves of 128 x 256 tiles of the product with it.
+
+Memory beyond inputs and outputs: the chunk of G (at most 1 GiB) and the partial column sums (K fp32 per
+multiprocessor).
 """
 
 from __future__ import annotations
@@ -28,9 +31,8 @@ from lcl_kernels._common_shift import common_shift, factors_out_of_range, smalle
 from lcl_kernels._pair_terms import FP16_GAIN, Precision
 from lcl_kernels.triton_config import INTERPRETER, Config, Kernel, config
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-SUM_ROWS = 16384
-"""Rows per launch of the sums, which bounds the partial column sums."""
 GRADIENT_BYTES = 1 << 30
 
 
@@ -57,7 +59,8 @@ class TritonBlock:
     ) -> None:
         if _interpreted() and x.dtype == torch.bfloat16:
             raise ValueError('precision="bf16": Triton\'s interpreter multiplies it as integers; use "fp16"')
-        self.x, self.y, self.x_keys, self.y_keys, self.scale = x, y, x_keys, y_keys, scale
+        self.width = x.shape[1]
+        self.x, self.y, self.x_keys, self.y_keys, self.scale = _aligned(x), _aligned(y), x_keys, y_keys, scale
         self.tile, self.precision = tile, precision
         self.empty = len(x) == 0 or len(y) == 0
         self.terms = max(len(x), len(y))
@@ -89,45 +92,48 @@ class TritonBlock:
         dx = torch.zeros(x.shape, dtype=torch.float32, device=x.device)
         dy = torch.zeros(y.shape, dtype=torch.float32, device=x.device) if want_y else None
         if shift is None:
-            return dx, dy
+            return dx[:, : self.width], None if dy is None else dy[:, : self.width]
         gain = FP16_GAIN if x.dtype == torch.float16 else 1.0
         shape = _shape("gradient", x, precision)
-        # Rows of G start at multiples of 16 bytes, else neither the stores nor the products use wide accesses.
-        stride = -(-k // 8) * 8
-        rows = self.tile[0] if self.tile else max(1024, GRADIENT_BYTES // (stride * x.element_size()) // 1024 * 1024)
+        # A length of whole 16-element groups lets the compiler store and multiply 16 bytes at a time.
+        stride = -(-k // 16) * 16
+        rows = self.tile[0] if self.tile else _wave_rows(x, GRADIENT_BYTES // (stride * x.element_size()))
         rows = min(rows, m)
         buffer = torch.empty((rows, stride), dtype=x.dtype, device=x.device)
+        column_range = _key_ranges(self.y_keys, shape.columns)
         with _device(x):
             flag = factors_out_of_range(row, col, shift, self.terms).to(torch.int32)
             for start in range(0, m, rows):
                 part = slice(start, min(start + rows, m))
-                count = part.stop - part.start
-                grid = (triton.cdiv(count, shape.rows) * triton.cdiv(k, shape.columns),)
-                ops.gradient_kernel[grid](
-                    x[part],
-                    y,
+                g = buffer[: part.stop - start, :k]
+                tiles = triton.cdiv(len(g), shape.rows) * triton.cdiv(k, shape.columns)
+                ops.gradient_kernel[(min(tiles, _processors(x)) if shape.tma else tiles,)](
+                    _operand(x[part], shape, shape.rows),
+                    _operand(y, shape, shape.columns),
                     self.x_keys[part],
                     self.y_keys,
-                    buffer,
+                    _key_ranges(self.x_keys[part], shape.rows),
+                    column_range,
+                    TensorDescriptor.from_tensor(g, [shape.rows, shape.columns]) if shape.tma else buffer,
                     row[part],
                     col,
                     self.scale,
                     shift,
                     flag,
-                    count,
+                    len(g),
                     k,
                     stride,
                     gain,
                     D=d,
                     GROUP=8,
                     PREC=_dot_precision(x, precision),
+                    TMA=shape.tma,
                     **_launch(shape),
                 )
-                g = buffer[:count, :k]
                 _accumulate(dx[part], g, y, gain, precision)
                 if dy is not None:
                     _accumulate(dy, g.T, x[part], gain, precision)
-        return dx, dy
+        return dx[:, : self.width], None if dy is None else dy[:, : self.width]
 
 
 def _sums(
@@ -143,12 +149,15 @@ def _sums(
     shape = _shape("sums", x, precision)
     row_sums = torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
     col_sums = torch.zeros(y.shape[0], dtype=torch.float32, device=x.device) if columns else None
+    column_range = _key_ranges(y_keys, shape.columns)
     for part, row_part, col_part, grid, per_split in _partials(x, y, shape, columns):
         ops.sums_kernel[grid](
-            x[part],
-            y,
+            _operand(x[part], shape, shape.rows),
+            _operand(y, shape, shape.columns),
             x_keys[part],
             y_keys,
+            _key_ranges(x_keys[part], shape.rows),
+            column_range,
             row_part,
             col_part,
             scale,
@@ -158,6 +167,7 @@ def _sums(
             per_split,
             D=x.shape[1],
             PREC=_dot_precision(x, precision),
+            TMA=shape.tma,
             COLS=columns,
             **_launch(shape),
         )
@@ -182,8 +192,8 @@ def _fallback(
     block = 256
     for part, row_part, col_part, grid, per_split in _partials(x, y, shape, lc is not None):
         ops.fallback_lse_kernel[grid](
-            x[part],
-            y,
+            _operand(x[part], shape, shape.rows),
+            _operand(y, shape, shape.columns),
             x_keys[part],
             y_keys,
             row_part,
@@ -195,6 +205,7 @@ def _fallback(
             per_split,
             D=x.shape[1],
             PREC=_dot_precision(x, precision),
+            TMA=shape.tma,
             COLS=lc is not None,
             **_launch(shape),
         )
@@ -208,18 +219,53 @@ def _fallback(
 
 def _partials(x: Tensor, y: Tensor, shape: Config, columns: bool) -> Any:
     """Row chunks with their partial-sum buffers, grid and column tiles per split."""
-    tiles = triton.cdiv(y.shape[0], shape.columns)
-    for start in range(0, x.shape[0], SUM_ROWS):
-        part = slice(start, min(start + SUM_ROWS, x.shape[0]))
+    tiles, processors = triton.cdiv(len(y), shape.columns), _processors(x)
+    chunk = processors * shape.rows
+    for start in range(0, len(x), chunk):
+        part = slice(start, min(start + chunk, len(x)))
         row_tiles = triton.cdiv(part.stop - part.start, shape.rows)
-        # Few row tiles (many ranks): split the columns until every multiprocessor has work.
-        wanted = max(1, 4 * _processors(x) // row_tiles)
-        per_split = triton.cdiv(tiles, min(wanted, tiles))
-        splits = triton.cdiv(tiles, per_split)
+        splits = _splits(row_tiles, tiles, processors)
         row_part = torch.empty((splits, part.stop - part.start), dtype=torch.float32, device=x.device)
-        col_shape = (row_tiles, y.shape[0]) if columns else (1, 1)
+        col_shape = (row_tiles, len(y)) if columns else (1, 1)
         col_part = torch.empty(col_shape, dtype=torch.float32, device=x.device)
-        yield part, row_part, col_part, (row_tiles, splits), per_split
+        yield part, row_part, col_part, (row_tiles, splits), triton.cdiv(tiles, splits)
+
+
+def _splits(row_tiles: int, tiles: int, processors: int) -> int:
+    """Parts of the columns such that row tiles times parts fill the multiprocessors best; none is empty."""
+    longest = {s: triton.cdiv(row_tiles * s, processors) * triton.cdiv(tiles, s) for s in range(1, processors + 1)}
+    best = min((s for s in longest if s <= tiles), key=lambda s: (longest[s], s))
+    return triton.cdiv(tiles, triton.cdiv(tiles, best))
+
+
+def _wave_rows(x: Tensor, most: int) -> int:
+    """Rows of a chunk of G, at most ``most``, that make whole waves of 128 x 256 tiles of its product with y."""
+    processors = _processors(x)
+    wave = 128 * processors // math.gcd(processors, triton.cdiv(x.shape[1], 256))
+    return max(128, most // wave * wave or most // 128 * 128)
+
+
+def _key_ranges(keys: Tensor, block: int) -> Tensor:
+    """``[tiles, 2]`` least and largest key of each tile; a last tile that is not full takes all numbers."""
+    limits = torch.iinfo(torch.int32)
+    keys = keys.to(torch.int32)
+    low, high = (
+        torch.nn.functional.pad(keys, (0, -len(keys) % block), value=end).view(-1, block)
+        for end in (limits.min, limits.max)
+    )
+    return torch.stack([low.amin(1), high.amax(1)], dim=1)
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """The operand with rows at multiples of 16 bytes, as descriptors need; columns of zeros change no product."""
+    extra = -x.shape[1] % (16 // x.element_size())
+    if extra == 0 and x.data_ptr() % 16 == 0:
+        return x
+    return torch.nn.functional.pad(x, (0, extra)) if extra else x.clone()
+
+
+def _operand(x: Tensor, shape: Config, rows: int) -> Tensor | TensorDescriptor:
+    return TensorDescriptor.from_tensor(x, [rows, shape.depth]) if shape.tma else x
 
 
 def _accumulate(into: Tensor, g: Tensor, other: Tensor, gain: float, precision: Precision) -> None:

@@ -1,6 +1,7 @@
 """Triton kernels of the contrastive loss; launched by ``lcl_kernels.triton_engine`` only.
 
-Written for a block of rows X [M, D] against columns Y [K, D], both contiguous, of one dtype (fp16 or fp32).
+Written for a block of rows X [M, D] against columns Y [K, D], both contiguous, of one dtype (fp16, bf16 or fp32).
+With TMA, X, Y and G are tensor descriptors, whose loads and stores one thread issues; otherwise pointers.
 Products accumulate in fp32. No kernel uses atomics: every output element is stored by exactly one program, so
 results are bitwise repeatable. Programs read and write only what lies inside M and K; sizes need not be
 multiples of anything.
@@ -19,22 +20,47 @@ LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def _tile_product(
-    X, Y, rm, rk, M, K, D: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr, PREC: tl.constexpr
+    X,
+    Y,
+    pm,
+    pk,
+    M,
+    K,
+    D: tl.constexpr,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BD: tl.constexpr,
+    PREC: tl.constexpr,
+    TMA: tl.constexpr,
 ):
-    """[BM, BN] fp32 products of rows rm and columns rk; rows and columns outside are zero."""
+    """[BM, BN] fp32 products of row tile pm and column tile pk; rows and columns outside are zero."""
     acc = tl.zeros((BM, BN), tl.float32)
-    x_rows = X + rm[:, None].to(tl.int64) * D
-    y_rows = Y + rk[None, :].to(tl.int64) * D
-    for d0 in tl.range(0, D, BD):
-        rd = d0 + tl.arange(0, BD)
-        if D % BD == 0:
-            a = tl.load(x_rows + rd[None, :], mask=rm[:, None] < M, other=0.0)
-            b = tl.load(y_rows + rd[:, None], mask=rk[None, :] < K, other=0.0)
-        else:
-            a = tl.load(x_rows + rd[None, :], mask=(rm[:, None] < M) & (rd[None, :] < D), other=0.0)
-            b = tl.load(y_rows + rd[:, None], mask=(rk[None, :] < K) & (rd[:, None] < D), other=0.0)
-        acc = tl.dot(a, b, acc, input_precision=PREC)
+    if TMA:
+        for d0 in tl.range(0, D, BD):
+            acc = tl.dot(X.load([pm * BM, d0]), Y.load([pk * BN, d0]).T, acc, input_precision=PREC)
+    else:
+        rm = pm * BM + tl.arange(0, BM)
+        rk = pk * BN + tl.arange(0, BN)
+        x_rows = X + rm[:, None].to(tl.int64) * D
+        y_rows = Y + rk[None, :].to(tl.int64) * D
+        for d0 in tl.range(0, D, BD):
+            rd = d0 + tl.arange(0, BD)
+            if D % BD == 0:
+                a = tl.load(x_rows + rd[None, :], mask=rm[:, None] < M, other=0.0)
+                b = tl.load(y_rows + rd[:, None], mask=rk[None, :] < K, other=0.0)
+            else:
+                a = tl.load(x_rows + rd[None, :], mask=(rm[:, None] < M) & (rd[None, :] < D), other=0.0)
+                b = tl.load(y_rows + rd[:, None], mask=(rk[None, :] < K) & (rd[:, None] < D), other=0.0)
+            acc = tl.dot(a, b, acc, input_precision=PREC)
     return acc
+
+
+@triton.jit
+def _mixed(XRange, YRange, pm, pk):
+    """False if all pairs of a tile exist and are negatives: the key ranges of its rows and columns do not meet."""
+    x_low, x_high = tl.load(XRange + 2 * pm), tl.load(XRange + 2 * pm + 1)
+    y_low, y_high = tl.load(YRange + 2 * pk), tl.load(YRange + 2 * pk + 1)
+    return (x_low <= y_high) & (y_low <= x_high)
 
 
 @triton.jit
@@ -51,6 +77,8 @@ def sums_kernel(
     Y,
     XKey,
     YKey,
+    XRange,  # [row tiles, 2] least and largest key
+    YRange,  # [column tiles, 2]
     RowPart,  # [splits, M] fp32
     ColPart,  # [row tiles, K] fp32, only with COLS
     Scale,
@@ -63,6 +91,7 @@ def sums_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
     PREC: tl.constexpr,
+    TMA: tl.constexpr,
     COLS: tl.constexpr,
 ):
     """Partial sums of exp(S - shift) over negatives, rows and columns from one exponential per logit.
@@ -76,11 +105,13 @@ def sums_kernel(
     shift = tl.load(Shift) * LOG2E
     rm = pm * BM + tl.arange(0, BM)
     row_sum = tl.zeros((BM,), tl.float32)
-    for t in tl.range(0, tiles_per_split):
-        rk = (split * tiles_per_split + t) * BN + tl.arange(0, BN)
-        acc = _tile_product(X, Y, rm, rk, M, K, D, BM, BN, BD, PREC)
-        e = tl.math.exp2(acc * scale - shift)
-        e = tl.where(_negatives(XKey, YKey, rm, rk, M, K), e, 0.0)
+    first = split * tiles_per_split
+    # One loop with that of the product, so that the next tile's loads run during this tile's exponentials.
+    for t in tl.range(first, min(first + tiles_per_split, tl.cdiv(K, BN)), flatten=TMA):
+        e = tl.math.exp2(_tile_product(X, Y, pm, t, M, K, D, BM, BN, BD, PREC, TMA) * scale - shift)
+        rk = t * BN + tl.arange(0, BN)
+        if _mixed(XRange, YRange, pm, t):
+            e = tl.where(_negatives(XKey, YKey, rm, rk, M, K), e, 0.0)
         row_sum += tl.sum(e, 1)
         if COLS:
             tl.store(ColPart + pm.to(tl.int64) * K + rk, tl.sum(e, 0), mask=rk < K)
@@ -105,6 +136,7 @@ def fallback_lse_kernel(
     BN: tl.constexpr,
     BD: tl.constexpr,
     PREC: tl.constexpr,
+    TMA: tl.constexpr,
     COLS: tl.constexpr,
 ):
     """Like ``sums_kernel`` with a maximum per row and per column; does nothing unless Flag is set.
@@ -118,9 +150,10 @@ def fallback_lse_kernel(
         rm = pm * BM + tl.arange(0, BM)
         peak = tl.full((BM,), float("-inf"), tl.float32)
         total = tl.zeros((BM,), tl.float32)
-        for t in tl.range(0, tiles_per_split):
-            rk = (split * tiles_per_split + t) * BN + tl.arange(0, BN)
-            z = _tile_product(X, Y, rm, rk, M, K, D, BM, BN, BD, PREC) * scale
+        first = split * tiles_per_split
+        for t in tl.range(first, min(first + tiles_per_split, tl.cdiv(K, BN))):
+            rk = t * BN + tl.arange(0, BN)
+            z = _tile_product(X, Y, pm, t, M, K, D, BM, BN, BD, PREC, TMA) * scale
             z = tl.where(_negatives(XKey, YKey, rm, rk, M, K), z, float("-inf"))
             new_peak = tl.maximum(peak, tl.max(z, 1))
             # A finite stand-in where nothing was seen yet: -inf - -inf would be NaN.
@@ -169,7 +202,9 @@ def gradient_kernel(
     Y,
     XKey,
     YKey,
-    G,  # [M, ldg], first K columns written
+    XRange,
+    YRange,
+    G,  # [M, ldg], ldg a multiple of 16
     Row,
     Col,
     Scale,
@@ -185,32 +220,45 @@ def gradient_kernel(
     BD: tl.constexpr,
     GROUP: tl.constexpr,
     PREC: tl.constexpr,
+    TMA: tl.constexpr,
 ):
     """G = gain * (exp(S - Row) + exp(S - Col)) for negatives, else 0.
 
     With Flag clear, both terms share one exponential: exp(S - shift) * (exp(shift - Row) + exp(shift -
     Col)). With Flag set the factors could leave fp32's range and each term is formed by itself.
+    Any number of programs; each takes every num_programs-th tile.
     """
-    pid = tl.program_id(0)
-    # Programs of GROUP row tiles run next to each other, so that the column tiles they share stay in L2.
-    row_tiles = tl.cdiv(M, BM)
-    per_group = GROUP * tl.cdiv(K, BN)
-    first = (pid // per_group) * GROUP
-    width = min(row_tiles - first, GROUP)
-    rm = (first + (pid % per_group) % width) * BM + tl.arange(0, BM)
-    rk = ((pid % per_group) // width) * BN + tl.arange(0, BN)
     scale = tl.load(Scale) * LOG2E
     shift = tl.load(Shift) * LOG2E
-    z = _tile_product(X, Y, rm, rk, M, K, D, BM, BN, BD, PREC) * scale
-    row = tl.load(Row + rm, mask=rm < M, other=float("inf")) * LOG2E
-    col = tl.load(Col + rk, mask=rk < K, other=float("inf")) * LOG2E
-    if tl.load(Flag) != 0:
-        g = tl.math.exp2(z - row[:, None]) + tl.math.exp2(z - col[None, :])
-    else:
-        g = tl.math.exp2(z - shift) * (tl.math.exp2(shift - row)[:, None] + tl.math.exp2(shift - col)[None, :])
-    g = tl.where(_negatives(XKey, YKey, rm, rk, M, K), g * gain, 0.0)
-    out = G + rm[:, None].to(tl.int64) * ldg + rk[None, :]
-    tl.store(out, g.to(G.dtype.element_ty), mask=(rm[:, None] < M) & (rk[None, :] < K))
+    separate = tl.load(Flag) != 0
+    row_tiles = tl.cdiv(M, BM)
+    column_tiles = tl.cdiv(K, BN)
+    # GROUP row tiles run next to each other, so that the column tiles they share stay in L2.
+    per_group = GROUP * column_tiles
+    for tile in tl.range(tl.program_id(0), row_tiles * column_tiles, tl.num_programs(0), flatten=TMA):
+        first = (tile // per_group) * GROUP
+        width = min(row_tiles - first, GROUP)
+        pm = first + (tile % per_group) % width
+        pk = (tile % per_group) // width
+        z = _tile_product(X, Y, pm, pk, M, K, D, BM, BN, BD, PREC, TMA) * scale
+        rm = pm * BM + tl.arange(0, BM)
+        rk = pk * BN + tl.arange(0, BN)
+        row = tl.load(Row + rm, mask=rm < M, other=float("inf")) * LOG2E
+        col = tl.load(Col + rk, mask=rk < K, other=float("inf")) * LOG2E
+        if separate:
+            g = (tl.math.exp2(z - row[:, None]) + tl.math.exp2(z - col[None, :])) * gain
+        else:
+            g = tl.math.exp2(z - shift) * (
+                (gain * tl.math.exp2(shift - row))[:, None] + (gain * tl.math.exp2(shift - col))[None, :]
+            )
+        if _mixed(XRange, YRange, pm, pk):
+            g = tl.where(_negatives(XKey, YKey, rm, rk, M, K), g, 0.0)
+        if TMA:
+            G.store([pm * BM, pk * BN], g.to(G.dtype))
+        else:
+            # The mask is that of the padded row, whose length the compiler knows to be whole 16-byte stores.
+            out = G + rm[:, None].to(tl.int64) * ldg + rk[None, :]
+            tl.store(out, g.to(G.dtype.element_ty), mask=(rm[:, None] < M) & (rk[None, :] < ldg))
 
 
 @triton.jit

@@ -17,20 +17,23 @@ from typing import Any
 
 import triton
 from lcl_kernels import triton_ops as ops
-from lcl_kernels.triton_config import config
+from lcl_kernels.triton_config import SHARED_MEMORY, config
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 DEPTH = 768
 OPERANDS = ("X", "Y", "A", "B", "G")
-INTEGER_POINTERS = ("XKey", "YKey", "Flag")
+INTEGER_POINTERS = ("XKey", "YKey", "XRange", "YRange", "Flag")
 INTEGERS = ("M", "N", "K", "ldg", "tiles_per_split", "a_row", "a_col", "accumulate", "parts", "length")
 # Sizes that the launcher cannot promise to be multiples of 16 stay unmarked; row strides of G are rounded up.
 DIVISIBLE = ("ldg",)
+STORES = {"2": r"STG\.E\.U16", "4": r"STG\.E$", "8": r"STG\.E\.64", "16": r"STG\.E\.128"}
 
 
 def compile_one(name: str, kernel: Any, precision: str, capability: int, constants: dict[str, Any]) -> dict[str, Any]:
-    element = "*fp16" if precision == "fp16" else "*fp32"
+    element = {"fp16": "fp16", "bf16": "bf16"}.get(precision, "fp32")
+    shape = config(name, precision, capability)
+    described = {"X": (shape.rows, shape.depth), "Y": (shape.columns, shape.depth), "G": (shape.rows, shape.columns)}
     signature, attributes, values = {}, {}, {}
     for position, argument in enumerate(kernel.arg_names):
         if argument in constants:
@@ -42,27 +45,48 @@ def compile_one(name: str, kernel: Any, precision: str, capability: int, constan
             signature[argument] = "fp32"
         elif argument in INTEGER_POINTERS:
             signature[argument] = "*i32"
+        elif argument in described and shape.tma:
+            signature[argument] = f"tensordesc<{element}{list(described[argument])}>"
         else:
-            signature[argument] = element if argument in OPERANDS else "*fp32"
+            signature[argument] = f"*{element}" if argument in OPERANDS else "*fp32"
         if signature[argument].startswith("*") or argument in DIVISIBLE:
             attributes[(position,)] = [["tt.divisibility", 16]]
-    shape = config(name, precision, capability)
     options = {"num_warps": shape.warps, "num_stages": shape.stages, "enable_fp_fusion": True}
     source = ASTSource(fn=kernel, signature=signature, constexprs=values, attrs=attributes)
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    ptx = compiled.asm["ptx"]
     return {
         "kernel": name,
         "precision": precision,
         "capability": capability,
         "columns": constants.get("COLS"),
+        "tile": [shape.rows, shape.columns, shape.depth],
+        "threads": 32 * shape.warps,
+        "stages": shape.stages,
         "shared": compiled.metadata.shared,
-        "matrix": sorted(set(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", ptx))),
-    } | resources(ptx, capability)
+    } | resources(compiled.asm["ptx"], capability)
 
 
-def resources(ptx: str, capability: int) -> dict[str, int]:
-    """Registers and spilled bytes as the bundled assembler reports them."""
+def instructions(machine_code: str) -> dict[str, Any]:
+    """What of the machine code tells how data move and how much there is to do beside the products."""
+    names = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+ )?([A-Z][\w.]+)", machine_code, re.MULTILINE)
+
+    def count(pattern: str) -> int:
+        return sum(bool(re.match(pattern, name)) for name in names)
+
+    return {
+        "instructions": len(names),
+        "matrix_instructions": count(r"HGMMA|HMMA|UTC\w*MMA"),
+        "loads_by_descriptor": count("UTMALDG"),
+        "loads_to_shared_by_thread": count("LDGSTS"),
+        "stores_by_descriptor": count("UTMASTG"),
+        "stores_to_global": {width: number for width, suffix in STORES.items() if (number := count(suffix))},
+        "exponentials": count(r"MUFU\.EX2"),
+        "shuffles": count("SHFL"),
+    }
+
+
+def resources(ptx: str, capability: int) -> dict[str, Any]:
+    """Registers and spilled bytes as the bundled assembler reports them, and counts of instructions."""
     tools = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
@@ -81,6 +105,9 @@ def resources(ptx: str, capability: int) -> dict[str, int]:
             )
             report = run.stdout + run.stderr
             if run.returncode == 0:
+                code = subprocess.run(
+                    [tools / "nvdisasm", "-c", f"{path}.cubin"], capture_output=True, text=True
+                ).stdout
                 break
         else:
             raise RuntimeError(f"no assembler accepted sm_{capability}: {report[-2000:]}")
@@ -89,7 +116,8 @@ def resources(ptx: str, capability: int) -> dict[str, int]:
         "spill_stores": r"(\d+) bytes spill stores",
         "spill_loads": r"(\d+) bytes spill loads",
     }
-    found = {}
+    matrix = sorted(set(re.findall(r"wgmma\.mma_async|mma\.sync|tcgen05\.mma", ptx)))
+    found: dict[str, Any] = {"matrix": matrix} | instructions(code)
     for key, pattern in numbers.items():
         match = re.search(pattern, report)
         if match is None:
@@ -101,7 +129,7 @@ def resources(ptx: str, capability: int) -> dict[str, int]:
 def jobs(precision: str, capability: int) -> list[tuple[str, Any, dict[str, Any]]]:
     def tile(name: Any) -> dict[str, Any]:
         shape = config(name, precision, capability)
-        return {"BM": shape.rows, "BN": shape.columns, "BD": shape.depth}
+        return {"BM": shape.rows, "BN": shape.columns, "BD": shape.depth, "TMA": shape.tma}
 
     dot = {"PREC": "tf32x3" if precision == "tf32x3" else "ieee"}
     work: list[tuple[str, Any, dict[str, Any]]] = []
@@ -111,16 +139,18 @@ def jobs(precision: str, capability: int) -> list[tuple[str, Any, dict[str, Any]
         work.append(("fallback", ops.fallback_lse_kernel, shared | tile("fallback")))
     work.append(("gradient", ops.gradient_kernel, {"D": DEPTH, "GROUP": 8, **dot} | tile("gradient")))
     if precision == "tf32x3":
-        work.append(("matmul", ops.matmul_kernel, dot | tile("matmul")))
+        blocks = {key: value for key, value in tile("matmul").items() if key != "TMA"}
+        work.append(("matmul", ops.matmul_kernel, dot | blocks))
     return work
 
 
 def main() -> None:
-    capabilities = [int(c) for c in sys.argv[2:]] or [80, 90]
+    capabilities = [int(c) for c in sys.argv[2:]] or list(SHARED_MEMORY)
     results = [
         compile_one(name, kernel, precision, capability, constants)
         for capability in capabilities
-        for precision in ("fp16", "tf32x3", "fp32")
+        # Blackwell's table differs in half precision only.
+        for precision in (("fp16",) if capability == 100 else ("fp16", "tf32x3", "fp32"))
         for name, kernel, constants in jobs(precision, capability)
     ]
     Path(sys.argv[1]).write_text(json.dumps(results))

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from typing import Any
 from unittest import mock
 
 import torch
 from lcl_kernels import infonce, infonce_reference, triton_engine
+from lcl_kernels.triton_config import INTERPRETER
 from torch import Tensor
 from torch.nn.functional import normalize
 
@@ -58,7 +60,7 @@ def case(
     groups: bool = False,
     weights: bool = False,
     rows: int | None = None,
-    sum_rows: int | None = None,
+    tma: bool = True,
 ) -> dict[str, Any]:
     image, text = embeddings(kind, n, d)
     if precision == "fp16":  # what remains to be measured is the kernels' own rounding
@@ -76,7 +78,7 @@ def case(
         else:
             with (
                 mock.patch.object(torch, "empty", poisoned_empty),
-                mock.patch.object(triton_engine, "SUM_ROWS", sum_rows or triton_engine.SUM_ROWS),
+                mock.patch.object(triton_engine, "INTERPRETER", replace(INTERPRETER, tma=tma)),
             ):
                 # fp16 inputs would also round the returned gradients: ask for them in fp32.
                 i, t = (x.detach().float().requires_grad_() for x in (i, t))
@@ -97,7 +99,7 @@ def case(
     cancels = kind in ("identical", "opposite")
     floor = scale * n**-0.5 if cancels else 1e-9
     return {
-        "name": f"{n}x{d} s={scale} {kind} {precision} groups={groups} weights={weights} {rows} {sum_rows}",
+        "name": f"{n}x{d} s={scale} {kind} {precision} groups={groups} weights={weights} {rows} {tma}",
         "precision": precision,
         "loss": abs(ours[0].item() - truth[0].item()) / max(abs(truth[0].item()), 1e-9),
         "image": relative(ours[1], truth[1], floor),
@@ -132,13 +134,15 @@ def main() -> None:
     torch.set_num_threads(1)
     cases = [case(77, 64, s, precision=p) for s in (1.0, 14.3, 50.0, 100.0) for p in ("fp32", "fp16")]
     cases += [
-        case(133, 96, 100.0, groups=True, weights=True, rows=40, sum_rows=64),
-        case(133, 96, 100.0, groups=True, weights=True, rows=40, sum_rows=64, precision="fp16"),
+        case(133, 96, 100.0, groups=True, weights=True, rows=40),
+        case(133, 96, 100.0, groups=True, weights=True, rows=40, precision="fp16", tma=False),
+        case(133, 96, 100.0, groups=True, weights=True, rows=40, tma=False),
         case(61, 33, 14.3, precision="tf32x3", rows=17),
+        case(61, 33, 14.3, rows=17, tma=False),
         case(40, 1024, 100.0, kind="random"),
         case(40, 64, 100.0, kind="saturated"),
         case(40, 64, 100.0, kind="identical"),
-        case(40, 64, 100.0, kind="opposite", sum_rows=32),
+        case(40, 64, 100.0, kind="opposite"),
         case(40, 64, 100.0, kind="opposite", precision="fp16"),
         case(41, 64, 100.0, kind="duplicates", groups=True),
         case(1, 16, 100.0),
@@ -152,7 +156,7 @@ def main() -> None:
     ]
     # The fallback must run when forced and be skipped otherwise: the same numbers by either way.
     with mock.patch.object(triton_engine, "smallest_sum", return_value=float("inf")):
-        cases.append(case(77, 64, 14.3, sum_rows=32) | {"name": "forced fallback"})
+        cases.append(case(77, 64, 14.3) | {"name": "forced fallback"})
     with mock.patch.object(triton_engine, "_fallback"):
         broken = case(40, 64, 100.0, kind="opposite")["loss"]
     with open(sys.argv[1], "w") as out:
