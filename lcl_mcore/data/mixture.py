@@ -73,7 +73,7 @@ class Mixture:
     def document(self, sample: SampleIndex, *, first_caption: bool = False) -> TokenizedDocument | None:
         """One document, tokenized; None if its source's settings skip it."""
         tokenizer = self._tokenizers[sample.source]
-        dataset = self.datasets[tokenizer.source.label]
+        dataset = self.datasets[tokenizer.label]
         stored, members = dataset.document(sample.index, block=self._block)
         return tokenizer.tokenize(sample, stored, members, first_caption=first_caption)
 

@@ -74,6 +74,7 @@ class DocumentTokenizer:
         self, source: SourceConfig, tokenizer: Tokenizer, *, tokens_per_image: int, sequence_length: int, seed: int
     ) -> None:
         self.source = source
+        self.label = source.label
         self._tokenizer = tokenizer
         self._image_length = tokens_per_image + MARKERS_PER_IMAGE
         self._sequence_length = sequence_length
@@ -89,11 +90,11 @@ class DocumentTokenizer:
         if stored.kind == "pair" and first_caption:
             stored = replace(stored, texts=stored.texts[:1])
         # "layout" is the name that these choices have been keyed by in every saved run
-        random = KeyedRandom(self._seed, "layout", sample.epoch, self.source.label, sample.index)
+        random = KeyedRandom(self._seed, "layout", sample.epoch, self.label, sample.index)
         images = self._choose_images(stored, random)
         if len(images) < self.source.min_images:
             return None
-        document = TokenizedDocument(sample, self.source.label, stored, members, ())
+        document = TokenizedDocument(sample, self.label, stored, members, ())
         if stored.kind == "pair":
             return self._pair(document, images, random)
         placed = self._interleave(stored, images, random)

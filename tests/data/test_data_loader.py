@@ -16,6 +16,7 @@ import torch
 from corpora import SIDE, TOKENS_PER_IMAGE, config, make_dataset, open_loader, run_config, small_tokenizer
 from lcl_mcore.batch import MicroBatch, StepBatch
 from lcl_mcore.data import decode
+from lcl_mcore.data.image_reader import ImageReader
 from lcl_mcore.data.loader import DataContext, StepReader, build_loader
 from lcl_mcore.errors import ConfigError, DataError
 
@@ -157,6 +158,36 @@ def test_little_python_stands_between_two_images(folders: list[Path], monkeypatc
     assert calls["decode_one"] == images
     assert calls["NativeDataset.document"] < 1.05 * images  # each document is read once, not again when it is carried
     assert calls.total() < 200 * images, calls.most_common(20)
+
+
+def test_the_next_step_is_planned_while_this_one_is_decoded(
+    folders: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And an error on the way belongs to the step that was planned, not to the one that is whole."""
+    events: list[str] = []
+    plan, begin = StepReader._plan, ImageReader.begin
+
+    def planned(self: StepReader) -> Any:
+        events.append("plan")
+        if events.count("plan") == 3:
+            raise DataError("damaged")
+        return plan(self)
+
+    def begun(self: ImageReader, images: Any) -> Any:
+        events.append("decode")
+        finish = begin(self, images)
+        return lambda: (events.append("wait"), finish())[1]
+
+    monkeypatch.setattr(StepReader, "_plan", planned)
+    monkeypatch.setattr(ImageReader, "begin", begun)
+    reader = StepReader(run_config(config(*folders), micro_batch_size=4), DataContext(), TOKENIZER, None)
+    try:
+        assert [reader.next_step().number, reader.next_step().number] == [0, 1]
+        assert events == ["plan", *["decode", "decode", "plan", "wait", "wait"] * 2]
+        with pytest.raises(DataError, match=r"^damaged$"):
+            reader.next_step()
+    finally:
+        reader.close()
 
 
 def test_other_settings_are_refused_by_name(folders: list[Path], tmp_path: Path) -> None:
