@@ -208,9 +208,6 @@ ENTRIES = (
         "tests/benchmarks/test_gpu_report.py::test_dry_run",
     ),
     read("python examples/ablation/run.py", "tests/evaluation/test_ablation.py::test_two_settings_end_in_a_table"),
-    read(
-        "python tools/gpu_report.py --commit HASH", "tests/benchmarks/test_gpu_report.py::test_dry_run", HASH="1d1f3e5"
-    ),
     read("python campaigns/soak.py --minutes 30", "campaigns/soak.json"),
     read("python campaigns/steady.py", "campaigns/steady.json"),
     read("python campaigns/recovery.py", "campaigns/recovery.json"),
@@ -222,6 +219,16 @@ ENTRIES = (
     shown("make test", "make test"),
     shown("make doctor", "make doctor"),
     shown("make gpu-report", "make gpu-report", "tests/benchmarks/test_gpu_report.py::test_dry_run"),
+    shown("make gpu-carry", "tests/benchmarks/test_gpu_report.py::test_what_is_carried_is_all_that_the_package_needs"),
+    shown(
+        "make gpu-report CARRIED=.gpu",
+        "tests/benchmarks/test_gpu_report.py::test_a_bare_machine_imports_from_what_was_carried",
+    ),
+    shown("make gpu-carry GPU_PYTHON=3.12", "Makefile"),
+    shown("make emulate", "tests/emulator/counters.json"),
+    shown("make emulate REPORT=FILE", "Makefile"),
+    shown("make emulate EMULATE=\"-k 'bf16 and not engine'\"", "Makefile"),
+    shown("make emulate TE=FOLDER", "Makefile"),
     shown("make slurm-test", "make slurm-test", "campaigns/slurm.json"),
     shown(
         "sbatch examples/slurm/1-node.sbatch --recipe paper-b16 --data /data/mmc4 --tokenizer /data/mmc4 "

@@ -69,6 +69,30 @@ def test_what_is_imported_exists() -> None:
     assert missing == []
 
 
+def hidden_calls(code: str) -> list[str]:
+    """Functions called for the value of a local variable of their own name: in a function that is a NameError."""
+    found = []
+    for function in ast.walk(ast.parse(code)):
+        if isinstance(function, ast.FunctionDef):
+            for node in ast.walk(function):
+                if isinstance(node, ast.Assign | ast.AnnAssign | ast.NamedExpr) and node.value is not None:
+                    targets = node.targets if isinstance(node, ast.Assign) else [node.target]
+                    names = [n for target in targets for n in ast.walk(target) if isinstance(n, ast.Name)]
+                    bound = {name.id for name in names if isinstance(name.ctx, ast.Store)}
+                    calls = [call.func for call in ast.walk(node.value) if isinstance(call, ast.Call)]
+                    found += [call.id for call in calls if isinstance(call, ast.Name) and call.id in bound]
+    return found
+
+
+def test_no_local_name_hides_the_function_that_gives_its_value() -> None:
+    """Neither ruff nor mypy sees it in a generator, and a line for CUDA alone is first run on a GPU."""
+    assert hidden_calls("def f(x):\n    pinned = tuple(pinned(y) for y in x)\n") == ["pinned"]
+    folders = ("lcl_mcore", "kernels", "tools", "benchmarks", "campaigns", "examples", "tests")
+    paths = [path for folder in folders for path in sorted((ROOT / folder).rglob("*.py"))]
+    found = {str(path.relative_to(ROOT)): hidden_calls(path.read_text(encoding="utf-8")) for path in paths}
+    assert {path: names for path, names in found.items() if names} == {}
+
+
 def test_imports_have_no_circle() -> None:
     try:
         list(TopologicalSorter({name: imported(path) for name, path in FILES.items()}).static_order())

@@ -150,7 +150,9 @@ def test_what_shows_a_command_exists() -> None:
                 assert any(isinstance(n, ast.FunctionDef) and n.name == name for n in ast.walk(tree)), by
         words = shlex.split(entry.command)
         if words[0] == "make":
-            assert all(word in targets() for word in words[1:]), entry.command
+            names = [word.partition("=")[0] for word in words[1:] if "=" in word]
+            assert all(word in targets() for word in words[1:] if "=" not in word), entry.command
+            assert all(f"$({name}" in (ROOT / "Makefile").read_text(encoding="utf-8") for name in names), entry.command
         elif words[0] == "pytest":
             assert (ROOT / words[1]).is_dir()
         elif words[:2] == ["pip", "install"]:
