@@ -104,8 +104,8 @@ LAYOUTS: dict[str, tuple[int, tuple[str, ...]]] = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_training_resumes_and_is_evaluated(layout: str, emulator: Any, corpus: Path, tmp_path: Path) -> None:
-    """Six steps with checkpoints, then three more, then held-out losses; a step of training waits for the device once,
-    for the numbers of the step before, and not inside."""
+    """Six steps with checkpoints, three more, then held-out losses. In a step the host waits for nothing but memory,
+    for batches larger than those before."""
     from tiny import MODEL
 
     ranks, more = LAYOUTS[layout]
@@ -122,7 +122,7 @@ def test_training_resumes_and_is_evaluated(layout: str, emulator: Any, corpus: P
     for name in ("first", "second"):
         for rank in range(ranks):
             later = [counts for mark, counts in emulator.read(tmp_path / name, rank) if mark == "step"][2:]
-            assert [dict(counts.waits) for counts in later if counts.waits] == []
+            assert {wait for counts in later for wait in counts.waits} <= {"cudaMalloc", "cudaHostAlloc"}
     emulator.run(tmp_path / "third", worker, "evaluate", str(run), "--data", str(corpus / "pairs"))
 
 
