@@ -22,6 +22,7 @@ import torch
 import torch.distributed as dist
 from lcl_kernels._pair_terms import scaled_gradients
 from lcl_kernels.cpu_products import bf16_units
+from lcl_kernels.triton_fused import FusedImpl, launches_triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -41,6 +42,7 @@ def linear_cross_entropy(
     chunk_rows: int | None = None,
     bias: Tensor | None = None,
     weight_gradient: Tensor | None = None,
+    impl: FusedImpl = "auto",
 ) -> Tensor:
     """Weighted sum of token losses; see the module text for conventions.
 
@@ -58,12 +60,14 @@ def linear_cross_entropy(
         bias: ``[V]`` or None.
         weight_gradient: fp32 ``[V, h]`` to which backward adds the gradient of ``weight``, unrounded; autograd then
             gets an empty placeholder for it, whose values mean nothing. None: autograd gets it.
+        impl: "triton" (CUDA; logits in the dtype of ``hidden``, softmax in fp32), "plain" torch (logits in fp32), or
+            "auto": the first where it runs.
 
     Returns:
         0-dim fp32 (fp64 for fp64 inputs).
 
     Raises:
-        ValueError: shapes or dtypes that do not fit.
+        ValueError: shapes or dtypes that do not fit, or "triton" where it cannot run.
     """
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden {tuple(hidden.shape)} and weight {tuple(weight.shape)} must be [k, h], [V, h]")
@@ -81,7 +85,8 @@ def linear_cross_entropy(
     if valid_vocab is not None:
         valid = min(max(valid_vocab - vocab_start, 0), valid)
     rows = chunk_rows or _even_rows(hidden.shape[0], _default_rows(weight))
-    job = _Job(labels, row_weights, vocab_start, valid, rows, tp_group, torch.is_grad_enabled(), weight_gradient)
+    gradients, fused = torch.is_grad_enabled(), launches_triton(impl, hidden)
+    job = _Job(labels, row_weights, vocab_start, valid, rows, tp_group, gradients, weight_gradient, fused)
     loss: Tensor = _LinearCrossEntropy.apply(hidden, weight, bias, job)
     return loss
 
@@ -134,6 +139,7 @@ class _Job:
         group: dist.ProcessGroup | None,
         with_gradients: bool,
         weight_gradient: Tensor | None,
+        fused: bool,
     ) -> None:
         self.labels = labels
         self.row_weights = row_weights
@@ -143,6 +149,7 @@ class _Job:
         self.group = group
         self.with_gradients = with_gradients
         self.weight_gradient = weight_gradient
+        self.fused = fused
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -156,21 +163,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
             dh = torch.empty(h.shape, dtype=dtype, device=h.device)
             dw = torch.empty(w.shape, dtype=dtype, device=h.device)
             db = torch.zeros(w.shape[0], dtype=dtype, device=h.device) if bias is not None else None
-        buffer = torch.empty(min(job.rows, h.shape[0]) * w.shape[0], dtype=dtype, device=h.device)
+        logit_dtype = h.dtype if job.fused else dtype
+        buffer = torch.empty(min(job.rows, h.shape[0]) * w.shape[0], dtype=logit_dtype, device=h.device)
         pending: list[Any] = []
         for start in range(0, h.shape[0], job.rows):
             r = slice(start, min(start + job.rows, h.shape[0]))
             logits = buffer[: (r.stop - r.start) * w.shape[0]].view(-1, w.shape[0])
             _logits(h[r], w, logits)
-            if bias is not None:
-                logits += bias.detach()
-            loss += _chunk_loss(logits, r, job, gradient=dh is not None)
+            if job.fused:
+                loss += _fused_chunk_loss(logits, bias, r, job, gradient=dh is not None)
+            else:
+                if bias is not None:
+                    logits += bias.detach()
+                loss += _chunk_loss(logits, r, job, gradient=dh is not None)
             if dh is None or dw is None:
                 continue
             _hidden_gradient(logits, w, dh[r])  # logits are now dloss/dlogits
             _add_weight_gradient(logits, h[r], dw, first=start == 0)
             if db is not None:
-                db += logits.sum(0)
+                db += logits.sum(0, dtype=dtype)
             if job.group is not None:  # overlaps with the next chunk
                 pending.append(dist.all_reduce(dh[r], group=job.group, async_op=True))
         for work in pending:
@@ -197,11 +208,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 def _chunk_loss(logits: Tensor, rows: slice, job: _Job, *, gradient: bool) -> Tensor:
     """Loss of one chunk; with ``gradient``, ``logits`` ``[c, V]`` is overwritten by dloss/dlogits."""
-    labels = job.labels[rows]
-    a = (labels >= 0).to(logits.dtype)
-    if job.row_weights is not None:
-        # where, not a product: an ignored row must give 0 whatever its weight is.
-        a = torch.where(labels >= 0, job.row_weights[rows].to(logits.dtype), a)
+    labels, a = job.labels[rows], _factors(job, rows, logits.dtype)
     logits[:, job.valid :] = -torch.inf
     local = labels - job.vocab_start
     here = (local >= 0) & (local < job.valid)
@@ -212,14 +219,42 @@ def _chunk_loss(logits: Tensor, rows: slice, job: _Job, *, gradient: bool) -> Te
     total = logits.sub_(largest).exp_().sum(1)
     lse = largest[:, 0] + total.log()
     if job.group is not None:
-        # One small gather and the same ordered sum on all ranks, instead of a max and a sum reduction.
-        parts = lse.new_empty((dist.get_world_size(job.group), 2, len(labels)))
-        dist.all_gather_into_tensor(parts.view(-1), torch.stack([lse, target]).view(-1), group=job.group)
-        lse, target = parts[:, 0].logsumexp(0), parts[:, 1].sum(0)
+        lse, target = _of_all_shards(lse, target, job.group)
     if gradient:  # a * (exp(logit - lse) - one_hot)
         logits.mul_((largest[:, 0] - lse).exp().mul_(a)[:, None])
         logits.scatter_add_(1, local, torch.where(here, -a, 0.0)[:, None])
     return torch.where(a != 0, a * (lse - target), 0.0).sum()
+
+
+def _fused_chunk_loss(logits: Tensor, bias: Tensor | None, rows: slice, job: _Job, *, gradient: bool) -> Tensor:
+    """The same in Triton, on logits of the inputs' dtype without their bias: one launch, or two around the gather."""
+    labels, a = job.labels[rows], _factors(job, rows, torch.float32)
+    shard = (job.vocab_start, job.valid)
+    if gradient and job.group is None:
+        lse, target = torch.ops.lcl.vocabulary_loss_(logits, bias, labels, a, *shard)
+        return torch.where(a != 0, a * (lse - target), 0.0).sum()
+    lse, target = torch.ops.lcl.vocabulary_sums(logits, bias, labels, *shard)
+    if job.group is not None:
+        lse, target = _of_all_shards(lse, target, job.group)
+    if gradient:
+        torch.ops.lcl.vocabulary_gradient_(logits, bias, labels, a, lse, *shard)
+    return torch.where(a != 0, a * (lse - target), 0.0).sum()
+
+
+def _factors(job: _Job, rows: slice, dtype: torch.dtype) -> Tensor:
+    """Each row's weight, 0 where it is ignored."""
+    counted = job.labels[rows] >= 0
+    if job.row_weights is None:
+        return counted.to(dtype)
+    # where, not a product: an ignored row must give 0 whatever its weight is.
+    return torch.where(counted, job.row_weights[rows].to(dtype), 0.0)
+
+
+def _of_all_shards(lse: Tensor, target: Tensor, group: dist.ProcessGroup) -> tuple[Tensor, Tensor]:
+    """One small gather and the same ordered sum on all ranks, instead of a max and a sum reduction."""
+    parts = lse.new_empty((dist.get_world_size(group), 2, len(lse)))
+    dist.all_gather_into_tensor(parts.view(-1), torch.stack([lse, target]).view(-1), group=group)
+    return parts[:, 0].logsumexp(0), parts[:, 1].sum(0)
 
 
 def _logits(x: Tensor, w: Tensor, out: Tensor) -> None:
@@ -249,7 +284,7 @@ def _add_weight_gradient(g: Tensor, x: Tensor, into: Tensor, *, first: bool) -> 
     """``into += g.T @ x`` summed in ``into``'s dtype; the first time ``into`` holds nothing yet."""
     if g.device.type == "cpu" or x.dtype == into.dtype:
         wide = x.to(into.dtype)
-        g = g if x.dtype in (torch.bfloat16, into.dtype) else g.to(x.dtype).to(into.dtype)
+        g = (g if x.dtype in (torch.bfloat16, into.dtype) else g.to(x.dtype)).to(into.dtype)
         with bf16_units(x):
             torch.mm(g.T, wide, out=into) if first else into.addmm_(g.T, wide)
     elif first:

@@ -43,15 +43,16 @@ def startup_summary(config: RunConfig, context: Context, model: LclModel, choice
     changes = listed(changes_of_recipe(config)) or "none"
     lines.append(f"  changes    of {'the recipe' if config.recipe in RECIPES else 'the defaults'}: {changes}")
     lines += [f"WARNING {caution}" for caution in config.never_happens()]
-    return [*lines, f"  loss       {_losses(config, context)}", f"  folder     {context.run_folder}"]
+    return [*lines, f"  loss       {_losses(config, context, model)}", f"  folder     {context.run_folder}"]
 
 
-def _losses(config: RunConfig, context: Context) -> str:
+def _losses(config: RunConfig, context: Context, model: LclModel) -> str:
     """The kernels of both losses; "auto" by what it stands for here."""
     loss = config.loss
     contrastive = loss.contrastive_impl
     if contrastive == "auto":
         engine = select_engine("auto", torch.empty(0, device=context.device.device))
         contrastive = "triton" if engine is not None and engine.__name__.endswith("triton_engine") else "tiled"
-    generation = "chunked" if loss.generation_impl == "auto" else loss.generation_impl
+    automatic = "triton" if model.language.elementwise == "triton" else "chunked"
+    generation = automatic if loss.generation_impl == "auto" else loss.generation_impl
     return f"{contrastive} contrastive, {generation} cross-entropy"

@@ -203,6 +203,7 @@ class TrainStep(ABC):
                 vocab_size=self.config.model.language.vocab_size,
                 tp_group=self.groups.tp,
                 impl=self.loss.generation_impl,
+                elementwise=language.elementwise,
             )
 
     def weighted_sum(self, contrastive: Tensor, generation: Tensor) -> Tensor:

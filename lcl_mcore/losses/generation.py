@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from lcl_kernels import linear_cross_entropy
+from lcl_kernels.triton_fused import FusedImpl
 from megatron.core.tensor_parallel.mappings import (
     copy_to_tensor_model_parallel_region,
     gather_from_tensor_model_parallel_region,
@@ -26,6 +27,7 @@ def generation_loss_sum(
     vocab_size: int,
     tp_group: dist.ProcessGroup,
     impl: str = "auto",
+    elementwise: FusedImpl = "auto",
 ) -> Tensor:
     """Sum of the cross-entropies of k targets.
 
@@ -34,7 +36,8 @@ def generation_loss_sum(
         weight: [V / tp, D], this rank's rows of the output matrix; rows from `vocab_size` on are padding
             and stay out of the softmax. Its gradient is added to its buffer, where it has one.
         labels: [k] int64.
-        impl: "chunked" never stores all logits; "reference" does; "auto" is "chunked".
+        impl: "chunked" never stores all logits; "reference" does; "auto" is "chunked", by what `elementwise` names.
+        elementwise: "triton" keeps a chunk's logits in the dtype of `hidden`, "plain" in fp32.
 
     Returns:
         fp32 scalar, equal on all tensor-parallel ranks.
@@ -51,6 +54,7 @@ def generation_loss_sum(
             tp_group=tp_group,
             valid_vocab=vocab_size,
             weight_gradient=buffer,
+            impl=elementwise if impl == "auto" else "plain",
         )
     shared = copy_to_tensor_model_parallel_region(hidden, group=tp_group)
     logits = gather_from_tensor_model_parallel_region((shared @ through_buffer(weight).T).float(), group=tp_group)

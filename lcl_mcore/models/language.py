@@ -63,7 +63,7 @@ class LanguageModel(MegatronModule):
         stage: Stage,
     ) -> None:
         super().__init__(config=config)
-        self.shape, self.tp_group, self.stage = shape, groups.tp, stage
+        self.shape, self.tp_group, self.stage, self.elementwise = shape, groups.tp, stage, backend.elementwise
         dense = without_sequence_parallel(config)
         device, dtype = parameter_device(config), config.params_dtype
 

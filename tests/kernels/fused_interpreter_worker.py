@@ -17,6 +17,8 @@ import torch
 from lcl_kernels import (
     bias_activation,
     bias_activation_reference,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
     residual_branch,
     residual_branch_reference,
     triton_fused,
@@ -138,6 +140,26 @@ def vocabulary_case(rows: int, words: int, valid: int, dtype: torch.dtype, bias:
     return {"name": name, "half": dtype != torch.float32, "errors": errors, "equal": equal, "where_zero": zero}
 
 
+def cross_entropy_case(dtype: torch.dtype, bias: bool) -> Any:
+    """The whole function in chunks, against its reference."""
+    torch.manual_seed(0)
+    shapes = [(11, 24), (70, 24)] + [(70,)] * bias
+    values = [torch.randn(shape).to(dtype) for shape in shapes]
+    labels = torch.randint(0, 66, (11,))
+    labels[4] = -1
+
+    def call(function: Callable[..., Tensor], cast: torch.dtype, **options: Any) -> list[Tensor]:
+        x = [v.to(cast).requires_grad_() for v in values]
+        loss = function(x[0], x[1], labels, bias=x[2] if bias else None, valid_vocab=66, **options)
+        return [loss.detach(), *torch.autograd.grad(loss, x)]
+
+    truth = call(linear_cross_entropy_reference, torch.float64)
+    names = ("loss", "hidden", "weight", "bias")
+    ours = call(linear_cross_entropy, dtype, impl="triton", chunk_rows=4)
+    errors = {n: relative(a, b) for n, a, b in zip(names, ours, truth, strict=False)}
+    return {"name": f"cross-entropy {dtype} bias={bias}", "half": dtype != torch.float32, "errors": errors}
+
+
 def main() -> None:
     torch.set_num_threads(1)
     half, full = torch.bfloat16, torch.float32
@@ -159,6 +181,8 @@ def main() -> None:
                 vocabulary_case(5, 150, 131, full, bias),
                 vocabulary_case(5, 150, 150, half, bias, vocab_start=300),
             ]
+            cases.append(cross_entropy_case(full, bias))
+        cases.append(cross_entropy_case(half, False))
         nothing = OPS.vocabulary_sums(torch.ones(2, 70), None, torch.tensor([3, 4]), 100, 0)
     result = {"cases": cases, "padding_only": nothing[0].isneginf().all().item()}
     with open(sys.argv[1], "w") as out:
