@@ -390,7 +390,7 @@ class LossConfig:
     contrastive_schedule: Literal["auto", "reduce_scatter", "gather_both"] = "auto"
     """Collectives of the contrastive loss."""
     generation_impl: Literal["auto", "reference", "chunked"] = "auto"
-    """Kernel of the generation loss. chunked never stores all logits; auto is chunked, in Triton without fp32 logits."""
+    """Kernel of the generation loss. chunked never stores all logits; auto is that, in Triton where it runs."""
 
     def __post_init__(self) -> None:
         require(
