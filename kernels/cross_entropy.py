@@ -231,13 +231,13 @@ def _fused_chunk_loss(logits: Tensor, bias: Tensor | None, rows: slice, job: _Jo
     labels, a = job.labels[rows], _factors(job, rows, torch.float32)
     shard = (job.vocab_start, job.valid)
     if gradient and job.group is None:
-        lse, target = torch.ops.lcl.vocabulary_loss_(logits, bias, labels, a, *shard)
+        lse, target = torch.ops.lcl.vocabulary_loss(logits, bias, labels, a, *shard)
         return torch.where(a != 0, a * (lse - target), 0.0).sum()
     lse, target = torch.ops.lcl.vocabulary_sums(logits, bias, labels, *shard)
     if job.group is not None:
         lse, target = _of_all_shards(lse, target, job.group)
     if gradient:
-        torch.ops.lcl.vocabulary_gradient_(logits, bias, labels, a, lse, *shard)
+        torch.ops.lcl.vocabulary_gradient(logits, bias, labels, a, lse, *shard)
     return torch.where(a != 0, a * (lse - target), 0.0).sum()
 
 

@@ -42,11 +42,11 @@ _LIBRARY.define(
     "-> (Tensor lse, Tensor target)"
 )
 _LIBRARY.define(
-    "vocabulary_gradient_(Tensor(a!) logits, Tensor? bias, Tensor labels, Tensor factors, Tensor lse, int vocab_start, "
+    "vocabulary_gradient(Tensor(a!) logits, Tensor? bias, Tensor labels, Tensor factors, Tensor lse, int vocab_start, "
     "int valid) -> ()"
 )
 _LIBRARY.define(
-    "vocabulary_loss_(Tensor(a!) logits, Tensor? bias, Tensor labels, Tensor factors, int vocab_start, int valid) "
+    "vocabulary_loss(Tensor(a!) logits, Tensor? bias, Tensor labels, Tensor factors, int vocab_start, int valid) "
     "-> (Tensor lse, Tensor target)"
 )
 
@@ -302,8 +302,8 @@ def _register() -> None:
         "bias_activation": (_bias_activation, lambda x, bias, gelu: torch.empty_like(x)),
         "bias_activation_backward": (_bias_activation_backward, _activation_gradients),
         "vocabulary_sums": (_vocabulary_sums, _row_numbers),
-        "vocabulary_gradient_": (_vocabulary_gradient, lambda *arguments: None),
-        "vocabulary_loss_": (_vocabulary_loss, _row_numbers),
+        "vocabulary_gradient": (_vocabulary_gradient, lambda *arguments: None),
+        "vocabulary_loss": (_vocabulary_loss, _row_numbers),
     }
     for name, (launch, shapes) in operators.items():
         for key in ("CUDA", "CPU"):  # on CPU tensors Triton's interpreter computes
