@@ -307,9 +307,9 @@ class StepCounter(_Dispatch, TorchDispatchMode):
             kind, factors = "attention", [args[query], args[key]]
             flops = matmuls * 2 * self._scores(func, args, kwargs, *factors) * factors[0].shape[-1]
         dtype = next((t.dtype for t in factors if t.is_floating_point()), torch.float32)
-        return Cost(kind, str(dtype).removeprefix("torch."), flops, self._traffic(name, args, inputs, outputs))
+        return Cost(kind, str(dtype).removeprefix("torch."), flops, self._traffic(name, func, args, inputs, outputs))
 
-    def _traffic(self, name: str, args: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
+    def _traffic(self, name: str, func: Any, args: Any, inputs: list[Tensor], outputs: list[Tensor]) -> int:
         """Bytes read and written on the device."""
         selected = 0
         if name in _READ_SOME:
@@ -318,6 +318,9 @@ class StepCounter(_Dispatch, TorchDispatchMode):
             place, times = _CHANGE_SOME[name]
             selected = times * args[place].numel() * outputs[0].element_size()
             inputs, outputs = inputs[1:], []
+        elif not name.startswith("aten::"):  # one pass over what it is given, makes and changes
+            changed = zip(func._schema.arguments, args, strict=False)
+            outputs = outputs + [t for argument, t in changed if argument.is_write and isinstance(t, Tensor)]
         return selected + sum(_extent(t) for t in (*inputs, *outputs) if t.device.type == self.device_type)
 
     def _scores(self, func: Any, args: Any, kwargs: Any, query: Tensor, key: Tensor) -> int:
@@ -346,7 +349,7 @@ class StepCounter(_Dispatch, TorchDispatchMode):
             if "out" in kwargs:
                 return kwargs["out"]
             return args[0].new_empty(args[0].shape[0], args[1].shape[1], dtype=args[2])
-        if func._schema.is_mutable:
+        if func._schema.is_mutable and func.namespace == "aten":
             in_place = name.endswith("_") and name not in _RESHAPE and isinstance(args[0], Tensor)
             return args[0] if in_place else kwargs["out"] if isinstance(kwargs.get("out"), Tensor) else _RUN
         return _RUN

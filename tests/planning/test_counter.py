@@ -81,3 +81,15 @@ def test_other_operators_read_and_write_whole_tensors() -> None:
     assert counted(lambda: a + b, "cpu").bytes == 3 * 4 * ROWS * WORDS
     assert counted(lambda: a.add_(b), "cpu").bytes == 3 * 4 * ROWS * WORDS
     assert counted(lambda: a + b[:1].expand(ROWS, WORDS), "cpu").bytes == (2 * ROWS + 1) * 4 * WORDS
+
+
+def test_an_operator_of_our_own_is_one_pass_over_what_it_takes_makes_and_changes() -> None:
+    """Also where it changes an argument in place and returns something else."""
+    with torch.library._scoped_library("counted", "DEF") as library:
+        library.define("loss_(Tensor(a!) logits, Tensor labels) -> Tensor")
+        library.impl("loss_", lambda logits, labels: logits.new_empty(labels.shape[0], dtype=torch.float32), "Meta")
+        logits, labels = bf16(ROWS, WORDS), torch.empty(ROWS, dtype=torch.int64, device=META)
+        results: list[Tensor] = []
+        call = counted(lambda: results.append(torch.ops.counted.loss_(logits, labels)), "meta")
+    assert (call.kind, call.bytes) == ("other", 2 * 2 * ROWS * WORDS + 8 * ROWS + 4 * ROWS)
+    assert results[0].shape == (ROWS,)
