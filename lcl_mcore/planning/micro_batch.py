@@ -85,7 +85,9 @@ def largest_micro_batch(config: RunConfig, world: int, room: float, kind: str) -
         peak = expected_memory(counts, repeat)
         return found.setdefault(size, LargestMicroBatch(size, peak, peak <= room))
 
-    low, high = 0, len(sizes) - 1  # memory grows with the size: halve what is left
+    if counted(sizes[-1]).fits:  # the usual answer
+        return found[sizes[-1]]
+    low, high = 0, max(0, len(sizes) - 2)  # memory grows with the size: halve what is left
     while low < high:
         middle = (low + high + 1) // 2
         if counted(sizes[middle]).fits:
