@@ -381,8 +381,8 @@ def _assumptions(request: PlanRequest, cluster: Cluster) -> list[str]:
         f"{a.network_latency * 1e6:.0f} us per doubling",
         "gradient reduction hides behind the last micro-batch's backward but for its last bucket, parameter gathers "
         "behind the first one's forward but for the first bucket; nothing else is hidden",
-        "layers of megatron-core with torch's variable-length attention, our fused operators (each one pass over what it "
-        "takes, makes and changes) and torch's contrastive loss; Transformer Engine and flash-attn are not assumed",
+        "layers of megatron-core with torch's variable-length attention, our fused operators (each one pass over what "
+        "it takes, makes and changes) and torch's contrastive loss; Transformer Engine and flash-attn are not assumed",
         "sequences are full, as in benchmarks/step.py, and every data-parallel rank has the same images and targets",
         f"checkpoints are written at {request.storage_gbs:g} GB/s by all ranks together while training waits; "
         f"images take {request.image_kb:g} kB and a core prepares {request.decodes_per_second:g} a second",
