@@ -12,10 +12,11 @@ import tyro
 from lcl_mcore.commands.entry import run_main
 from lcl_mcore.config.base import config_dataclass, require
 from lcl_mcore.config.cli import RunOptions, parse_run
-from lcl_mcore.config.run_folder import check_folder
+from lcl_mcore.config.run_folder import check_folder, config_text
 from lcl_mcore.distributed.launcher import refuse_tasks_without_ranks, world_size
 from lcl_mcore.fault_tolerance.events import is_restart
 from lcl_mcore.storage import require_writable
+from lcl_mcore.terminal import say
 
 
 @config_dataclass
@@ -33,6 +34,8 @@ class PretrainOptions(RunOptions):
     """Continue from the newest complete checkpoint in the folder, or start if there is none."""
     start_over: tyro.conf.FlagCreatePairsOff[bool] = False
     """Start at step 0 in a folder that holds a run; what it holds gets other names (former-...) and stays."""
+    print_config: tyro.conf.FlagCreatePairsOff[bool] = False
+    """Print the whole configuration as the config.yaml of the run would hold it, and do nothing else."""
     init_from: Path | None = None
     """Start from the weights of this file or folder (tools/import_released.py)."""
 
@@ -48,6 +51,9 @@ def main() -> int:
     """Parse the command line, start the processes, train."""
     options = parse_options()
     config = options.run
+    if options.print_config:
+        say(config_text(config).rstrip())
+        return 0
     refuse_tasks_without_ranks()
     config.check_processes(world_size())
     folder = options.out or Path("runs") / config.recipe

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import pytest
 
 from launch import ROOT, run_script
 from lcl_mcore.commands.dispatch import MODULES
+from lcl_mcore.config.run_folder import read_config
 
 TOOLS = {
     "pretrain": "pretrain_lcl",
@@ -45,3 +47,17 @@ def test_a_command_that_is_not_there() -> None:
         2,
         "error: lcl evalute: there is no such command. Did you mean evaluate?\n",
     )
+
+
+def test_the_printed_configuration_is_the_runs(tmp_path: Path) -> None:
+    """As YAML alone on standard output: used as a file it is the same run, and nothing is written."""
+    flags = ("--recipe", "paper-l14", "--lr", "0.0001", "--tp", "2", "--out", str(tmp_path / "run"), "--print-config")
+    printed = run_script("-m", "lcl_mcore", "pretrain", *flags)
+    assert (printed.returncode, printed.stderr) == (0, "")
+    file = tmp_path / "paper.yaml"
+    file.write_text(printed.stdout)
+    config = read_config(file)
+    assert (config.recipe, config.optim.lr, config.parallel.tensor_parallel_size) == ("paper-l14", 0.0001, 2)
+    again = run_script("-m", "lcl_mcore", "pretrain", "--config", str(file), "--print-config")
+    assert again.stdout == printed.stdout
+    assert list(tmp_path.iterdir()) == [file]
