@@ -6,12 +6,13 @@ What is wrong with a file is an `OSError` whose `strerror` says it; what is wron
 from __future__ import annotations
 
 import errno
+import io
 import json
 import math
 import os
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn
+from typing import IO, TYPE_CHECKING, Any, BinaryIO, NoReturn
 
 if TYPE_CHECKING:
     import yaml
@@ -43,6 +44,31 @@ def open_regular(path: Path | str, flags: int = os.O_RDONLY) -> BinaryIO:
         raise OSError(errno.EINVAL, "not a regular file", str(path))
     writing = flags & (os.O_WRONLY | os.O_RDWR)
     return os.fdopen(descriptor, "r+b" if writing else "rb", buffering=0 if writing else -1)  # type: ignore[return-value]
+
+
+def skip_hole(stream: IO[bytes], position: int, multiple: int = 1) -> int:
+    """Go to the next stored byte: what a sparse file does not hold is zeros, and a terabyte of it takes no time.
+
+    Args:
+        position: where the stream is.
+        multiple: it goes to a multiple of this, or stays.
+
+    Returns:
+        Where it is now; unchanged for anything but a file whose file system knows its holes.
+    """
+    if not (isinstance(stream, io.BufferedReader) and isinstance(stream.raw, io.FileIO)):
+        return position
+    descriptor = stream.fileno()
+    place = os.lseek(descriptor, 0, os.SEEK_CUR)
+    try:
+        stored = os.lseek(descriptor, position, os.SEEK_DATA)
+    except OSError as error:
+        if error.errno != errno.ENXIO:
+            return position
+        stored = os.fstat(descriptor).st_size  # nothing but a hole
+    finally:
+        os.lseek(descriptor, place, os.SEEK_SET)  # where the stream believes it to be
+    return stream.seek(max(position, stored // multiple * multiple))
 
 
 def read_regular(path: Path | str, limit: int) -> bytes:

@@ -7,7 +7,8 @@ import hashlib
 import html
 import json
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -211,9 +212,9 @@ def _read(path: str, *, kind: str = "file") -> tokenizers.Tokenizer:
             return _clip_from_merges(place)
         if place.is_file() and folder == place:
             _refuse_sentencepiece(place)
-            return tokenizers.Tokenizer.from_str(read_definition(place))
+            return _defined(read_definition(place))
         if (folder / "tokenizer.json").is_file():
-            return tokenizers.Tokenizer.from_str(read_definition(folder / "tokenizer.json"))
+            return _defined(read_definition(folder / "tokenizer.json"))
         packed = sorted(folder.glob("bpe_simple_vocab*.txt.gz"))
         if packed:
             return _clip_from_merges(packed[0])
@@ -225,7 +226,7 @@ def _read(path: str, *, kind: str = "file") -> tokenizers.Tokenizer:
             _refuse_sentencepiece(other)
     except DataError:
         raise
-    except Exception as error:  # the library raises bare Exception for a malformed file
+    except Exception as error:  # the library raises bare Exception for a malformed file, and so does what reads it
         reason = " ".join(str(error).split())[:200] or type(error).__name__
         remedy = "Give a tokenizer.json, or the folder of a model that has one."
         raise DataError(explain(f"tokenizer {path}", f"is not a readable vocabulary ({reason})", remedy)) from error
@@ -302,13 +303,30 @@ def _cached_snapshot(name: str) -> Path:
     return found[-1] if found else Path(name)
 
 
+def _defined(definition: str) -> tokenizers.Tokenizer:
+    with panics_are_errors():
+        return tokenizers.Tokenizer.from_str(definition)
+
+
+@contextmanager
+def panics_are_errors() -> Iterator[None]:
+    """The library panics over some definitions; its `PanicException` is no `Exception` and cannot be imported."""
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ == "PanicException":
+            raise ValueError(str(error)) from error
+        raise
+
+
 def _byte_level(vocab: Path, merges: Path) -> tokenizers.Tokenizer:
     """GPT-2's kind of vocabulary from its two files (OPT ships these)."""
     ids = parse_object(read_vocabulary(vocab), max_bytes=MAX_BYTES)
     require_sound_ids(str(vocab), list(ids.values()))
     lines = [line for line in read_vocabulary(merges).decode().splitlines() if not line.startswith("#version")]
     pairs = [(left, right) for left, _, right in (line.partition(" ") for line in lines)]
-    backend = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=pairs))
+    with panics_are_errors():
+        backend = tokenizers.Tokenizer(models.BPE(vocab=ids, merges=pairs))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = hf_decoders.ByteLevel()
     return backend
@@ -323,7 +341,7 @@ def _without_special_matching(definition: str) -> tokenizers.Tokenizer:
     ):
         content["added_tokens"] = []
     try:
-        backend = tokenizers.Tokenizer.from_str(json.dumps(content))
+        backend = _defined(json.dumps(content))
     except Exception as error:  # as in `_read`; some faults are found here alone
         raise DataError(explain("tokenizer", f"is not a usable vocabulary ({error})", "Download it again.")) from error
     backend.encode_special_tokens = True

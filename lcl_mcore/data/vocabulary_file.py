@@ -10,7 +10,8 @@ import json
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,16 +49,24 @@ def read_vocabulary(path: Path) -> bytes:
         raise DataError(explain(path, f"cannot be read ({error.strerror})", "Download it again.")) from None
 
 
-def require_sound_ids(where: str, ids: list[Any]) -> None:
-    """Refuse ids that are no integers, or leave most of their range empty.
+def require_sound_ids(where: str, own: list[Any], added: Sequence[Any] = ()) -> None:
+    """Refuse ids that are no integers, or leave most of their range empty, or stand for two entries.
+
+    Args:
+        own: of the vocabulary.
+        added: of tokens that are named once more, or beside it.
 
     Raises:
         DataError: it is so.
     """
+    ids = [*own, *added]
     wrong = [i for i in ids if not isinstance(i, int) or isinstance(i, bool) or not 0 <= i < MAX_IDS]
     if wrong:
         rule = f"ids are integers from 0 on, below {MAX_IDS}"
         raise DataError(explain(f"tokenizer {where}: id {str(wrong[0])[:40]}", rule, "Download it again."))
+    if len(set(own)) < len(own):
+        twice = next(i for i, count in Counter(own).items() if count > 1)
+        raise DataError(explain(f"tokenizer {where}: id {twice}", "stands for two entries", "Download it again."))
     if ids and max(ids) >= 2 * len(ids) + 1000:
         rule = f"leaves most ids without an entry: there are {len(ids)}"
         raise DataError(explain(f"tokenizer {where}: id {max(ids)}", rule, "Download it again."))
@@ -79,7 +88,7 @@ def read_definition(path: Path) -> str:
         entries.values() if isinstance(entries, dict) else range(len(entries) if isinstance(entries, list) else 0)
     )
     extra = [token.get("id") for token in added if isinstance(token, dict)] if isinstance(added, list) else []
-    require_sound_ids(str(path), ids + extra)
+    require_sound_ids(str(path), ids, extra)
     definition = json.dumps(content)
     unknown = set(_patterns({k: v for k, v in content.items() if k != "model"})) - KNOWN_PATTERNS
     if unknown:

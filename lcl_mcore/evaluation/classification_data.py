@@ -27,6 +27,7 @@ from torch.nn import functional
 
 from lcl_mcore.errors import DataError, explain
 from lcl_mcore.evaluation.image_files import Fetch, files_below, image_fetcher, is_hidden, is_image, read_file
+from lcl_mcore.untrusted import skip_hole
 
 MAX_IDX_BYTES = 1 << 30
 MAX_LABEL_BYTES = 1000
@@ -306,11 +307,10 @@ def _read_tar(path: Path, skipped: Counter[str]) -> tuple[list[_Member], dict[st
         raise DataError(explain(path, f"cannot be read as a tar ({error})", "Download it again.")) from None
     with open(path, "rb") as file:
         file.seek(end)
-        rest = file.read(1 << 20)
-        while rest:
+        while rest := file.read(1 << 20):
             if rest.strip(b"\0"):
                 raise DataError(explain(path, f"goes on after its end mark at byte {end}", "Unpack or repack it."))
-            rest = file.read(1 << 20)
+            skip_hole(file, file.tell())
     return images, samples
 
 

@@ -273,6 +273,27 @@ def test_a_long_line_is_skipped_by_every_part(tmp_path: Path, monkeypatch: pytes
     assert numbers(exact) == [0, 1, 2]
 
 
+@pytest.mark.parametrize("hole", ["from the start", "at a part", "anywhere"])
+def test_a_terabyte_of_nothing_takes_no_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hole: str) -> None:
+    """Sparse files: the hole is one line that is too long, wherever it begins; what stands behind it is found."""
+    monkeypatch.setattr(mmc4, "PART_BYTES", 4096)
+    path, rows = tmp_path / "a.jsonl", [json.dumps(mmc4_document(i)) + "\n" for i in range(20)]
+    begin = "".join(rows[:10])
+    begin += "x" * (-len(begin) % 4096 - 1 if hole == "at a part" else 0) + "\n" * (
+        hole == "at a part"
+    )  # or a part begins with it
+    with open(path, "w+b") as file:
+        file.write(b"" if hole == "from the start" else begin.encode())
+        file.seek(1 << 40)
+        file.write(("\n" + "".join(rows[10:])).encode())
+    started = time.process_time()
+    reader = Mmc4Reader(tmp_path, max_line_bytes=1 << 20)
+    assert len(reader.parts(reader.files()[0])) < 10
+    assert numbers(reader) == [*range(10 if hole == "from the start" else 0, 20)]
+    assert sorted(dropped(reader)) == (["bad JSON"] if hole == "at a part" else []) + ["line too long"]
+    assert time.process_time() - started < 10
+
+
 @pytest.mark.parametrize(
     ("line", "reason"),
     [

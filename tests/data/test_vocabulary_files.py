@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import tokenizers
 
 from corpora import small_tokenizer
 from lcl_mcore.config.schema import TokenizerConfig
 from lcl_mcore.data import vocabulary_file
-from lcl_mcore.data.tokenizer import build_tokenizer
+from lcl_mcore.data.tokenizer import build_tokenizer, panics_are_errors
 from lcl_mcore.errors import DataError
 
 
@@ -66,6 +67,15 @@ def test_two_files_of_a_vocabulary(tmp_path: Path) -> None:
     assert build_tokenizer(TokenizerConfig(path=str(tmp_path))).encode("a cat") == small_tokenizer().encode("a cat")
     (tmp_path / "vocab.json").write_text(json.dumps({**content["vocab"], "z": 2**40}))
     assert "ids are integers from 0 on" in refusal(tmp_path)
+    (tmp_path / "vocab.json").write_text(json.dumps({**content["vocab"], "z": 7}))
+    assert refusal(tmp_path).endswith("vocab.json: id 7: stands for two entries. Download it again.")
+
+
+def test_a_panic_of_the_library_is_an_error() -> None:
+    """Its `PanicException` is no `Exception`: nothing else would catch it."""
+    split = tokenizers.pre_tokenizers.Split(tokenizers.Regex("((a|a?)+)+$"), "isolated")
+    with pytest.raises(ValueError, match="retry-limit-in-match over"), panics_are_errors():
+        split.pre_tokenize_str("a" * 50 + "b")
 
 
 def test_patterns_that_never_end_are_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

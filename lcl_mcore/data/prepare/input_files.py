@@ -22,7 +22,7 @@ from typing import IO, Any, BinaryIO, NoReturn
 from lcl_mcore.data.images import MAX_BYTES, BadImageError
 from lcl_mcore.data.prepare.records import InputFile
 from lcl_mcore.errors import DataError, explain
-from lcl_mcore.untrusted import open_regular, read_regular
+from lcl_mcore.untrusted import open_regular, read_regular, skip_hole
 
 logger = logging.getLogger(__name__)
 MAX_RATIO = 200
@@ -220,7 +220,7 @@ def lines(
     position = start
     if start:
         stream.seek(start - 1)
-        position = start - 1 + _skip_line(stream, None if end is None else end - start + 1)
+        position = _skip_line(stream, start - 1, end)
     while end is None or position < end:
         begin = position
         line = stream.readline(max_bytes + 1)
@@ -228,7 +228,7 @@ def lines(
             return
         position += len(line)
         if len(line) > max_bytes and not line.endswith(b"\n"):
-            position += _skip_line(stream, None)
+            position = _skip_line(stream, position, None)
             yield begin, None
             continue
         if begin == 0:
@@ -237,12 +237,12 @@ def lines(
             yield begin, line
 
 
-def _skip_line(stream: IO[bytes], max_bytes: int | None) -> int:
-    """Read to the end of the line, or until `max_bytes` are read; returns the number of bytes."""
-    count = 0
-    while max_bytes is None or count < max_bytes:
+def _skip_line(stream: IO[bytes], position: int, end: int | None) -> int:
+    """Read from a position to the end of the line, or to `end`; returns the position then."""
+    while end is None or position < end:
+        position = skip_hole(stream, position)
         piece = stream.readline(SKIPPED_BYTES)
-        count += len(piece)
+        position += len(piece)
         if not piece or piece.endswith(b"\n"):
             break
-    return count
+    return position

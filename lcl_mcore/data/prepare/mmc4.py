@@ -34,7 +34,7 @@ from lcl_mcore.data.prepare.records import (
     documents_of,
 )
 from lcl_mcore.errors import DataError
-from lcl_mcore.untrusted import BadJsonError, clean_text, open_regular, parse_object
+from lcl_mcore.untrusted import BadJsonError, clean_text, open_regular, parse_object, skip_hole
 
 MAX_LINE_BYTES = 128 << 20
 """Two images of the largest size as base64, and their text."""
@@ -68,13 +68,17 @@ class Mmc4Reader:
     def parts(self, file: InputFile) -> Sequence[InputPart]:
         """Ranges of bytes of a plain file; a compressed one, and each member of a zip, is one part.
 
-        Nothing is read: a part begins with the first line that begins in its range.
+        Nothing is read: a part begins with the first line that begins in its range. Of a hole in a sparse file only
+        the first range is one: a line may begin there, and none further on.
         """
         (path,) = file.paths
         with open_regular(path) as stream:
             size = os.fstat(stream.fileno()).st_size
             kind = compression(stream)
             marked = stream.read(2) in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+            starts = [0]
+            while (start := max(starts[-1] + PART_BYTES, skip_hole(stream, starts[-1], PART_BYTES))) < size:
+                starts.append(start)
         if kind == "zip" or path.suffix.lower() == ".zip":
             members = zip_members(path)
             if not any(_is_jsonl(info.filename) for info in members):
@@ -84,7 +88,6 @@ class Mmc4Reader:
             return [InputPart((path, "", 0, None), max(1, size // PART_BYTES))]
         if marked:
             raise DataError("is UTF-16. Write it as UTF-8.")
-        starts = range(0, max(size, 1), PART_BYTES)
         return [InputPart((path, "", start, start + PART_BYTES)) for start in starts]
 
     def documents(self, part: InputPart) -> Iterator[RawDocument | Dropped]:

@@ -7,8 +7,6 @@ next header behind damage.
 
 from __future__ import annotations
 
-import errno
-import os
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -28,6 +26,8 @@ from tarfile import (
     TarInfo,
 )
 from typing import IO
+
+from lcl_mcore.untrusted import skip_hole
 
 MAX_EXTENSION = 64 << 10
 """Bytes of a long name, or of a header in the pax format."""
@@ -144,22 +144,9 @@ class _Source:
             size -= len(self.exactly(min(size, PIECE)))
 
     def skip_hole(self) -> None:
-        """What a sparse file does not hold is zeros; now and then it is looked for, so that it takes no time."""
-        if self.position < self._looked + PIECE:
-            return
-        self._looked = self.position
-        try:
-            descriptor = self._stream.fileno()
-            place = os.lseek(descriptor, 0, os.SEEK_CUR)
-            try:
-                data = os.lseek(descriptor, self.position, os.SEEK_DATA)
-            finally:
-                os.lseek(descriptor, place, os.SEEK_SET)  # where the stream believes it to be
-        except OSError as error:
-            if error.errno != errno.ENXIO:  # not a file, or of a file system that does not know
-                return
-            data = os.fstat(descriptor).st_size
-        self.position = self._stream.seek(max(self.position, data // BLOCKSIZE * BLOCKSIZE))
+        """Now and then a hole is looked for, so that it takes no time."""
+        if self.position >= self._looked + PIECE:
+            self._looked = self.position = skip_hole(self._stream, self.position, BLOCKSIZE)
 
     def skip_padding(self, size: int) -> None:
         """Behind the last member it may be missing."""
