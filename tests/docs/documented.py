@@ -207,6 +207,11 @@ ENTRIES = (
         "python benchmarks/contrastive.py --n 32768 65536 131072 --repeats 5",
         "tests/benchmarks/test_gpu_report.py::test_dry_run",
     ),
+    read(
+        "python benchmarks/contrastive.py --n 8192 --dim 512 --threads 1 --rounds 5",
+        "benchmarks/results/contrastive-cpu.json",
+    ),
+    read("python tools/plan.py --recipe paper-l14 --gpus 512 --micro-batch-size 24", "docs/planner.md"),
     read("python examples/ablation/run.py", "tests/evaluation/test_ablation.py::test_two_settings_end_in_a_table"),
     read("python campaigns/soak.py --minutes 30", "campaigns/soak.json"),
     read("python campaigns/steady.py", "campaigns/steady.json"),
