@@ -200,10 +200,6 @@ ENTRIES = (
     ),
     read("python benchmarks/data.py data/corpora/opencv-doc", "benchmarks/results/data-cpu.json"),
     read(
-        "python benchmarks/contrastive.py --n 8192 --dim 512 --threads 1 --rounds 5",
-        "benchmarks/results/contrastive-cpu.json",
-    ),
-    read(
         "python benchmarks/contrastive.py --n 32768 65536 131072 --repeats 5",
         "tests/benchmarks/test_gpu_report.py::test_dry_run",
     ),
