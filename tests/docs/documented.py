@@ -227,7 +227,7 @@ ENTRIES = (
     ),
     shown("make gpu-carry GPU_PYTHON=3.12", "Makefile"),
     shown("make emulate", "tests/emulator/counters.json"),
-    shown("make emulate REPORT=FILE", "Makefile"),
+    shown("make emulate REPORT=benchmarks/results/emulated-h100.json", "benchmarks/results/emulated-h100.json"),
     shown("make emulate EMULATE=\"-k 'bf16 and not engine'\"", "Makefile"),
     shown("make emulate TE=FOLDER", "Makefile"),
     shown("make slurm-test", "make slurm-test", "campaigns/slurm.json"),
