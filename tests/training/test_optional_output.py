@@ -127,8 +127,10 @@ def test_held_out_data_that_cannot_be_read_end_nothing(arguments: Arguments, cor
 @pytest.mark.parametrize("times", [1, 2])
 def test_ctrl_c(arguments: Arguments, tmp_path: Path, times: int) -> None:
     """Once: the step ends, a checkpoint is written, exit code 0. Twice: at once, and the checkpoints stay whole."""
-    out = tmp_path / "run"
-    command = [sys.executable, *arguments(out, "--steps", "100000", "--checkpoint-every", "2")]
+    out, plan = tmp_path / "run", tmp_path / "plan.json"
+    plan.write_text('[{"kind": "sleep", "delay": 2}]')  # so that the second one comes before the step's end
+    flags = arguments(out, "--steps", "100000", "--checkpoint-every", "1")[1:]
+    command = [sys.executable, "tests/training/faults_worker.py", str(plan), *flags]
     process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
     try:
         rest = interrupt(process, times)
@@ -140,7 +142,7 @@ def test_ctrl_c(arguments: Arguments, tmp_path: Path, times: int) -> None:
         assert f"stopped by request after step {newest_step(out)}; continue with --resume" in rest
     else:
         assert process.returncode == 130
-        assert newest_step(out) >= 2
+        assert newest_step(out) >= 1
 
 
 def interrupt(process: subprocess.Popen[str], times: int) -> str:
