@@ -93,6 +93,8 @@ def run_process(command: tuple[str, ...], seconds: float, environment: dict[str,
         text=True,
         errors="replace",
         start_new_session=True,
+        # Where this runs in the background of a script, SIGINT is ignored, and the parts would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     try:
         output, _ = process.communicate(timeout=seconds)
