@@ -32,7 +32,7 @@ $(STAMP): pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "error: $$($(PYTHON) --version): Python >= 3.11 is needed. Set PYTHON=/path/to/a/newer/python3." >&2; exit 2; }
 	@echo "installing into $(VENV) (about a minute on a fast line)"
 	@$(PYTHON) -m venv $(VENV)
-	@$(PIP) '$(TORCH)' setuptools wheel
+	@$(PIP) '$(TORCH)' 'setuptools>=77' wheel
 	@$(PIP) --no-build-isolation '$(TORCH)' -e '.[demo]'
 	@touch $@
 
@@ -65,7 +65,7 @@ emulate: $(EMULATOR)/.installed
 # Headers of the CUDA packages that torch does not need: the emulator is compiled against them.
 $(EMULATOR)/.installed: pyproject.toml
 	@$(PYTHON) -m venv $(EMULATOR)
-	@$(EMULATOR_PIP) '$(EMULATOR_TORCH)' setuptools wheel
+	@$(EMULATOR_PIP) '$(EMULATOR_TORCH)' 'setuptools>=77' wheel
 	@$(EMULATOR_PIP) --no-build-isolation '$(EMULATOR_TORCH)' -e . pytest pytest-timeout hypothesis
 	@$(EMULATOR_PIP) 'nvidia-cuda-crt==13.0.*' 'nvidia-cuda-cccl==13.0.*'
 	@$(EMULATOR)/bin/python -c 'import torch; assert torch.version.cuda, f"{torch.__version__} is no CUDA build: use Linux and another PYTHON"'

@@ -8,7 +8,7 @@ one thread, all of them in turn for several rounds; the median of a figure's rou
 with Pillow, takes a random resized crop, makes normalised floats, and puts one document in a sequence, as
 open_clip and the released LCL code do; `ours` and `dali` are this loader, packing sequences, with its two decoders;
 `ours-unpacked` and `dali-unpacked` put one document in a sequence as `plain` does, which makes them comparable.
-`python` is ours with decode and resize left out: what each image costs beside them. Hashing and copies, which other
+`python` is ours without decode and resize: what each image costs beside them. Hashing and copies, which other
 threads can do, are in it; most of the rest holds the interpreter's lock and bounds a process whatever its threads.
 Rates are per second of CPU time, so that other load on the machine matters little.
 """

@@ -15,8 +15,7 @@ the positive dominates; ``logsumexp - S_ii`` over all columns subtracts two near
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, Literal, NamedTuple, Protocol, TypeAlias, get_args
+from typing import Any, Literal, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor
@@ -39,7 +38,13 @@ class Block(Protocol):
     def gradients(self, row: Tensor, col: Tensor, *, want_y: bool = True) -> tuple[Tensor, Any]: ...
 
 
-Engine: TypeAlias = Callable[..., Block]
+class Engine(Protocol):
+    """A class of blocks."""
+
+    name: str
+    """As ``impl`` has it."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Block: ...
 
 
 def check_choice(name: str, value: str, allowed: object) -> None:

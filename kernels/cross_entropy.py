@@ -21,7 +21,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lcl_kernels._pair_terms import scaled_gradients
-from lcl_kernels.cpu_products import bf16_units
+from lcl_kernels.products import bf16_units
 from lcl_kernels.triton_fused import FusedImpl, launches_triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
@@ -263,7 +263,7 @@ def _logits(x: Tensor, w: Tensor, out: Tensor) -> None:
         torch.mm(x, w.T, out=out)
     elif x.device.type == "cpu":  # whose kernels round half precision results: widen blocks of words instead
         wide = x.to(out.dtype)
-        with bf16_units(x):
+        with bf16_units(x.dtype == torch.bfloat16):
             for i in range(0, w.shape[0], 4096):
                 torch.mm(wide, w[i : i + 4096].to(out.dtype).T, out=out[:, i : i + 4096])
     else:
@@ -285,7 +285,7 @@ def _add_weight_gradient(g: Tensor, x: Tensor, into: Tensor, *, first: bool) -> 
     if g.device.type == "cpu" or x.dtype == into.dtype:
         wide = x.to(into.dtype)
         g = (g if x.dtype in (torch.bfloat16, into.dtype) else g.to(x.dtype)).to(into.dtype)
-        with bf16_units(x):
+        with bf16_units(x.dtype == torch.bfloat16):
             torch.mm(g.T, wide, out=into) if first else into.addmm_(g.T, wide)
     elif first:
         torch.mm(g.to(x.dtype).T, x, out_dtype=into.dtype, out=into)

@@ -11,16 +11,13 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from lcl_kernels.splitmix64 import GOLDEN, mix, signed
 from lcl_kernels.triton_fused import FusedImpl, launches_triton
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 Norm = tuple[Tensor, Tensor, float]
 """Weight [h], bias [h] and epsilon of a LayerNorm."""
-
-_SPLITMIX = ((30, -0x40A7B892E31B1A47), (27, -0x6B2FB644ECCEEE15))
-"""Shifts and factors of splitmix64's finaliser (Steele, Lea and Flood, OOPSLA 2014), as int64."""
-_GOLDEN = -0x61C8864680B583EB
 
 
 def residual_branch(
@@ -90,8 +87,8 @@ def drawn_keep(row_keys: Tensor, width: int, p: float) -> Tensor:
     Counter-based: four neighbours in a row take 16 bits each, low bits first, of splitmix64's output
     ``1 + column // 4`` from the row's key. It depends on nothing else, the device included.
     """
-    counters = torch.arange(1, -(-width // 4) + 1, device=row_keys.device) * _GOLDEN
-    draws = _mix(row_keys[:, None] + counters)
+    counters = torch.arange(1, -(-width // 4) + 1, device=row_keys.device) * signed(GOLDEN)
+    draws = mix(row_keys[:, None] + counters)
     # int16 has no unsigned comparison: both sides move down by half the range.
     return (draws.view(torch.int16) ^ -32768)[:, :width] >= round(p * 65536) - 32768
 
@@ -99,13 +96,6 @@ def drawn_keep(row_keys: Tensor, width: int, p: float) -> Tensor:
 def drop(x: Tensor, row_keys: Tensor, p: float) -> Tensor:
     """x ``[t, width]`` with dropout: kept elements are multiplied by the number that keeps the mean."""
     return x * drawn_keep(row_keys, x.shape[1], p) * (65536 / (65536 - round(p * 65536)))
-
-
-def _mix(x: Tensor) -> Tensor:
-    """splitmix64's finaliser on int64: wrapping products, logical shifts."""
-    for shift, factor in _SPLITMIX:
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * factor
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
 
 
 def _compose(

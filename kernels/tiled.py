@@ -15,11 +15,11 @@ from __future__ import annotations
 import math
 import mmap
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from lcl_kernels._common_shift import common_shift, factors_out_of_range, smallest_sum
 from lcl_kernels._pair_terms import FP16_GAIN, KEPT_BYTES, Precision
+from lcl_kernels.products import bf16_units
 from torch import Tensor
 
 STRIP = 1 << 17
@@ -43,6 +43,8 @@ class TiledBlock:
         precision: "bf16" lets a CPU multiply in bf16; otherwise the operands' dtype says all.
         keep: bytes of exponentials that may wait for the gradients, on a CPU; 0 where none will be asked for.
     """
+
+    name = "tiled"
 
     def __init__(
         self,
@@ -82,7 +84,7 @@ class TiledBlock:
         Returns:
             ``[M]`` and ``[K]`` (or None) in ``scale``'s dtype; -inf where a row or column has no negative.
         """
-        with _products(self.brief):
+        with bf16_units(self.brief):
             if self.shift is not None:
                 sums = self._shifted_sums(self.shift, columns)
                 smallest = min(float(part.min()) for part in sums if part is not None)
@@ -111,7 +113,7 @@ class TiledBlock:
             self.shift, self.kept = None, []
         dx = self.scale.new_zeros(self.x.shape)
         dy = self.scale.new_zeros(self.y.shape) if want_y else None
-        with _products(self.brief):
+        with bf16_units(self.brief):
             for (r, c), g in zip(self.tiles, self._gradient_tiles(row, col), strict=True):
                 self._accumulate(dx[r], g, self.y[c])
                 if dy is not None:
@@ -234,24 +236,6 @@ def _spans(total: int, step: int) -> list[slice]:
 def _view(flat: Tensor, r: slice, c: slice) -> Tensor:
     rows, cols = r.stop - r.start, c.stop - c.start
     return flat[: rows * cols].view(rows, cols)
-
-
-@contextmanager
-def _products(brief: bool) -> Iterator[None]:
-    """Let oneDNN multiply fp32 matrices in bf16, with fp32 sums and results, where the CPU has units for it.
-
-    The setting is the process's: products of other threads are rounded in the meantime too.
-    """
-    if not brief:
-        yield
-        return
-    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
-    before = setting.fp32_precision
-    setting.fp32_precision = "bf16"
-    try:
-        yield
-    finally:
-        setting.fp32_precision = before
 
 
 def _logsumexp(logits: Tensor, dim: int, scratch: Tensor) -> Tensor:

@@ -45,6 +45,8 @@ class TritonBlock:
         keep: not used; logits are formed again.
     """
 
+    name = "triton"
+
     def __init__(
         self,
         x: Tensor,

@@ -10,13 +10,11 @@ from __future__ import annotations
 from hashlib import blake2b
 
 import torch
+from lcl_kernels.splitmix64 import GOLDEN, MIXERS, mix, signed
 from torch import Tensor
 
 Part = int | str
 _MASK_64 = (1 << 64) - 1
-# Constants of splitmix64 (Steele, Lea and Flood, OOPSLA 2014).
-_GOLDEN = 0x9E3779B97F4A7C15
-_MIXERS = ((30, 0xBF58476D1CE4E5B9), (27, 0x94D049BB133111EB))
 
 
 def key64(*parts: Part) -> int:
@@ -92,8 +90,8 @@ class Permutation:
     def _scramble(self, value: int) -> int:
         left, right = value >> self._half_bits, value & self._mask
         for key in self._keys:
-            mixed = (right + key) * _GOLDEN & _MASK_64
-            mixed = (mixed ^ mixed >> 29) * _MIXERS[0][1] & _MASK_64
+            mixed = (right + key) * GOLDEN & _MASK_64
+            mixed = (mixed ^ mixed >> 29) * MIXERS[0][1] & _MASK_64
             left, right = right, left ^ ((mixed ^ mixed >> 32) & self._mask)
         return left << self._half_bits | right
 
@@ -103,7 +101,7 @@ class Permutation:
 
 def uniform(keys: Tensor, seeds: int | Tensor) -> Tensor:
     """Numbers in [0, 1), one per key and seed: both int64 on any device, broadcast -> fp32."""
-    mixed = _mix(_mix(keys + seeds) + _signed(_GOLDEN))
+    mixed = mix(mix(keys + seeds) + signed(GOLDEN))
     return ((mixed >> 40) & ((1 << 24) - 1)).float() * 2.0**-24
 
 
@@ -118,18 +116,6 @@ def row_keys(sequence_keys: Tensor, seeds: Tensor, length: int) -> Tensor:
     Returns:
         [p, b * length] int64.
     """
-    positions = torch.arange(1, length + 1, device=seeds.device) * _signed(_GOLDEN)
-    streams = _mix(sequence_keys + seeds[:, None])
-    return _mix(streams[:, :, None] + positions).flatten(1)
-
-
-def _mix(x: Tensor) -> Tensor:
-    """The splitmix64 finaliser on int64 (wrapping products, logical shifts)."""
-    for shift, factor in _MIXERS:
-        x = (x ^ ((x >> shift) & ((1 << (64 - shift)) - 1))) * _signed(factor)
-    return x ^ ((x >> 31) & ((1 << 33) - 1))
-
-
-def _signed(value: int) -> int:
-    value &= _MASK_64
-    return value - (1 << 64) if value >= 1 << 63 else value
+    positions = torch.arange(1, length + 1, device=seeds.device) * signed(GOLDEN)
+    streams = mix(sequence_keys + seeds[:, None])
+    return mix(streams[:, :, None] + positions).flatten(1)

@@ -49,10 +49,8 @@ def startup_summary(config: RunConfig, context: Context, model: LclModel, choice
 def _losses(config: RunConfig, context: Context, model: LclModel) -> str:
     """The kernels of both losses; "auto" by what it stands for here."""
     loss = config.loss
-    contrastive = loss.contrastive_impl
-    if contrastive == "auto":
-        engine = select_engine("auto", torch.empty(0, device=context.device.device))
-        contrastive = "triton" if engine is not None and engine.__name__.endswith("triton_engine") else "tiled"
+    engine = select_engine(loss.contrastive_impl, torch.empty(0, device=context.device.device))
+    contrastive = "reference" if engine is None else engine.name
     automatic = "triton" if model.language.elementwise == "triton" else "chunked"
     generation = automatic if loss.generation_impl == "auto" else loss.generation_impl
     return f"{contrastive} contrastive, {generation} cross-entropy"

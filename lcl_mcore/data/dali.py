@@ -41,7 +41,7 @@ class DaliDecoder:
     Args:
         threads: for reading and for DALI's CPU operators.
         device: where it decodes; the pixels stay there.
-        side: the stream on which it does so; whoever uses the pixels takes them over.
+        side_stream: on which it does so; whoever uses the pixels takes them over.
         resize_inside: whether DALI's own operator resizes (default: on a GPU).
 
     Raises:
@@ -51,7 +51,7 @@ class DaliDecoder:
     name = "dali"
 
     def __init__(
-        self, threads: int, device: torch.device, side: SideStream, *, resize_inside: bool | None = None
+        self, threads: int, device: torch.device, side_stream: SideStream, *, resize_inside: bool | None = None
     ) -> None:
         probe = optional_packages.dali()
         if not probe.usable:
@@ -60,7 +60,7 @@ class DaliDecoder:
             )
         self._threads = threads
         self._device = device
-        self._side = side
+        self._side_stream = side_stream
         self._on_gpu = device.type == "cuda"
         self._resize_inside = self._on_gpu if resize_inside is None else resize_inside
         self._batch = GPU_BATCH if self._on_gpu else CPU_BATCH
@@ -78,7 +78,7 @@ class DaliDecoder:
         """
         contents = list(self._pool.map(_read, tasks))
         reasons = [content if isinstance(content, str) else "" for content in contents]
-        with self._side.current():
+        with self._side_stream.current():
             pixels = torch.empty((len(tasks), 3, side, side), dtype=torch.uint8, device=self._device)
             for start in range(0, len(tasks), self._batch):
                 part = slice(start, start + self._batch)
@@ -127,7 +127,7 @@ class DaliDecoder:
         pipeline.feed_input("encoded", [np.frombuffer(content, dtype=np.uint8) for content, _ in batch])
         pipeline.feed_input("anchor", [np.array([w.top, w.left], dtype=np.float32) for _, w in batch])
         pipeline.feed_input("shape", [np.array([w.height, w.width], dtype=np.float32) for _, w in batch])
-        (output,) = pipeline.run(self._side.handle)
+        (output,) = pipeline.run(self._side_stream.handle)
         if self._resize_inside:
             out.copy_(torch.from_dlpack(output.as_tensor()))  # its memory belongs to the pipeline
             return

@@ -25,11 +25,11 @@ MAX_THREADS = 16  # more wait for the one that holds the interpreter's lock
 ENOUGH_CORES = 4  # of one rank: they decode 2,000 images/s, more than a GPU trains on, and take nothing from it
 
 
-def build_decoder(config: DataConfig, device: torch.device, beside: SideStream) -> Decoder:
+def build_decoder(config: DataConfig, device: torch.device, side_stream: SideStream) -> Decoder:
     """The back end that a configuration asks for; `auto` takes DALI for a GPU with too few cores beside it.
 
     Args:
-        beside: the stream that DALI uses on a GPU.
+        side_stream: what DALI uses on a GPU.
 
     Raises:
         ConfigError: DALI is asked for and cannot be used.
@@ -39,7 +39,7 @@ def build_decoder(config: DataConfig, device: torch.device, beside: SideStream) 
     if config.decode_backend == "dali" or (
         config.decode_backend == "auto" and few_cores and optional_packages.dali().usable
     ):
-        return DaliDecoder(threads, device, beside)
+        return DaliDecoder(threads, device, side_stream)
     return CpuDecoder(threads, device)
 
 
@@ -60,16 +60,16 @@ class ImageReader:
     """Pixels for image plans, in their order. Too many failures one after the other stop the run.
 
     Attributes:
-        side: where device pixels are made: a stream that uses them takes them over (`distributed.device.take_over`).
+        side_stream: where device pixels are made; who uses them takes them over (`distributed.device.take_over`).
     """
 
     def __init__(self, config: DataConfig, mixture: Mixture, image_size: int, device: torch.device) -> None:
         self._config = config
         self._mixture = mixture
-        self.side = SideStream(device)
-        self._decoder = build_decoder(config, device, self.side)
+        self.side_stream = SideStream(device)
+        self._decoder = build_decoder(config, device, self.side_stream)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="images")
-        self._side = image_size
+        self._image_size = image_size
         self._consecutive = 0
 
     @property
@@ -84,13 +84,13 @@ class ImageReader:
             Gives uint8 [n, 3, H, W], and which of them failed (these are grey); raises `DataError` when
             `max_consecutive_failures` images failed one after the other.
         """
-        decoding = self._thread.submit(self._decoder.decode, [self._task(image) for image in images], self._side)
+        decoding = self._thread.submit(self._decoder.decode, [self._task(image) for image in images], self._image_size)
         return partial(self._finish, images, decoding)
 
     def read(self, images: Sequence[ImagePlan]) -> tuple[Tensor, list[bool]]:
         """`begin` and wait; the current stream may use the pixels."""
         pixels, failed = self.begin(images)()
-        take_over([pixels], self.side.mark())
+        take_over([pixels], self.side_stream.mark())
         return pixels, failed
 
     def _finish(

@@ -157,7 +157,7 @@ class StepLoader(Iterator[StepBatch]):
         on_cuda = self._device.type == "cuda"
         if on_cuda:  # the current device is a thread's own; a new thread would otherwise use the first one
             torch.cuda.set_device(self._device)
-        with self._source.side.current():
+        with self._source.side_stream.current():
             while True:
                 self._credits.acquire()
                 if self._stopped.is_set():
@@ -166,7 +166,7 @@ class StepLoader(Iterator[StepBatch]):
                     step = self._source.next_step()
                     if on_cuda:
                         step = replace(step, micro_batches=tuple(batch.pin_memory() for batch in step.micro_batches))
-                    self._steps.put((step, self._source.side.mark()))
+                    self._steps.put((step, self._source.side_stream.mark()))
                 except BaseException as error:  # handed to the consumer, whatever it is
                     self._steps.put(error)
                     return
@@ -193,7 +193,7 @@ class StepReader:
         self._context = context
         self._mixture = Mixture(data, tokenizer, latents, streams=streams, seed=seed)
         self._images = ImageReader(data, self._mixture, config.model.vision.image_size, context.device)
-        self.side = self._images.side
+        self.side_stream = self._images.side_stream
         self._collator = Collator(data, tokenizer, latents, seed=seed)
         self._identity = describe_run(config, self._mixture, tokenizer)
         start = read_position(position, self._identity)
@@ -328,7 +328,7 @@ class StepReceiver:
 
     def __init__(self, context: DataContext) -> None:
         assert context.model_group is not None
-        self.side = SideStream(torch.device("cpu"))  # what arrives lies on the host
+        self.side_stream = SideStream(torch.device("cpu"))  # what arrives lies on the host
         self._group = context.model_group
         self._pixel_ranks = context.pixel_ranks
 

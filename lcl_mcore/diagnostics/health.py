@@ -188,7 +188,7 @@ def choose_parts(precision: str) -> list[Line]:
     residual = choose_elementwise("auto", torch.device(device))
     lines += [Line(choice.part, choice.backend, True, choice.reason) for choice in (residual, adam, fusion)]
     engine = select_engine("auto", torch.empty(0, device=device))
-    name = "reference" if engine is None else engine.__name__.rpartition(".")[2].removesuffix("_engine")
+    name = "reference" if engine is None else engine.name
     reason = "contrastive" if name == "triton" else f"contrastive; triton: {optional_packages.triton().reason}"
     lines.append(Line("loss", name, True, reason))
     lines.append(Line("", "chunked", True, "vocabulary cross-entropy, logits never stored whole"))

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from lcl_kernels.embedding import add_row_gradients
+from lcl_kernels.products import add_product
 from megatron.core.tensor_parallel.layers import ColumnParallelLinear, RowParallelLinear, VocabParallelEmbedding
 from megatron.core.tensor_parallel.mappings import reduce_from_tensor_model_parallel_region
 from torch import Tensor
@@ -46,10 +47,7 @@ class _Linear(torch.autograd.Function):
         if need_weight and buffer is None:
             d_weight = grad.T @ x
         elif need_weight and buffer is not None:
-            if x.dtype == buffer.dtype:
-                buffer.addmm_(grad.T, x)
-            else:
-                buffer.add_(grad.T @ x)
+            add_product(buffer, grad.T, x)
             mark_added(weight)
             d_weight = torch.empty_like(weight)  # never read; megatron's hook wants to see one
         return dx, d_weight, grad.sum(0) if ctx.has_bias and need_bias else None

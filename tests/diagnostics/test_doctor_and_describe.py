@@ -12,14 +12,17 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from launch import run_script, torchrun
 from lcl_mcore import optional_packages as probe
 from lcl_mcore.config.recipes import RECIPES, load_recipe
 from lcl_mcore.diagnostics import health, preflight
 from lcl_mcore.models.flops import parameter_counts
+from lcl_mcore.startup_summary import _losses
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -258,3 +261,16 @@ def test_the_documented_sizes_are_those_of_the_recipes() -> None:
         assert float(number) == pytest.approx(total / {"M": 1e6, "B": 1e9}[unit], rel=5e-4), name
         sizes = (config.model.vision.patches, config.data.sequence_length, config.train.global_batch_size)
         assert (int(tokens), int(length), int(batch)) == sizes, name
+
+
+@pytest.mark.parametrize(("gpu", "engine"), [(False, "tiled"), (True, "triton")])
+def test_what_serves_the_losses_has_its_name_in_summary_and_doctor(
+    monkeypatch: pytest.MonkeyPatch, gpu: bool, engine: str
+) -> None:
+    monkeypatch.setattr(importlib.import_module("lcl_kernels.infonce"), "_triton_runs", lambda like: gpu)
+    context = SimpleNamespace(device=SimpleNamespace(device=torch.device("cpu")))
+    model = SimpleNamespace(language=SimpleNamespace(elementwise="triton" if gpu else "plain"))
+    shown = _losses(load_recipe("demo"), context, model)  # type: ignore[arg-type]
+    assert shown == f"{engine} contrastive, {'triton' if gpu else 'chunked'} cross-entropy"
+    lines = {line.name: line.found for line in health.choose_parts("fp32")}
+    assert lines["loss"] == engine

@@ -45,7 +45,7 @@ class Text:
 
 
 def take_apart(text: str) -> Text:
-    """Blocks are fenced or indented by four columns; their lines are joined at a backslash, comments left out."""
+    """Blocks are fenced or indented by four columns; their lines are joined at a backslash, without comments."""
     blocks: list[str] = []
     prose: list[str] = []
     fenced, open_line, before = False, "", ""

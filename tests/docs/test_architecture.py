@@ -199,8 +199,8 @@ def test_each_kind_of_question_has_one_place(found_by: Callable[[ast.AST], bool]
 
 # Rooms from the bottom up: a room imports from those before it alone. Top-level files are rooms of their own.
 ROOMS = (
-    "errors", "terminal", "untrusted", "optional_packages", "rng", "batch", "lr_schedule", "storage", "json_lines",
-    "templates", "lcl_kernels", "config", "distributed", "hardware", "losses", "data", "models", "fused_adam",
+    "errors", "terminal", "untrusted", "optional_packages", "lcl_kernels", "rng", "batch", "lr_schedule", "storage",
+    "json_lines", "templates", "config", "distributed", "hardware", "losses", "data", "models", "fused_adam",
     "optimizer", "startup_summary", "diagnostics", "checkpoint", "metrics", "interop", "train_step", "pipeline",
     "fault_tolerance", "build", "planning", "evaluation", "trainer", "export", "commands", "__main__",
 )  # fmt: skip

@@ -19,7 +19,6 @@ from lcl_kernels.triton_fused import FusedImpl
 from torch import Tensor
 
 from lcl_mcore.planning.counter import StepCounter
-from lcl_mcore.rng import _mix
 
 T, H = 12, 20
 
@@ -61,13 +60,15 @@ def test_plain_is_the_formula(masks: dict[str, Any], full: bool) -> None:
 
 
 def test_dropout_mask_is_the_stream_of_splitmix64() -> None:
-    """Four elements share one output of the row's stream, low bits first; `lcl_mcore.rng` mixes alike."""
+    """Four elements share one output of the row's stream, low bits first; the definition on Python's integers."""
     keys = row_keys(3)
     mask = drawn_keep(keys, 10, 0.25)
-    golden = torch.tensor(-0x61C8864680B583EB)
-    for row, key in enumerate(keys):
+    for row, key in enumerate(keys.tolist()):
         for column in range(10):
-            draw = int(_mix(key + (column // 4 + 1) * golden)) % 2**64
+            draw = (key + (column // 4 + 1) * 0x9E3779B97F4A7C15) % 2**64
+            draw = (draw ^ draw >> 30) * 0xBF58476D1CE4E5B9 % 2**64
+            draw = (draw ^ draw >> 27) * 0x94D049BB133111EB % 2**64
+            draw ^= draw >> 31
             assert bool(mask[row, column]) == ((draw >> 16 * (column % 4)) % 65536 >= 16384)
 
 

@@ -78,7 +78,7 @@ def test_all_uses_of_a_tied_matrix_meet_in_its_buffer() -> None:
 def test_short_attention_in_bf16_has_the_gradients_of_its_formula(
     lengths: tuple[int, ...], causal: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("lcl_kernels.attention.SCORE_BYTES", 2 * 4 * 40 * 40 * 2)  # two sequences at a time
+    monkeypatch.setattr("lcl_kernels.dense_attention.SCORE_BYTES", 2 * 4 * 40 * 40 * 2)  # two sequences at a time
     generator = torch.Generator().manual_seed(2)
     q, k, v, grad = (torch.randn(sum(lengths), 2, 8, generator=generator).bfloat16() for _ in range(4))
     leaves = [t.double().requires_grad_() for t in (q, k, v)]

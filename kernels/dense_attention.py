@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from lcl_kernels.cpu_products import bf16_units
+from lcl_kernels.products import bf16_units
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -37,7 +37,7 @@ class _ShortAttention(torch.autograd.Function):
     """torch's CPU attention in bf16, with a backward that forms the scores of some sequences at a time.
 
     The backward of its flash kernel is some 4 times as slow for such lengths, and less exact: here scores and
-    probabilities are fp32, from bf16 products (`cpu_products`).
+    probabilities are fp32, from bf16 products (`products`).
     """
 
     @staticmethod
@@ -70,7 +70,7 @@ class _ShortAttention(torch.autograd.Function):
             log_sum = F.pad(lse[i : i + part].reshape(-1, length, 1), (0, 0, 0, wide - length))
             mean = F.pad((grad[i : i + part].float() * out[i : i + part]).sum(-1), (0, 0, 0, wide - length))
             mean = mean.transpose(1, 2).reshape(-1, wide, 1)
-            with bf16_units(q):
+            with bf16_units(use=True):
                 probabilities = (allowed - log_sum).baddbmm_(q_.float(), k_.float().transpose(1, 2), alpha=ctx.scale)
                 probabilities.exp_()
                 d_scores = torch.baddbmm(-mean, o_.float(), v_.float().transpose(1, 2)).mul_(probabilities)
